@@ -1,0 +1,389 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * types.h: every record that crosses the border between the kernel and
+ * user space. This file is the only schema: Python derives its numpy dtypes
+ * and its names for enumerators from the BTF that clang makes of it.
+ *
+ * Addresses are 16 bytes in network order; IPv4 is ::ffff:a.b.c.d.
+ * Ports are big-endian where the field says __be16, else host order.
+ */
+#ifndef LOCKGATE_TYPES_H
+#define LOCKGATE_TYPES_H
+
+/* A pod's host veth is created with interface index IFINDEX_BASE + slot, so
+ * that finding the endpoint behind a packet is arithmetic, not a look-up. */
+#define IFINDEX_BASE  65536
+#define MAX_ENDPOINTS 4096
+#define MAX_HOPS      4096
+#define NO_SLOT       0xffffffffu
+
+struct addr {
+	__u8 b[16];
+};
+
+/* ---- The node's state: one element, mapped into the agent ---------------- */
+
+/* Everything that a verdict reads exists in two views. A packet reads `epoch`
+ * once and uses view [epoch & 1] throughout; the agent writes the other view
+ * and then moves the epoch. */
+struct node_state {
+	__u32 epoch;
+	__u32 capture;		/* bytes of the packet that ride on an event; 0 = none */
+	__u32 reserved[2];
+};
+
+/* ---- Peers: what an address is ------------------------------------------- */
+
+enum peer_kind {
+	PEER_NONE   = 0,	/* absent in this view: ask the CIDR trie */
+	PEER_LOCAL  = 1,	/* pod on this node; target = endpoint slot */
+	PEER_REMOTE = 2,	/* pod on another node; target = hop */
+	PEER_NODE   = 3,	/* another node's own address; target = hop */
+	PEER_HOST   = 4,	/* this node's own address */
+};
+
+struct peer_view {
+	__u32 class;		/* equivalence class, index into policy rows */
+	__u32 endpoint;		/* endpoint id, 0 when not a pod */
+	__u32 kind;		/* enum peer_kind */
+	__u32 target;		/* slot or hop, by kind */
+};
+
+struct peer {
+	struct peer_view view[2];
+};
+
+/* ---- Endpoints: pods of this node, array by slot ------------------------- */
+
+enum endpoint_flag {
+	EP_LIVE     = 1,	/* the slot is in use */
+};
+
+enum isolation {
+	ISOLATED_INGRESS = 1,
+	ISOLATED_EGRESS  = 2,
+};
+
+struct endpoint_view {
+	__u32 rows;		/* image word of the policy's rows, by class */
+	__u32 cols;		/* image word of the policy's columns, by port class */
+	__u32 class;		/* the pod's own class as a peer */
+	__u32 isolated;		/* enum isolation bits */
+};
+
+struct endpoint {
+	__u32 id;		/* never reused on this node; 0 = slot free */
+	__u32 flags;		/* enum endpoint_flag bits */
+	__u8  mac[6];		/* of eth0 in the pod */
+	__u8  host_mac[6];	/* of the host veth */
+	__u32 mtu;
+	struct addr addr4;	/* all zero = the pod has none of this family */
+	struct addr addr6;
+	struct endpoint_view view[2];
+};
+
+/* ---- The verdict image ---------------------------------------------------- */
+
+/* An array of 64-bit words per view, built by the compiler, replaced whole:
+ *
+ *   IMAGE_PORTS  3 x 65536 port classes, __u16 each, 4 to a word;
+ *                index = (TCP 0, UDP 1, SCTP 2) * 65536 + port
+ *   IMAGE_CIDRS  blocks of 256 __u32 (128 words) each: a trie with 8-bit
+ *                strides; block 0 is the root for IPv4 (4 levels), block 1
+ *                for IPv6 (16 levels). A slot is a class, or with CIDR_NEXT
+ *                set the number of the next block.
+ *   then         rows, columns, cells, backends, wherever the views point:
+ *     row word    [rows + class]      low half: first cell word for ingress,
+ *                                     high half: for egress
+ *     column word [cols + port class] low half: column for ingress,
+ *                                     high half: for egress
+ *     cell word   [cell + column]     low half: enforced, high half: pending
+ *     backend     3 words: address (2), then {__be16 port, __u16 flags,
+ *                                     __u32 endpoint id}
+ * Port class 0 is "a protocol without ports". Class 0 is "no rule names it".
+ */
+#define IMAGE_PORTS       0
+#define IMAGE_PORT_WORDS  49152
+#define IMAGE_CIDRS       IMAGE_PORT_WORDS
+#define CIDR_BLOCK_WORDS  128
+#define CIDR_NEXT         0x80000000u
+#define BACKEND_WORDS     3
+
+#define CELL_ALLOW        0x80000000u	/* clear = deny */
+#define CELL_LOG          0x40000000u
+#define CELL_REASON       0x3fffffffu	/* interned reason id; 0 = no policy */
+
+/* ---- Services -------------------------------------------------------------- */
+
+struct service_key {
+	struct addr addr;
+	__be16 port;		/* with proto 0 and port 0: the address is a service's */
+	__u8   proto;
+	__u8   pad;
+};
+
+enum service_flag {
+	SVC_PRESENT = 1,	/* exists in this view */
+};
+
+struct service_view {
+	__u32 id;		/* service id, resolves through the journal */
+	__u32 backends;		/* image word of the first backend */
+	__u16 count;		/* of backends; 0 = refuse */
+	__u16 flags;		/* enum service_flag bits */
+};
+
+struct service {
+	struct service_view view[2];
+};
+
+/* Is this address a backend of this service? Asked when a UDP connection is
+ * judged again, so that it can move away from a backend that went. */
+struct backend_key {
+	struct addr addr;
+	__u32 service;
+	__be16 port;
+	__u8   proto;
+	__u8   pad;
+};
+
+struct backend_state {
+	__u8 live[2];		/* per view */
+	__u8 pad[2];
+};
+
+/* What a socket asked and what it got, both ways round:
+ * (cookie, backend) -> service address, (cookie, service address) -> backend. */
+struct socket_key {
+	__u64 cookie;
+	struct addr addr;
+	__be16 port;
+	__u8   proto;
+	__u8   pad[5];
+};
+
+struct socket_peer {
+	struct addr addr;
+	__u32 service;		/* service id */
+	__be16 port;
+	__u16 pad;
+};
+
+/* ---- Hops: where packets leave the node ----------------------------------- */
+
+enum hop_flag {
+	HOP_MAC  = 1,		/* dmac and smac are known: no neighbour look-up */
+	HOP_MASQ = 2,		/* leaves the cluster: masquerade pod sources */
+	HOP_DROP = 4,		/* no way there: drop as unroutable */
+};
+
+struct hop {
+	__u32 ifindex;
+	__u32 flags;		/* enum hop_flag bits */
+	__u8  dmac[6];
+	__u8  smac[6];
+	__u32 mtu;
+	struct addr via4;	/* next hop; all zero = ask the kernel's routes */
+	struct addr via6;
+	struct addr masq4;	/* source address after masquerade */
+	struct addr masq6;
+};
+
+struct route_key {		/* longest prefix; for what is no peer */
+	__u32 prefixlen;	/* in bits of the 16-byte address */
+	struct addr addr;
+};
+
+/* Role of an interface of the node, by interface index. */
+enum link_role {
+	LINK_UNDERLAY = 1,	/* other nodes: carries pod addresses */
+	LINK_OUTSIDE  = 2,	/* the world: pod addresses from here are spoofed */
+};
+
+/* ---- Connections ------------------------------------------------------------ */
+
+struct tuple {
+	struct addr saddr, daddr;
+	__be16 sport, dport;	/* ICMP echo: identifier towards the echoing side */
+	__u8   proto;
+	__u8   pad[3];
+};
+
+/* Canonical: the lower (address, port) first, so that both directions of a
+ * connection find it with one look-up. */
+struct ct_key {
+	struct addr lo, hi;
+	__be16 lo_port, hi_port;
+	__u8   proto;
+	__u8   pad[3];
+};
+
+enum ct_state {
+	CT_NEW         = 1,	/* no reply seen; lives in the half-open map */
+	CT_ESTABLISHED = 2,
+	CT_CLOSING     = 3,	/* one side sent FIN */
+	CT_CLOSED      = 4,	/* both did, or RST */
+};
+
+enum ct_flag {
+	CT_ORIGIN_HI  = 1,	/* the originator is the higher end of the key */
+	CT_NODE       = 2,	/* begun by this node itself: exempt from verdicts */
+	CT_NAT_ORIGIN = 4,	/* originator's packets: look in nat after this entry */
+	CT_NAT_REPLY  = 8,	/* responder's packets: likewise */
+	CT_FIN_ORIGIN = 16,
+	CT_FIN_REPLY  = 32,
+	CT_SERVICE    = 64,	/* reached through a service; see `service` */
+};
+
+/* Targets tell where packets of one direction go, without another look-up of
+ * peers: enum target_kind in the upper 4 bits, slot or hop in the lower 28. */
+enum target_kind {
+	TO_NOWHERE = 0,
+	TO_LOCAL   = 1,		/* endpoint slot */
+	TO_HOP     = 2,		/* hop */
+	TO_HOST    = 3,		/* this node's stack */
+};
+
+struct ct {
+	__u32 seen;		/* seconds since boot, CLOCK_MONOTONIC_COARSE */
+	__u32 epoch;		/* that judged it */
+	__u8  state;		/* enum ct_state */
+	__u8  flags;		/* enum ct_flag bits */
+	__u16 pad;
+	__u32 src_endpoint;	/* originator's endpoint id, 0 = not a pod */
+	__u32 dst_endpoint;
+	__u32 target[2];	/* [0] originator's packets, [1] replies */
+	__u32 service;		/* service id or 0 */
+};
+
+/* NAT: a packet with the tuple of the key becomes a packet with tuple `to`.
+ * One engine for masquerade, services per packet and hairpin. */
+struct nat {
+	struct tuple to;
+	__u32 seen;
+	__u32 pad;
+};
+
+struct frag_key {
+	struct addr saddr, daddr;
+	__u32 id;
+	__u8  proto;
+	__u8  pad[3];
+};
+
+struct frag {
+	__be16 sport, dport;
+	__u32 seen;
+};
+
+/* ---- Events ------------------------------------------------------------------ */
+
+enum event_type {
+	EVENT_VERDICT = 1,	/* a policy verdict, allowed or denied */
+	EVENT_DROP    = 2,	/* dropped for another cause: see `cause` */
+};
+
+enum verdict {
+	VERDICT_DENY  = 0,
+	VERDICT_ALLOW = 1,
+};
+
+enum direction {
+	DIR_NONE    = 0,
+	DIR_INGRESS = 1,
+	DIR_EGRESS  = 2,
+};
+
+enum place {
+	PLACE_FROM_POD = 1,
+	PLACE_TO_POD   = 2,
+	PLACE_FROM_NET = 3,
+};
+
+/* Why a packet was dropped. The names are what users see, lower-cased, with
+ * dashes: CAUSE_SPOOFED_SOURCE is "spoofed-source". */
+enum cause {
+	CAUSE_NONE               = 0,
+	CAUSE_POLICY             = 1,
+	CAUSE_MALFORMED          = 2,	/* truncated or inconsistent headers */
+	CAUSE_SPOOFED_MAC        = 3,
+	CAUSE_SPOOFED_SOURCE     = 4,
+	CAUSE_SPOOFED_ARP        = 5,
+	CAUSE_SPOOFED_NDP        = 6,
+	CAUSE_ROUTER_ADVERTISEMENT = 7,
+	CAUSE_NDP_REDIRECT       = 8,
+	CAUSE_UNKNOWN_ETHERTYPE  = 9,
+	CAUSE_MULTICAST          = 10,
+	CAUSE_FRAGMENT_UNTRACKED = 11,
+	CAUSE_NO_ROUTE           = 12,
+	CAUSE_NO_BACKEND         = 13,	/* rejected: RST or ICMP was sent */
+	CAUSE_SCTP_PORT_REWRITE  = 14,
+	CAUSE_NAT_EXHAUSTED      = 15,
+	CAUSE_TTL_EXCEEDED       = 16,
+	CAUSE_PACKET_TOO_BIG     = 17,
+	CAUSE_NAT_FAILED         = 18,
+	CAUSE_ENDPOINT_GONE      = 19,
+	CAUSE_UNKNOWN_SERVICE_PORT = 20,
+	CAUSE_EXTENSION_HEADER   = 21,	/* IPv6 header chain we do not follow */
+	CAUSE_NOT_READY          = 22,	/* no state published yet */
+	CAUSE_MAX
+};
+
+#define EVENT_CAPTURE_MAX 128
+
+struct event {
+	__u64 time;		/* ns, CLOCK_BOOTTIME */
+	struct addr saddr, daddr;
+	__be16 sport, dport;	/* ICMP: sport = type, dport = code, host order */
+	__u8  proto;
+	__u8  type;		/* enum event_type */
+	__u8  verdict;		/* enum verdict */
+	__u8  direction;	/* enum direction */
+	__u8  tcp_flags;
+	__u8  cause;		/* enum cause */
+	__u8  place;		/* enum place */
+	__u8  captured;		/* bytes of the packet in `head` of the raw record */
+	__u32 src_endpoint;
+	__u32 dst_endpoint;
+	__u32 class;		/* of the peer that was judged */
+	__u32 reason;		/* interned reason id, 0 = no policy applies */
+	__u32 service;		/* service that was asked, 0 = none */
+	__u32 ifindex;
+	__u32 length;		/* of the packet, from the IP header on */
+	__u32 epoch;
+	__u32 pending;		/* cell of the pending (audit) view */
+	__u32 line;		/* source line of a drop */
+};
+
+/* Second ring, for records that carry the first bytes of the packet. */
+struct event_raw {
+	struct event event;
+	__u8 head[EVENT_CAPTURE_MAX];
+};
+
+/* Exact losses and totals, per CPU, array by enum counter. */
+enum counter {
+	COUNT_EVENTS       = 0,	/* records written to the rings */
+	COUNT_EVENTS_LOST  = 1,	/* no room in the ring */
+	COUNT_FORWARDED    = 2,	/* new connections forwarded */
+	COUNT_CAUSE        = 8,	/* + enum cause: packets dropped */
+};
+#define COUNTERS 64
+
+/* ---- Dry runs ------------------------------------------------------------------ */
+
+/* A test run whose context carries this mark asks "what would happen": the
+ * packet is judged as a new connection and nothing is written. The answer is
+ * left in cb[]. No packet from a pod or a network card can carry a mark at the
+ * places where we look. */
+#define DRY_MARK 0x6c6b6761u
+
+enum dry_answer {		/* index into __sk_buff.cb */
+	DRY_RESULT  = 0,	/* enum verdict | cause << 8 | directions judged << 16 */
+	DRY_EGRESS  = 1,	/* enforced cell of the egress verdict */
+	DRY_INGRESS = 2,	/* enforced cell of the ingress verdict */
+	DRY_TARGET  = 3,	/* target_kind << 28 | slot or hop */
+	DRY_SERVICE = 4,	/* service id or 0 */
+};
+
+#endif

@@ -1,0 +1,1 @@
+"""Typed Kubernetes objects: only the fields that the data plane uses."""

@@ -1,0 +1,342 @@
+"""Kubernetes objects as msgspec Structs, with the API's field names in JSON.
+
+Only the fields that Lockgate uses are named; unknown fields are ignored, as the
+API asks of clients. Attribute names are the API's in snake_case.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Base(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True, frozen=True):
+    """Common settings: camelCase in JSON, defaults left out, immutable."""
+
+
+class OwnerReference(Base):
+    kind: str = ""
+    name: str = ""
+    controller: bool = False
+
+
+class ObjectMeta(Base):
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    owner_references: list[OwnerReference] = []
+    deletion_timestamp: str | None = None
+
+
+class LabelSelectorRequirement(Base):
+    key: str
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
+    values: list[str] = []
+
+
+class LabelSelector(Base):
+    match_labels: dict[str, str] = {}
+    match_expressions: list[LabelSelectorRequirement] = []
+
+
+Protocol = Literal["TCP", "UDP", "SCTP"]
+
+
+# ---- Namespaces and nodes ---------------------------------------------------
+
+
+class Namespace(Base):
+    metadata: ObjectMeta
+    api_version: str = "v1"
+    kind: str = "Namespace"
+
+
+class NodeAddress(Base):
+    type: str
+    address: str
+
+
+class NodeSpec(Base):
+    pod_cidr: str = msgspec.field(name="podCIDR", default="")
+    pod_cidrs: list[str] = msgspec.field(name="podCIDRs", default_factory=list)
+
+
+class NodeStatus(Base):
+    addresses: list[NodeAddress] = []
+
+
+class Node(Base):
+    metadata: ObjectMeta
+    spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
+    api_version: str = "v1"
+    kind: str = "Node"
+
+
+# ---- Pods and workloads -----------------------------------------------------
+
+
+class ContainerPort(Base):
+    container_port: int
+    name: str = ""
+    protocol: Protocol = "TCP"
+
+
+class EnvVar(Base):
+    name: str
+    value: str = ""
+
+
+class HTTPGetAction(Base):
+    port: int | str
+    path: str = "/"
+
+
+class TCPSocketAction(Base):
+    port: int | str
+
+
+class Probe(Base):
+    http_get: HTTPGetAction | None = None
+    tcp_socket: TCPSocketAction | None = None
+    initial_delay_seconds: int = 0
+    period_seconds: int = 10
+    timeout_seconds: int = 1
+    success_threshold: int = 1
+    failure_threshold: int = 3
+
+
+class Container(Base):
+    name: str
+    image: str = ""
+    command: list[str] = []
+    args: list[str] = []
+    env: list[EnvVar] = []
+    working_dir: str = ""
+    ports: list[ContainerPort] = []
+    readiness_probe: Probe | None = None
+
+
+class PodSpec(Base):
+    containers: list[Container] = []
+    init_containers: list[Container] = []
+    node_name: str = ""
+    node_selector: dict[str, str] = {}
+    host_network: bool = False
+    hostname: str = ""
+    subdomain: str = ""
+    restart_policy: str = "Always"
+
+
+class PodIP(Base):
+    ip: str
+
+
+class Condition(Base):
+    type: str
+    status: str
+
+
+class PodStatus(Base):
+    phase: str = ""
+    pod_ip: str = msgspec.field(name="podIP", default="")
+    pod_ips: list[PodIP] = msgspec.field(name="podIPs", default_factory=list)
+    host_ip: str = msgspec.field(name="hostIP", default="")
+    conditions: list[Condition] = []
+    reason: str = ""
+    message: str = ""
+
+
+class Pod(Base):
+    metadata: ObjectMeta
+    spec: PodSpec = PodSpec()
+    status: PodStatus = PodStatus()
+    api_version: str = "v1"
+    kind: str = "Pod"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.metadata.namespace, self.metadata.name
+
+    @property
+    def ips(self) -> list[str]:
+        """Every address of the pod, the primary first."""
+        if self.status.pod_ips:
+            return [p.ip for p in self.status.pod_ips]
+        return [self.status.pod_ip] if self.status.pod_ip else []
+
+    @property
+    def finished(self) -> bool:
+        """Succeeded and Failed pods leave all sets (their address may be reused)."""
+        return self.status.phase in ("Succeeded", "Failed")
+
+    @property
+    def ready(self) -> bool:
+        return any(c.type == "Ready" and c.status == "True" for c in self.status.conditions)
+
+
+class PodTemplateSpec(Base):
+    metadata: ObjectMeta = ObjectMeta()
+    spec: PodSpec = PodSpec()
+
+
+class WorkloadSpec(Base):
+    """The part that Deployment, StatefulSet, DaemonSet, ReplicaSet and Job share."""
+
+    replicas: int = 1
+    selector: LabelSelector | None = None
+    template: PodTemplateSpec = PodTemplateSpec()
+    service_name: str = ""
+    parallelism: int = 1
+    completions: int | None = None
+
+
+class Workload(Base):
+    metadata: ObjectMeta
+    spec: WorkloadSpec
+    kind: Literal["Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"]
+    api_version: str = "apps/v1"
+
+
+# ---- Services ---------------------------------------------------------------
+
+
+class ServicePort(Base):
+    port: int
+    name: str = ""
+    protocol: Protocol = "TCP"
+    target_port: int | str | None = None
+    node_port: int = 0
+    app_protocol: str = ""
+
+
+class ServiceSpec(Base):
+    type: str = "ClusterIP"
+    cluster_ip: str = msgspec.field(name="clusterIP", default="")
+    cluster_ips: list[str] = msgspec.field(name="clusterIPs", default_factory=list)
+    ip_families: list[str] = []
+    ip_family_policy: str = ""
+    external_name: str = ""
+    selector: dict[str, str] = {}
+    ports: list[ServicePort] = []
+    publish_not_ready_addresses: bool = False
+
+
+class Service(Base):
+    metadata: ObjectMeta
+    spec: ServiceSpec = ServiceSpec()
+    api_version: str = "v1"
+    kind: str = "Service"
+
+    @property
+    def cluster_ips(self) -> list[str]:
+        """ClusterIPs of both families; empty for headless and ExternalName."""
+        if self.spec.type == "ExternalName":
+            return []
+        ips = self.spec.cluster_ips or ([self.spec.cluster_ip] if self.spec.cluster_ip else [])
+        return [ip for ip in ips if ip and ip != "None"]
+
+
+class EndpointConditions(Base):
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class ObjectReference(Base):
+    kind: str = ""
+    namespace: str = ""
+    name: str = ""
+    uid: str = ""
+
+
+class Endpoint(Base):
+    addresses: list[str]
+    conditions: EndpointConditions = EndpointConditions()
+    node_name: str = ""
+    target_ref: ObjectReference | None = None
+
+
+class EndpointPort(Base):
+    port: int | None = None
+    name: str = ""
+    protocol: Protocol = "TCP"
+
+
+class EndpointSlice(Base):
+    metadata: ObjectMeta
+    address_type: Literal["IPv4", "IPv6", "FQDN"] = "IPv4"
+    endpoints: list[Endpoint] = []
+    ports: list[EndpointPort] = []
+    api_version: str = "discovery.k8s.io/v1"
+    kind: str = "EndpointSlice"
+
+    @property
+    def service(self) -> str:
+        """Name of the service this slice belongs to (label kubernetes.io/service-name)."""
+        return self.metadata.labels.get("kubernetes.io/service-name", "")
+
+
+# ---- NetworkPolicy ----------------------------------------------------------
+
+
+class IPBlock(Base):
+    cidr: str
+    except_: list[str] = msgspec.field(name="except", default_factory=list)
+
+
+class NetworkPolicyPeer(Base):
+    pod_selector: LabelSelector | None = None
+    namespace_selector: LabelSelector | None = None
+    ip_block: IPBlock | None = None
+
+
+class NetworkPolicyPort(Base):
+    protocol: Protocol = "TCP"
+    port: int | str | None = None
+    end_port: int | None = None
+
+
+class NetworkPolicyIngressRule(Base):
+    from_: list[NetworkPolicyPeer] = msgspec.field(name="from", default_factory=list)
+    ports: list[NetworkPolicyPort] = []
+
+
+class NetworkPolicyEgressRule(Base):
+    to: list[NetworkPolicyPeer] = []
+    ports: list[NetworkPolicyPort] = []
+
+
+class NetworkPolicySpec(Base):
+    pod_selector: LabelSelector = LabelSelector()
+    policy_types: list[Literal["Ingress", "Egress"]] = []
+    ingress: list[NetworkPolicyIngressRule] = []
+    egress: list[NetworkPolicyEgressRule] = []
+
+
+class NetworkPolicy(Base):
+    metadata: ObjectMeta
+    spec: NetworkPolicySpec = NetworkPolicySpec()
+    api_version: str = "networking.k8s.io/v1"
+    kind: str = "NetworkPolicy"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.metadata.namespace, self.metadata.name
+
+
+Object = Namespace | Node | Pod | Workload | Service | EndpointSlice | NetworkPolicy
+
+
+class Cluster(msgspec.Struct):
+    """Everything that is known, by name: what the specification and the compilers judge by."""
+
+    namespaces: dict[str, Namespace] = {}
+    nodes: dict[str, Node] = {}
+    pods: dict[tuple[str, str], Pod] = {}
+    services: dict[tuple[str, str], Service] = {}
+    slices: dict[tuple[str, str], EndpointSlice] = {}
+    policies: dict[tuple[str, str], NetworkPolicy] = {}

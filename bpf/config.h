@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * config.h: what every program includes first: kernel headers, helpers, the
+ * schema, and the settings that are fixed when the object is loaded.
+ *
+ * Settings are read-only to the programs, so the verifier prunes what they
+ * switch off. The loader writes them into .rodata before loading.
+ */
+#ifndef LOCKGATE_CONFIG_H
+#define LOCKGATE_CONFIG_H
+
+#include <linux/bpf.h>
+#include <linux/types.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+
+#include "types.h"
+
+/* 0 removes the code that copies packets into events_raw. */
+const volatile __u32 config_capture = 1;
+
+/* Seconds without a packet after which an entry no longer counts. */
+const volatile __u32 timeout_established = 5 * 24 * 3600;
+const volatile __u32 timeout_half_open   = 60;
+const volatile __u32 timeout_closed      = 10;
+const volatile __u32 timeout_datagram    = 180;	/* UDP, ICMP and the like */
+const volatile __u32 timeout_fragment    = 30;
+
+/* Ports that masquerade may take, host order, both included. */
+const volatile __u16 masquerade_port_min = 32768;
+const volatile __u16 masquerade_port_max = 60999;
+
+#endif

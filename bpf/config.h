@@ -9,6 +9,9 @@
 #ifndef LOCKGATE_CONFIG_H
 #define LOCKGATE_CONFIG_H
 
+#include <stdbool.h>
+#include <stddef.h>
+
 #include <linux/bpf.h>
 #include <linux/types.h>
 #include <bpf/bpf_helpers.h>

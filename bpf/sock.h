@@ -1,0 +1,291 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * sock.h: services at the socket, for every process in the node's cgroup.
+ *
+ * connect() and sendmsg() to a service become calls to one of its backends, so
+ * no packet of such a socket ever carries the service's address. recvmsg() and
+ * getpeername() turn the backend back into the service the program asked for.
+ * What is left untouched here (SCTP, unknown ports of a service's address)
+ * reaches from_pod, which translates or rejects it per packet.
+ *
+ * IPv4, IPv6 and IPv4-mapped addresses of IPv6 sockets are all 16 bytes here.
+ */
+#ifndef LOCKGATE_SOCK_H
+#define LOCKGATE_SOCK_H
+
+#include <linux/errno.h>
+#include <linux/in.h>
+
+#include "maps.h"
+
+enum sock_answer {
+	SOCK_REFUSE  = 0,
+	SOCK_PROCEED = 1,
+};
+
+/* A socket's address as the hooks see it. */
+struct sock_name {
+	struct addr addr;
+	__be16 port;
+};
+
+/* A backend as the image holds it: BACKEND_WORDS words. */
+struct image_backend {
+	struct addr addr;
+	__be16 port;
+	__u16 flags;
+	__u32 endpoint;
+};
+
+static __always_inline struct sock_name sock_name4(struct bpf_sock_addr *ctx)
+{
+	struct sock_name name = { .addr.b = { [10] = 0xff, [11] = 0xff } };
+	__u32 ip = ctx->user_ip4;
+
+	__builtin_memcpy(&name.addr.b[12], &ip, 4);
+	name.port = (__be16)ctx->user_port;
+	return name;
+}
+
+static __always_inline struct sock_name sock_name6(struct bpf_sock_addr *ctx)
+{
+	__u32 ip[4] = { ctx->user_ip6[0], ctx->user_ip6[1],
+			ctx->user_ip6[2], ctx->user_ip6[3] };
+	struct sock_name name;
+
+	__builtin_memcpy(&name.addr, ip, sizeof(ip));
+	name.port = (__be16)ctx->user_port;
+	return name;
+}
+
+static __always_inline void set_sock_name4(struct bpf_sock_addr *ctx,
+					   const struct sock_name *name)
+{
+	__u32 ip;
+
+	__builtin_memcpy(&ip, &name->addr.b[12], 4);
+	ctx->user_ip4 = ip;
+	ctx->user_port = name->port;
+}
+
+static __always_inline void set_sock_name6(struct bpf_sock_addr *ctx,
+					   const struct sock_name *name)
+{
+	__u32 ip[4];
+
+	__builtin_memcpy(ip, &name->addr, sizeof(ip));
+	ctx->user_ip6[0] = ip[0];
+	ctx->user_ip6[1] = ip[1];
+	ctx->user_ip6[2] = ip[2];
+	ctx->user_ip6[3] = ip[3];
+	ctx->user_port = name->port;
+}
+
+static __always_inline struct socket_key socket_key(struct bpf_sock_addr *ctx,
+						    const struct sock_name *name)
+{
+	struct socket_key key = {
+		.cookie = bpf_get_socket_cookie(ctx),
+		.addr = name->addr,
+		.port = name->port,
+		.proto = (__u8)ctx->protocol,
+	};
+
+	return key;
+}
+
+static __always_inline bool backend_is_live(const struct socket_peer *backend,
+					    __u8 proto, __u32 epoch)
+{
+	struct backend_key key = {
+		.addr = backend->addr,
+		.service = backend->service,
+		.port = backend->port,
+		.proto = proto,
+	};
+	struct backend_state *state = bpf_map_lookup_elem(&service_backends, &key);
+
+	return state && state->live[epoch & 1];
+}
+
+/* One of the service's backends at random. False when the image has none. */
+static __always_inline bool choose_backend(const struct service_view *service, __u32 epoch,
+					   struct sock_name *chosen)
+{
+	struct image_backend backend;
+	void *image = image_of(epoch);
+	__u64 *words[BACKEND_WORDS];
+	__u32 first;
+
+	if (!image || !service->count)
+		return false;
+	first = service->backends +
+		bpf_get_prandom_u32() % service->count * BACKEND_WORDS;
+	words[0] = image_word(image, first);
+	words[1] = image_word(image, first + 1);
+	words[2] = image_word(image, first + 2);
+	if (!words[0] || !words[1] || !words[2])
+		return false;
+	__builtin_memcpy((char *)&backend, words[0], 8);
+	__builtin_memcpy((char *)&backend + 8, words[1], 8);
+	__builtin_memcpy((char *)&backend + 16, words[2], 8);
+	chosen->addr = backend.addr;
+	chosen->port = backend.port;
+	return true;
+}
+
+/*
+ * Where a socket that wants to talk to `name` shall go: `name` becomes a
+ * backend when it is a service, and stays as it is when it is not.
+ *
+ * A UDP socket keeps its backend of a service while that backend lives, as one
+ * exchange may take several datagrams. TCP chooses anew with every connect().
+ */
+static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
+						  struct sock_name *name)
+{
+	struct service_key wanted = {
+		.addr = name->addr,
+		.port = name->port,
+		.proto = (__u8)ctx->protocol,
+	};
+	struct socket_peer *kept, backend = {}, frontend = {};
+	struct socket_key by_service, by_backend;
+	struct service_view *view;
+	struct service *service;
+	struct sock_name chosen;
+	__u32 epoch;
+
+	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
+		return SOCK_PROCEED;
+	epoch = node_epoch();
+	service = epoch ? bpf_map_lookup_elem(&services, &wanted) : NULL;
+	if (!service)
+		return SOCK_PROCEED;
+	view = &service->view[epoch & 1];
+	if (!(view->flags & SVC_PRESENT))
+		return SOCK_PROCEED;
+
+	by_service = socket_key(ctx, name);
+	kept = ctx->protocol == IPPROTO_UDP ? bpf_map_lookup_elem(&sockets, &by_service) : NULL;
+	if (kept && kept->service == view->id && backend_is_live(kept, IPPROTO_UDP, epoch)) {
+		name->addr = kept->addr;
+		name->port = kept->port;
+		return SOCK_PROCEED;
+	}
+
+	if (!choose_backend(view, epoch, &chosen)) {
+		bpf_set_retval(-ECONNREFUSED);
+		return SOCK_REFUSE;
+	}
+	by_backend = socket_key(ctx, &chosen);
+	backend.addr = chosen.addr;
+	backend.port = chosen.port;
+	backend.service = view->id;
+	frontend.addr = name->addr;
+	frontend.port = name->port;
+	frontend.service = view->id;
+	bpf_map_update_elem(&sockets, &by_service, &backend, BPF_ANY);
+	bpf_map_update_elem(&sockets, &by_backend, &frontend, BPF_ANY);
+	*name = chosen;
+	return SOCK_PROCEED;
+}
+
+/* The service through which this socket reached `name`. False: it did not. */
+static __always_inline bool translate_back(struct bpf_sock_addr *ctx, struct sock_name *name)
+{
+	struct socket_key key = socket_key(ctx, name);
+	struct socket_peer *frontend = bpf_map_lookup_elem(&sockets, &key);
+
+	if (!frontend)
+		return false;
+	name->addr = frontend->addr;
+	name->port = frontend->port;
+	return true;
+}
+
+static __always_inline int sock_towards4(struct bpf_sock_addr *ctx)
+{
+	struct sock_name name = sock_name4(ctx);
+	enum sock_answer answer = translate(ctx, &name);
+
+	set_sock_name4(ctx, &name);
+	return answer;
+}
+
+static __always_inline int sock_towards6(struct bpf_sock_addr *ctx)
+{
+	struct sock_name name = sock_name6(ctx);
+	enum sock_answer answer = translate(ctx, &name);
+
+	set_sock_name6(ctx, &name);
+	return answer;
+}
+
+static __always_inline int sock_from4(struct bpf_sock_addr *ctx)
+{
+	struct sock_name name = sock_name4(ctx);
+
+	if (translate_back(ctx, &name))
+		set_sock_name4(ctx, &name);
+	return SOCK_PROCEED;
+}
+
+static __always_inline int sock_from6(struct bpf_sock_addr *ctx)
+{
+	struct sock_name name = sock_name6(ctx);
+
+	if (translate_back(ctx, &name))
+		set_sock_name6(ctx, &name);
+	return SOCK_PROCEED;
+}
+
+SEC("cgroup/connect4")
+int sock_connect4(struct bpf_sock_addr *ctx)
+{
+	return sock_towards4(ctx);
+}
+
+SEC("cgroup/connect6")
+int sock_connect6(struct bpf_sock_addr *ctx)
+{
+	return sock_towards6(ctx);
+}
+
+SEC("cgroup/sendmsg4")
+int sock_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return sock_towards4(ctx);
+}
+
+SEC("cgroup/sendmsg6")
+int sock_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return sock_towards6(ctx);
+}
+
+SEC("cgroup/recvmsg4")
+int sock_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return sock_from4(ctx);
+}
+
+SEC("cgroup/recvmsg6")
+int sock_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return sock_from6(ctx);
+}
+
+SEC("cgroup/getpeername4")
+int sock_getpeername4(struct bpf_sock_addr *ctx)
+{
+	return sock_from4(ctx);
+}
+
+SEC("cgroup/getpeername6")
+int sock_getpeername6(struct bpf_sock_addr *ctx)
+{
+	return sock_from6(ctx);
+}
+
+#endif

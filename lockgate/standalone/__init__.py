@@ -1,0 +1,1 @@
+"""The embedded cluster: controllers, scheduler, pods, probes, supervisor."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from lockgate.objects import model
+from lockgate.paths import pod_binary
 
 __all__ = [
     "Container",
@@ -48,9 +49,9 @@ class RuntimeFailure(Exception):
 
 
 def binary() -> Path:
-    """Where `lockgate-pod` is: $LOCKGATE_POD, or build/ of the source tree."""
+    """Where `lockgate-pod` is: $LOCKGATE_POD, or what was built with this package."""
     chosen = os.environ.get("LOCKGATE_POD")
-    return Path(chosen) if chosen else Path(__file__).parents[2] / "build" / "lockgate-pod"
+    return Path(chosen) if chosen else pod_binary()
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,12 @@ class PodSpec:
             f"grace {round(self.grace * 1000)}",
             f"backoff {round(self.backoff * 1000)}",
         ]
-        for key, path in (("cgroup", cgroup), ("hosts", hosts), ("log", log), ("netns", self.netns)):
+        for key, path in (
+            ("cgroup", cgroup),
+            ("hosts", hosts),
+            ("log", log),
+            ("netns", self.netns),
+        ):
             if path is not None:
                 records.append(f"{key} {path}")
         for container in self.init_containers:
@@ -218,7 +224,7 @@ class PodProcess:
                 start_new_session=True,
             )
         except OSError as error:
-            raise RuntimeFailure(f"pod {spec.name}: cannot run {binary()}: {error}") from error
+            raise RuntimeFailure(f"pod {spec.name}: cannot run lockgate-pod: {error}") from error
         assert process.stdin and process.stdout
         try:
             process.stdin.write(description)

@@ -134,6 +134,22 @@ static __always_inline bool choose_backend(const struct service_view *service, _
 	return true;
 }
 
+/* Writes only what is new: of two services with one backend the last asked
+ * counts, and the LRU may have evicted one direction without the other. */
+static __always_inline void remember(const struct socket_key *key, const struct sock_name *peer,
+				     __u32 service)
+{
+	struct socket_peer *known = bpf_map_lookup_elem(&sockets, key);
+	struct socket_peer value = {
+		.addr = peer->addr,
+		.port = peer->port,
+		.service = service,
+	};
+
+	if (!known || __builtin_memcmp(known, &value, sizeof(value)))
+		bpf_map_update_elem(&sockets, key, &value, BPF_ANY);
+}
+
 /*
  * Where a socket that wants to talk to `name` shall go: `name` becomes a
  * backend when it is a service, and stays as it is when it is not.
@@ -149,8 +165,8 @@ static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
 		.port = name->port,
 		.proto = (__u8)ctx->protocol,
 	};
-	struct socket_peer *kept, backend = {}, frontend = {};
 	struct socket_key by_service, by_backend;
+	struct socket_peer *kept = NULL;
 	struct service_view *view;
 	struct service *service;
 	struct sock_name chosen;
@@ -167,26 +183,19 @@ static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
 		return SOCK_PROCEED;
 
 	by_service = socket_key(ctx, name);
-	kept = ctx->protocol == IPPROTO_UDP ? bpf_map_lookup_elem(&sockets, &by_service) : NULL;
+	if (ctx->protocol == IPPROTO_UDP)
+		kept = bpf_map_lookup_elem(&sockets, &by_service);
 	if (kept && kept->service == view->id && backend_is_live(kept, IPPROTO_UDP, epoch)) {
-		name->addr = kept->addr;
-		name->port = kept->port;
-		return SOCK_PROCEED;
-	}
-
-	if (!choose_backend(view, epoch, &chosen)) {
+		chosen.addr = kept->addr;
+		chosen.port = kept->port;
+	} else if (choose_backend(view, epoch, &chosen)) {
+		remember(&by_service, &chosen, view->id);
+	} else {
 		bpf_set_retval(-ECONNREFUSED);
 		return SOCK_REFUSE;
 	}
 	by_backend = socket_key(ctx, &chosen);
-	backend.addr = chosen.addr;
-	backend.port = chosen.port;
-	backend.service = view->id;
-	frontend.addr = name->addr;
-	frontend.port = name->port;
-	frontend.service = view->id;
-	bpf_map_update_elem(&sockets, &by_service, &backend, BPF_ANY);
-	bpf_map_update_elem(&sockets, &by_backend, &frontend, BPF_ANY);
+	remember(&by_backend, name, view->id);
 	*name = chosen;
 	return SOCK_PROCEED;
 }

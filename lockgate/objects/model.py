@@ -15,13 +15,13 @@ class Base(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True, fro
     """Common settings: camelCase in JSON, defaults left out, immutable."""
 
 
-class OwnerReference(Base):
+class OwnerReference(Base, frozen=True):
     kind: str = ""
     name: str = ""
     controller: bool = False
 
 
-class ObjectMeta(Base):
+class ObjectMeta(Base, frozen=True):
     name: str = ""
     namespace: str = ""
     uid: str = ""
@@ -31,13 +31,13 @@ class ObjectMeta(Base):
     deletion_timestamp: str | None = None
 
 
-class LabelSelectorRequirement(Base):
+class LabelSelectorRequirement(Base, frozen=True):
     key: str
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
     values: list[str] = []
 
 
-class LabelSelector(Base):
+class LabelSelector(Base, frozen=True):
     match_labels: dict[str, str] = {}
     match_expressions: list[LabelSelectorRequirement] = []
 
@@ -48,27 +48,27 @@ Protocol = Literal["TCP", "UDP", "SCTP"]
 # ---- Namespaces and nodes ---------------------------------------------------
 
 
-class Namespace(Base):
+class Namespace(Base, frozen=True):
     metadata: ObjectMeta
     api_version: str = "v1"
     kind: str = "Namespace"
 
 
-class NodeAddress(Base):
+class NodeAddress(Base, frozen=True):
     type: str
     address: str
 
 
-class NodeSpec(Base):
+class NodeSpec(Base, frozen=True):
     pod_cidr: str = msgspec.field(name="podCIDR", default="")
     pod_cidrs: list[str] = msgspec.field(name="podCIDRs", default_factory=list)
 
 
-class NodeStatus(Base):
+class NodeStatus(Base, frozen=True):
     addresses: list[NodeAddress] = []
 
 
-class Node(Base):
+class Node(Base, frozen=True):
     metadata: ObjectMeta
     spec: NodeSpec = NodeSpec()
     status: NodeStatus = NodeStatus()
@@ -79,27 +79,27 @@ class Node(Base):
 # ---- Pods and workloads -----------------------------------------------------
 
 
-class ContainerPort(Base):
+class ContainerPort(Base, frozen=True):
     container_port: int
     name: str = ""
     protocol: Protocol = "TCP"
 
 
-class EnvVar(Base):
+class EnvVar(Base, frozen=True):
     name: str
     value: str = ""
 
 
-class HTTPGetAction(Base):
+class HTTPGetAction(Base, frozen=True):
     port: int | str
     path: str = "/"
 
 
-class TCPSocketAction(Base):
+class TCPSocketAction(Base, frozen=True):
     port: int | str
 
 
-class Probe(Base):
+class Probe(Base, frozen=True):
     http_get: HTTPGetAction | None = None
     tcp_socket: TCPSocketAction | None = None
     initial_delay_seconds: int = 0
@@ -109,7 +109,7 @@ class Probe(Base):
     failure_threshold: int = 3
 
 
-class Container(Base):
+class Container(Base, frozen=True):
     name: str
     image: str = ""
     command: list[str] = []
@@ -120,7 +120,7 @@ class Container(Base):
     readiness_probe: Probe | None = None
 
 
-class PodSpec(Base):
+class PodSpec(Base, frozen=True):
     containers: list[Container] = []
     init_containers: list[Container] = []
     node_name: str = ""
@@ -131,16 +131,16 @@ class PodSpec(Base):
     restart_policy: str = "Always"
 
 
-class PodIP(Base):
+class PodIP(Base, frozen=True):
     ip: str
 
 
-class Condition(Base):
+class Condition(Base, frozen=True):
     type: str
     status: str
 
 
-class PodStatus(Base):
+class PodStatus(Base, frozen=True):
     phase: str = ""
     pod_ip: str = msgspec.field(name="podIP", default="")
     pod_ips: list[PodIP] = msgspec.field(name="podIPs", default_factory=list)
@@ -150,7 +150,7 @@ class PodStatus(Base):
     message: str = ""
 
 
-class Pod(Base):
+class Pod(Base, frozen=True):
     metadata: ObjectMeta
     spec: PodSpec = PodSpec()
     status: PodStatus = PodStatus()
@@ -178,12 +178,12 @@ class Pod(Base):
         return any(c.type == "Ready" and c.status == "True" for c in self.status.conditions)
 
 
-class PodTemplateSpec(Base):
+class PodTemplateSpec(Base, frozen=True):
     metadata: ObjectMeta = ObjectMeta()
     spec: PodSpec = PodSpec()
 
 
-class WorkloadSpec(Base):
+class WorkloadSpec(Base, frozen=True):
     """The part that Deployment, StatefulSet, DaemonSet, ReplicaSet and Job share."""
 
     replicas: int = 1
@@ -194,7 +194,7 @@ class WorkloadSpec(Base):
     completions: int | None = None
 
 
-class Workload(Base):
+class Workload(Base, frozen=True):
     metadata: ObjectMeta
     spec: WorkloadSpec
     kind: Literal["Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"]
@@ -204,7 +204,7 @@ class Workload(Base):
 # ---- Services ---------------------------------------------------------------
 
 
-class ServicePort(Base):
+class ServicePort(Base, frozen=True):
     port: int
     name: str = ""
     protocol: Protocol = "TCP"
@@ -213,7 +213,7 @@ class ServicePort(Base):
     app_protocol: str = ""
 
 
-class ServiceSpec(Base):
+class ServiceSpec(Base, frozen=True):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(name="clusterIP", default="")
     cluster_ips: list[str] = msgspec.field(name="clusterIPs", default_factory=list)
@@ -225,7 +225,7 @@ class ServiceSpec(Base):
     publish_not_ready_addresses: bool = False
 
 
-class Service(Base):
+class Service(Base, frozen=True):
     metadata: ObjectMeta
     spec: ServiceSpec = ServiceSpec()
     api_version: str = "v1"
@@ -240,33 +240,33 @@ class Service(Base):
         return [ip for ip in ips if ip and ip != "None"]
 
 
-class EndpointConditions(Base):
+class EndpointConditions(Base, frozen=True):
     ready: bool | None = None
     serving: bool | None = None
     terminating: bool | None = None
 
 
-class ObjectReference(Base):
+class ObjectReference(Base, frozen=True):
     kind: str = ""
     namespace: str = ""
     name: str = ""
     uid: str = ""
 
 
-class Endpoint(Base):
+class Endpoint(Base, frozen=True):
     addresses: list[str]
     conditions: EndpointConditions = EndpointConditions()
     node_name: str = ""
     target_ref: ObjectReference | None = None
 
 
-class EndpointPort(Base):
+class EndpointPort(Base, frozen=True):
     port: int | None = None
     name: str = ""
     protocol: Protocol = "TCP"
 
 
-class EndpointSlice(Base):
+class EndpointSlice(Base, frozen=True):
     metadata: ObjectMeta
     address_type: Literal["IPv4", "IPv6", "FQDN"] = "IPv4"
     endpoints: list[Endpoint] = []
@@ -283,41 +283,41 @@ class EndpointSlice(Base):
 # ---- NetworkPolicy ----------------------------------------------------------
 
 
-class IPBlock(Base):
+class IPBlock(Base, frozen=True):
     cidr: str
     except_: list[str] = msgspec.field(name="except", default_factory=list)
 
 
-class NetworkPolicyPeer(Base):
+class NetworkPolicyPeer(Base, frozen=True):
     pod_selector: LabelSelector | None = None
     namespace_selector: LabelSelector | None = None
     ip_block: IPBlock | None = None
 
 
-class NetworkPolicyPort(Base):
+class NetworkPolicyPort(Base, frozen=True):
     protocol: Protocol = "TCP"
     port: int | str | None = None
     end_port: int | None = None
 
 
-class NetworkPolicyIngressRule(Base):
+class NetworkPolicyIngressRule(Base, frozen=True):
     from_: list[NetworkPolicyPeer] = msgspec.field(name="from", default_factory=list)
     ports: list[NetworkPolicyPort] = []
 
 
-class NetworkPolicyEgressRule(Base):
+class NetworkPolicyEgressRule(Base, frozen=True):
     to: list[NetworkPolicyPeer] = []
     ports: list[NetworkPolicyPort] = []
 
 
-class NetworkPolicySpec(Base):
+class NetworkPolicySpec(Base, frozen=True):
     pod_selector: LabelSelector = LabelSelector()
     policy_types: list[Literal["Ingress", "Egress"]] = []
     ingress: list[NetworkPolicyIngressRule] = []
     egress: list[NetworkPolicyEgressRule] = []
 
 
-class NetworkPolicy(Base):
+class NetworkPolicy(Base, frozen=True):
     metadata: ObjectMeta
     spec: NetworkPolicySpec = NetworkPolicySpec()
     api_version: str = "networking.k8s.io/v1"

@@ -1,0 +1,1 @@
+"""What NetworkPolicy means, in plain Python."""

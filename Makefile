@@ -1,0 +1,89 @@
+# Lockgate: every developer's command. `make help` lists them.
+# SPDX-License-Identifier: Apache-2.0
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+EXAMPLE ?= examples/shop
+SECONDS_TO_FUZZ := $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),60)
+BENCH ?=
+PYTEST ?=
+
+PYTHON   := .venv/bin/python
+CLANG    = $(shell command -v clang-19 clang-18 clang-17 clang-16 | head -n 1)
+# clang -target bpf does not look where Debian keeps <asm/types.h>.
+INCLUDES = -I/usr/include/$(shell uname -m)-linux-gnu
+
+BPF_CFLAGS = -target bpf -mcpu=v3 -O2 -g -std=gnu11 -Wall -Wextra -Wno-unused-parameter -Werror $(INCLUDES) -Ibpf
+POD_CFLAGS = -O2 -g -std=gnu11 -Wall -Wextra -static
+
+BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
+
+.PHONY: help run test check format build bench fuzz wheel lock clean setup-build setup-run setup-test setup-bench artifacts
+
+##@ Using it
+
+run: setup-run artifacts ## start the example cluster (EXAMPLE=folder; ONCE=1 leaves after the check)
+	@.venv/bin/lockgate up $(EXAMPLE) $(if $(ONCE),--once)
+
+##@ Developing
+
+test: setup-test artifacts ## install what is missing, build, run every test (PYTEST='-k name' for some)
+	@$(PYTHON) -m pytest $(wildcard tests/unit tests/bytecode tests/system) $(PYTEST)
+
+check: setup-build ## formatting, lint, types, import contracts
+	@$(PYTHON) -m ruff format --check . || { echo "make format puts this right."; exit 1; }
+	@$(PYTHON) -m ruff check . || { echo "ruff check --fix puts some of this right."; exit 1; }
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-logo 2>/dev/null || .venv/bin/lint-imports || { echo "docs/architecture.md, Rooms, says which way imports point."; exit 1; }
+
+format: setup-build ## put formatting and import order right
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix --select I .
+
+build: setup-build artifacts ## build/lockgate.bpf.o and build/lockgate-pod
+
+bench: setup-bench artifacts build/bench-rr ## the figures (BENCH='net verdict' for some, BENCH=--help for all)
+	@$(PYTHON) -m bench.run $(BENCH)
+
+fuzz: setup-test artifacts ## compare the kernel with the specification for SECONDS=n
+	@LOCKGATE_FUZZ_SECONDS=$(SECONDS_TO_FUZZ) $(PYTHON) -m pytest tests/bytecode -m fuzz -s --timeout=0 $(PYTEST)
+
+wheel: setup-build artifacts ## dist/*.whl, with the kernel programs inside
+	@$(PYTHON) -m hatchling build -t wheel
+
+lock: setup-build ## write requirements.lock anew from what .venv has
+	@{ head -n 1 requirements.lock; $(PYTHON) -m pip freeze --exclude-editable; } > build/lock && mv build/lock requirements.lock
+
+clean: ## remove everything that was built, the virtual environment too
+	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+help: ## this list
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ---- set-up: runs each time, does only what is missing --------------------------------
+
+setup-build setup-run setup-test setup-bench: setup-%:
+	@scripts/setup.sh $*
+
+# ---- what is built (a second make, so that clang is looked for after set-up) ----------
+
+artifacts:
+	@$(MAKE) --no-print-directory -s build/lockgate.bpf.o build/lockgate-pod
+
+build/lockgate.bpf.o: $(BPF_SOURCES) Makefile
+	@mkdir -p build
+	@echo "  building $@"
+	@$(CLANG) $(BPF_CFLAGS) -c bpf/lockgate.bpf.c -o $@
+
+build/lockgate-pod: runtime/pod.c $(wildcard runtime/*.h) Makefile
+	@mkdir -p build
+	@echo "  building $@"
+	@$(CLANG) $(POD_CFLAGS) $< -o $@
+
+build/bench-rr: bench/rr.c Makefile
+	@mkdir -p build
+	@echo "  building $@"
+	@$(CLANG) -O2 -std=gnu11 -Wall -Wextra -static $< -o $@

@@ -1,0 +1,31 @@
+"""Where the built kernel object and the pod runtime are.
+
+In a checkout they are in build/ (made by `make build`), in an installed wheel in
+lockgate/_bin.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["bpf_object", "pod_binary"]
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _built(name: str) -> Path:
+    places = (_PACKAGE.parent / "build" / name, _PACKAGE / "_bin" / name)
+    for path in places:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{places[0]} is missing: run `make build`")
+
+
+def bpf_object() -> Path:
+    """The object file of all kernel programs."""
+    return _built("lockgate.bpf.o")
+
+
+def pod_binary() -> Path:
+    """The program that is the first process of each pod, and the prober."""
+    return _built("lockgate-pod")

@@ -1,0 +1,1 @@
+"""The command `lockgate`: one module per command, loaded when it is called."""

@@ -1,0 +1,1 @@
+"""Sources of objects: a folder of manifests, a watch stream."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["FieldError", "ManifestError", "clean", "describe"]
+__all__ = ["FieldError", "ManifestError", "clean", "describe", "one_of"]
 
 
 class ManifestError(Exception):
@@ -47,3 +48,8 @@ def clean(text: str) -> str:
     """Text of a manifest for a message: one line, not too long."""
     text = text if text.isprintable() else json.dumps(text)
     return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def one_of(values: Sequence[str]) -> str:
+    """The values as a choice in a sentence: "a", "a or b", "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(values[:-1]), values[-1])))

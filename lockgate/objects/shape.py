@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from lockgate.objects.errors import FieldError
+from lockgate.objects.errors import FieldError, one_of
 
 __all__ = ["shape"]
 
@@ -51,7 +51,7 @@ def _check(value: Any, kind: inspect.Type, path: str, closed: frozenset[str], pl
             ]
         case inspect.LiteralType():
             if not isinstance(value, str) or value not in kind.values:
-                raise FieldError(path, _one_of([str(v) for v in kind.values]), value)
+                raise FieldError(path, one_of([str(v) for v in kind.values]), value)
             return value
         case inspect.UnionType():
             types = [t for t in kind.types if not isinstance(t, inspect.NoneType)]
@@ -101,7 +101,3 @@ def _check_struct(
         elif field.required:
             raise FieldError(f"{path}{dot}{name}", "a value, as the field is required", None)
     return result
-
-
-def _one_of(values: list[str]) -> str:
-    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"

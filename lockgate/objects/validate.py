@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lockgate.objects.address import is_ipv4, parse_address, parse_cidr
-from lockgate.objects.errors import FieldError
+from lockgate.objects.errors import FieldError, one_of
 from lockgate.objects.model import (
     Container,
     EndpointSlice,
@@ -122,8 +122,7 @@ def _pod_spec(spec: PodSpec, path: str, restart: tuple[str, ...]) -> None:
         check_dns_label(spec.hostname, f"{path}.hostname")
     if spec.subdomain:
         check_dns_label(spec.subdomain, f"{path}.subdomain")
-    if spec.restart_policy not in restart:
-        raise FieldError(f"{path}.restartPolicy", " or ".join(restart), spec.restart_policy)
+    _in(spec.restart_policy, restart, f"{path}.restartPolicy")
 
 
 def _container(container: Container, path: str) -> None:
@@ -364,7 +363,7 @@ def _one_per_family(addresses: list[str], path: str) -> None:
 
 def _in(value: str, values: tuple[str, ...], path: str) -> None:
     if value not in values:
-        raise FieldError(path, f"{', '.join(values[:-1])} or {values[-1]}", value)
+        raise FieldError(path, one_of(values), value)
 
 
 def _unique(items: Iterable[tuple[str, str]]) -> None:

@@ -29,8 +29,9 @@ const volatile __u32 timeout_closed      = 10;
 const volatile __u32 timeout_datagram    = 180;	/* UDP, ICMP and the like */
 const volatile __u32 timeout_fragment    = 30;
 
-/* Ports that masquerade may take, host order, both included. */
-const volatile __u16 masquerade_port_min = 32768;
-const volatile __u16 masquerade_port_max = 60999;
+/* Ports that masquerade may take, host order, both included: below what the
+ * kernel gives to the node's own sockets (ip_local_port_range) and below NodePorts. */
+const volatile __u16 masquerade_port_min = 10000;
+const volatile __u16 masquerade_port_max = 29999;
 
 #endif

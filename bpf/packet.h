@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * packet.h: the packet in hand: what was parsed, what was judged, and where
+ * it goes. One per CPU and kind of run, so that it costs no stack.
+ */
+#ifndef LOCKGATE_PACKET_H
+#define LOCKGATE_PACKET_H
+
+#include "maps.h"
+
+#define ETH_HLEN     14
+#define ETH_P_IP     0x0800
+#define ETH_P_ARP    0x0806
+#define ETH_P_IPV6   0x86dd
+
+#define IPPROTO_HOPOPTS   0
+#define IPPROTO_ICMP      1
+#define IPPROTO_TCP       6
+#define IPPROTO_UDP       17
+#define IPPROTO_ROUTING   43
+#define IPPROTO_FRAGMENT  44
+#define IPPROTO_AH        51
+#define IPPROTO_ICMPV6    58
+#define IPPROTO_DSTOPTS   60
+#define IPPROTO_SCTP      132
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+#define TCX_NEXT     -1		/* let the next program, then the stack, have it */
+#define TCX_DROP     2
+
+#define AF_INET  2
+#define AF_INET6 10
+
+enum fragment {
+	FRAG_NONE  = 0,
+	FRAG_FIRST = 1,
+	FRAG_LATER = 2,		/* has no ports of its own */
+};
+
+struct packet {
+	struct tuple wire;	/* as it came */
+	struct tuple now;	/* as it will leave: rewrite() makes it so */
+	struct tuple inner;	/* ICMP error: the packet it speaks of */
+	struct tuple tuple;	/* scratch for building keys */
+	struct ct_key key;
+	struct ct fresh;	/* connection to be stored */
+	struct nat translation;
+	struct event event;
+	__u8  bytes[128];	/* headers being read or built */
+
+	__u32 epoch;
+	__u32 now_s;		/* seconds, monotonic */
+	__u32 slot;		/* of the pod at this hook, or NO_SLOT */
+	__u32 place;		/* enum place */
+	__u32 length;		/* from the IP header on */
+	__u32 frag_id;
+	__u32 service;		/* id of the service asked, 0 = none */
+	__u32 target;		/* where it goes: kind << 28 | slot or hop */
+	__u32 cause;		/* enum cause of the drop, with its line */
+	__u32 line;
+
+	__u16 l3, l4;		/* offsets in the frame */
+	__u16 inner_l3, inner_l4;
+	__u8  family;		/* 4 or 6 */
+	__u8  ttl;
+	__u8  fragment;		/* enum fragment */
+	__u8  tcp_flags;
+	__u8  icmp_type, icmp_code;
+	__u8  icmp_error;	/* `inner` is valid */
+	__u8  dry;
+	__u8  judged;		/* directions judged: 1 << enum direction */
+	__u8  reply;		/* the packet flows from responder to originator */
+	__u8  own_socket;	/* sent by a socket of this node */
+	__u8  pad;
+
+	/* Both ends as the last verdict saw them, originator first. */
+	__u32 src_endpoint, dst_endpoint;
+	__u32 src_slot, dst_slot;
+	__u32 src_class, dst_class;
+	__u32 src_target, dst_target;
+	__u32 egress_cell, ingress_cell;
+	__u32 egress_pending, ingress_pending;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 2);		/* live traffic, dry runs */
+	__type(key, __u32);
+	__type(value, struct packet);
+} packets SEC(".maps");
+
+/* Record why and where a packet is given up; the value is the cause. */
+#define GIVE_UP(p, why) ((p)->line = __LINE__, (p)->cause = (why))
+
+static __always_inline __u32 target_of(__u32 kind, __u32 index)
+{
+	return kind << 28 | (index & 0x0fffffff);
+}
+
+static __always_inline __u32 target_kind(__u32 target)
+{
+	return target >> 28;
+}
+
+static __always_inline __u32 target_index(__u32 target)
+{
+	return target & 0x0fffffff;
+}
+
+static __always_inline bool same_addr(const struct addr *a, const struct addr *b)
+{
+	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
+
+	return x[0] == y[0] && x[1] == y[1];
+}
+
+static __always_inline bool zero_addr(const struct addr *a)
+{
+	const __u64 *x = (const __u64 *)a;
+
+	return !(x[0] | x[1]);
+}
+
+static __always_inline bool is_v4(const struct addr *a)
+{
+	const __u32 *w = (const __u32 *)a;
+
+	return !w[0] && !w[1] && w[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline void map_v4(struct addr *to, __be32 from)
+{
+	__u32 *w = (__u32 *)to;
+
+	w[0] = 0;
+	w[1] = 0;
+	w[2] = bpf_htonl(0xffff);
+	w[3] = from;
+}
+
+static __always_inline void reverse_of(struct tuple *to, const struct tuple *from)
+{
+	to->saddr = from->daddr;
+	to->daddr = from->saddr;
+	to->sport = from->dport;
+	to->dport = from->sport;
+	to->proto = from->proto;
+	to->pad[0] = to->pad[1] = to->pad[2] = 0;
+}
+
+static __always_inline bool has_ports(__u8 proto)
+{
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
+}
+
+/* The packet in hand of this CPU, cleared of what the last one left. */
+static __always_inline struct packet *packet_begin(struct __sk_buff *skb, __u32 place)
+{
+	__u32 which = skb->mark == DRY_MARK;
+	struct packet *p = bpf_map_lookup_elem(&packets, &which);
+
+	if (!p)
+		return NULL;
+	p->dry = which;
+	p->place = place;
+	p->epoch = node_epoch();
+	p->now_s = bpf_ktime_get_coarse_ns() / 1000000000ull;
+	p->slot = NO_SLOT;
+	p->service = p->target = p->cause = p->line = 0;
+	p->tcp_flags = p->icmp_type = p->icmp_code = p->icmp_error = 0;
+	p->fragment = p->judged = p->reply = p->own_socket = 0;
+	p->src_endpoint = p->dst_endpoint = 0;
+	p->egress_cell = p->ingress_cell = 0;
+	p->egress_pending = p->ingress_pending = 0;
+	return p;
+}
+
+#endif

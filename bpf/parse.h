@@ -1,0 +1,316 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * parse.h: bytes → struct packet. Every length is checked; nothing that
+ * arrives can make a program read beyond it.
+ */
+#ifndef LOCKGATE_PARSE_H
+#define LOCKGATE_PARSE_H
+
+#include "packet.h"
+
+/* RFC 791, RFC 8200, RFC 768, RFC 9293 header layouts, network order. */
+struct ipv4 {
+	__u8 version_ihl, tos;
+	__be16 length, id, frag;
+	__u8 ttl, proto;
+	__be16 csum;
+	__be32 saddr, daddr;
+};
+
+struct ipv6 {
+	__be32 version_class_flow;
+	__be16 length;
+	__u8 next, ttl;
+	struct addr saddr, daddr;
+};
+
+struct l4_head {		/* what the protocols share at their start */
+	__be16 sport, dport;
+	__u8 more[10];		/* TCP flags are at more[9] */
+};
+
+struct icmp_head {
+	__u8 type, code;
+	__be16 csum, id, seq;
+};
+
+#define IPV4_DF   0x4000
+#define IPV4_MF   0x2000
+#define IPV4_OFF  0x1fff
+
+/* ICMP and ICMPv6 types, RFC 792 and RFC 4443 */
+#define ICMP_ECHO_REPLY 0
+#define ICMP_UNREACH    3
+#define ICMP_ECHO       8
+#define ICMP_TIME       11
+#define ICMP_PARAM      12
+#define ICMP6_UNREACH   1
+#define ICMP6_TOO_BIG   2
+#define ICMP6_TIME      3
+#define ICMP6_PARAM     4
+#define ICMP6_ECHO      128
+#define ICMP6_REPLY     129
+#define MLD_FIRST       130	/* query, report, done: 130..132; report v2: 143 */
+#define NDP_RS          133
+#define NDP_RA          134
+#define NDP_NS          135
+#define NDP_NA          136
+#define NDP_REDIRECT    137
+#define MLD2_REPORT     143
+
+static __always_inline bool is_icmp_error(__u8 family, __u8 type)
+{
+	if (family == 4)
+		return type == ICMP_UNREACH || type == ICMP_TIME || type == ICMP_PARAM;
+	return type >= ICMP6_UNREACH && type <= ICMP6_PARAM;
+}
+
+/* Walk IPv6 extension headers from offset `at`. Returns the upper protocol,
+ * or -1 for a chain we do not follow; *at moves to its header. Fragment
+ * headers fill frag_id and fragment. */
+static __noinline int skip_extensions(struct __sk_buff *skb, struct packet *p, __u32 next, __u32 at)
+{
+	struct { __u8 next, len; __be16 frag; __be32 id; } ext;
+
+	for (int i = 0; i < 8; i++) {
+		switch (next) {
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_AH:
+		case IPPROTO_FRAGMENT:
+			break;
+		default:
+			p->l4 = at;
+			return next;
+		}
+		if (bpf_skb_load_bytes(skb, at, &ext, sizeof(ext)))
+			return -1;
+		if (next == IPPROTO_FRAGMENT) {
+			__u16 frag = bpf_ntohs(ext.frag);
+
+			p->frag_id = ext.id;
+			if (frag & 0xfff8)
+				p->fragment = FRAG_LATER;
+			else if (frag & 1)
+				p->fragment = FRAG_FIRST;
+			at += 8;
+			if (p->fragment == FRAG_LATER) {
+				p->l4 = at;
+				return ext.next;
+			}
+		} else if (next == IPPROTO_AH) {
+			at += (ext.len + 2) * 4;
+		} else {
+			at += (ext.len + 1) * 8;
+		}
+		if (at > 1024)
+			return -1;
+		next = ext.next;
+	}
+	return -1;
+}
+
+/* Ports, flags and ICMP identity at p->l4. */
+static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p)
+{
+	struct tuple *t = &p->wire;
+
+	t->sport = t->dport = 0;
+	if (t->proto == IPPROTO_TCP) {
+		struct l4_head *tcp = (void *)p->bytes;
+
+		if (bpf_skb_load_bytes(skb, p->l4, tcp, sizeof(*tcp)))
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		if (tcp->more[8] < 0x50)	/* data offset below 5 words */
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		t->sport = tcp->sport;
+		t->dport = tcp->dport;
+		p->tcp_flags = tcp->more[9];
+	} else if (t->proto == IPPROTO_UDP || t->proto == IPPROTO_SCTP) {
+		if (bpf_skb_load_bytes(skb, p->l4, p->bytes, 8))
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		t->sport = ((struct l4_head *)p->bytes)->sport;
+		t->dport = ((struct l4_head *)p->bytes)->dport;
+	} else if (t->proto == (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6)) {
+		struct icmp_head *icmp = (void *)p->bytes;
+
+		if (bpf_skb_load_bytes(skb, p->l4, icmp, sizeof(*icmp)))
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		p->icmp_type = icmp->type;
+		p->icmp_code = icmp->code;
+		if (icmp->type == (p->family == 4 ? ICMP_ECHO : ICMP6_ECHO))
+			t->sport = icmp->id;
+		else if (icmp->type == (p->family == 4 ? ICMP_ECHO_REPLY : ICMP6_REPLY))
+			t->dport = icmp->id;
+		else if (is_icmp_error(p->family, icmp->type))
+			p->icmp_error = 1;
+	}
+	return 0;
+}
+
+/* The packet that an ICMP error speaks of, as its sender saw it. An inner
+ * fragment that is not the first, or with extension headers, stays
+ * unrelated. */
+static __noinline int parse_inner(struct __sk_buff *skb, struct packet *p)
+{
+	struct tuple *t = &p->inner;
+	__u32 at = p->l4 + 8;
+
+	p->icmp_error = 0;
+	p->inner_l3 = at;
+	t->pad[0] = t->pad[1] = t->pad[2] = 0;
+	if (p->family == 4) {
+		struct ipv4 *ip = (void *)p->bytes;
+
+		if (bpf_skb_load_bytes(skb, at, ip, sizeof(*ip)))
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		if (ip->version_ihl >> 4 != 4 || (ip->version_ihl & 15) < 5)
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		if (bpf_ntohs(ip->frag) & IPV4_OFF)
+			return 0;
+		map_v4(&t->saddr, ip->saddr);
+		map_v4(&t->daddr, ip->daddr);
+		t->proto = ip->proto;
+		at += (ip->version_ihl & 15) * 4;
+	} else {
+		struct ipv6 *ip = (void *)p->bytes;
+
+		if (bpf_skb_load_bytes(skb, at, ip, sizeof(*ip)))
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		if (p->bytes[0] >> 4 != 6)
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		t->saddr = ip->saddr;
+		t->daddr = ip->daddr;
+		t->proto = ip->next;
+		at += sizeof(*ip);
+	}
+	p->inner_l4 = at;
+	t->sport = t->dport = 0;
+	if (bpf_skb_load_bytes(skb, at, p->bytes, 8))
+		return 0;	/* quoted too little: nothing to relate it to */
+	if (has_ports(t->proto)) {
+		t->sport = ((struct l4_head *)p->bytes)->sport;
+		t->dport = ((struct l4_head *)p->bytes)->dport;
+	} else if (t->proto == IPPROTO_ICMP || t->proto == IPPROTO_ICMPV6) {
+		struct icmp_head *icmp = (void *)p->bytes;
+
+		if (icmp->type == (p->family == 4 ? ICMP_ECHO : ICMP6_ECHO))
+			t->sport = icmp->id;
+		else if (icmp->type == (p->family == 4 ? ICMP_ECHO_REPLY : ICMP6_REPLY))
+			t->dport = icmp->id;
+		else
+			return 0;
+	} else {
+		return 0;
+	}
+	p->icmp_error = 1;
+	return 0;
+}
+
+/* Later fragments take the ports of the first; the first leaves them. */
+static __noinline int parse_fragment(struct packet *p)
+{
+	struct tuple *t = &p->wire;
+	struct frag_key *key = (void *)p->bytes;
+	struct frag ports = { .sport = t->sport, .dport = t->dport, .seen = p->now_s };
+
+	key->saddr = t->saddr;
+	key->daddr = t->daddr;
+	key->id = p->frag_id;
+	key->proto = t->proto;
+	key->pad[0] = key->pad[1] = key->pad[2] = 0;
+	if (p->fragment == FRAG_FIRST) {
+		if (!p->dry)
+			bpf_map_update_elem(&fragments, key, &ports, BPF_ANY);
+		return 0;
+	}
+	struct frag *first = bpf_map_lookup_elem(&fragments, key);
+
+	if (!first || p->now_s - first->seen > timeout_fragment)
+		return GIVE_UP(p, CAUSE_FRAGMENT_UNTRACKED);
+	t->sport = first->sport;
+	t->dport = first->dport;
+	return 0;
+}
+
+static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
+{
+	struct ipv4 *ip = (void *)p->bytes;
+	struct tuple *t = &p->wire;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, sizeof(*ip)))
+		return GIVE_UP(p, CAUSE_MALFORMED);
+	__u32 header = (ip->version_ihl & 15) * 4;
+	__u32 frag = bpf_ntohs(ip->frag);
+
+	p->length = bpf_ntohs(ip->length);
+	if (ip->version_ihl >> 4 != 4 || header < 20 || p->length < header)
+		return GIVE_UP(p, CAUSE_MALFORMED);
+	/* A GSO packet's total length may be of one segment or all (0 for BIG TCP). */
+	if (!skb->gso_size && p->length + ETH_HLEN > skb->len)
+		return GIVE_UP(p, CAUSE_MALFORMED);
+	map_v4(&t->saddr, ip->saddr);
+	map_v4(&t->daddr, ip->daddr);
+	t->proto = ip->proto;
+	p->ttl = ip->ttl;
+	p->l4 = ETH_HLEN + header;
+	if (frag & (IPV4_MF | IPV4_OFF)) {
+		p->fragment = frag & IPV4_OFF ? FRAG_LATER : FRAG_FIRST;
+		p->frag_id = ip->id;
+	}
+	return 0;
+}
+
+static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
+{
+	struct ipv6 *ip = (void *)p->bytes;
+	struct tuple *t = &p->wire;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, sizeof(*ip)))
+		return GIVE_UP(p, CAUSE_MALFORMED);
+	if (p->bytes[0] >> 4 != 6)
+		return GIVE_UP(p, CAUSE_MALFORMED);
+	p->length = bpf_ntohs(ip->length) + sizeof(*ip);
+	if (!skb->gso_size && p->length + ETH_HLEN > skb->len)
+		return GIVE_UP(p, CAUSE_MALFORMED);
+	t->saddr = ip->saddr;
+	t->daddr = ip->daddr;
+	p->ttl = ip->ttl;
+	p->l4 = ETH_HLEN + sizeof(*ip);
+	t->proto = ip->next;
+	if (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP || t->proto == IPPROTO_ICMPV6)
+		return 0;
+	int proto = skip_extensions(skb, p, t->proto, p->l4);
+
+	if (proto < 0)
+		return GIVE_UP(p, CAUSE_EXTENSION_HEADER);
+	t->proto = proto;
+	return 0;
+}
+
+/* The IP packet in the frame. 0, or a cause: the packet is to be dropped. */
+static __noinline int parse(struct __sk_buff *skb, struct packet *p)
+{
+	int cause;
+
+	p->l3 = ETH_HLEN;
+	p->wire.pad[0] = p->wire.pad[1] = p->wire.pad[2] = 0;
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		p->family = 4;
+		cause = parse_ipv4(skb, p);
+	} else {
+		p->family = 6;
+		cause = parse_ipv6(skb, p);
+	}
+	if (!cause && p->fragment != FRAG_LATER)
+		cause = parse_l4(skb, p);
+	if (!cause && p->fragment)
+		cause = parse_fragment(p);
+	if (!cause && p->icmp_error)
+		cause = parse_inner(skb, p);
+	p->now = p->wire;
+	return cause;
+}
+
+#endif

@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * verdict.h: who the two ends are, and whether they may talk. The number of
+ * look-ups is fixed, whatever the number of rules.
+ */
+#ifndef LOCKGATE_VERDICT_H
+#define LOCKGATE_VERDICT_H
+
+#include "event.h"
+
+/* Class of an address that is no peer: a walk down the CIDR trie. */
+static __noinline __u32 cidr_class(__u32 epoch, const struct addr *addr)
+{
+	void *image = image_of(epoch);
+	__u32 block, byte;
+
+	if (!image || !addr)
+		return 0;
+	block = is_v4(addr) ? 0 : 1;
+	byte = is_v4(addr) ? 12 : 0;
+	for (int level = 0; level < 16; level++) {
+		if (byte > 15)
+			return 0;
+		__u32 index = addr->b[byte];
+		__u64 *word = image_word(image, IMAGE_CIDRS + block * CIDR_BLOCK_WORDS + (index >> 1));
+
+		if (!word)
+			return 0;
+		__u32 slot = index & 1 ? *word >> 32 : (__u32)*word;
+
+		if (!(slot & CIDR_NEXT))
+			return slot;
+		block = slot & ~CIDR_NEXT;
+		byte++;
+	}
+	return 0;
+}
+
+struct end {			/* what an address is, in this view */
+	__u32 class, endpoint, slot, target;
+};
+
+/* Never fails: an address that is no peer is of the world. */
+static __noinline int find_end(struct packet *p, const struct addr *addr, struct end *end)
+{
+	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
+
+	end->endpoint = 0;
+	end->slot = NO_SLOT;
+	if (peer) {
+		struct peer_view *view = &peer->view[p->epoch & 1];
+
+		if (view->kind != PEER_NONE) {
+			end->class = view->class;
+			end->endpoint = view->endpoint;
+			if (view->kind == PEER_LOCAL) {
+				end->slot = view->target;
+				end->target = target_of(TO_LOCAL, view->target);
+			} else if (view->kind == PEER_HOST) {
+				end->target = target_of(TO_HOST, 0);
+			} else {
+				end->target = target_of(TO_HOP, view->target);
+			}
+			return 0;
+		}
+	}
+	struct route_key key = { .prefixlen = 128, .addr = *addr };
+	__u32 *hop = bpf_map_lookup_elem(&routes, &key);
+
+	end->class = cidr_class(p->epoch, addr);
+	end->target = hop ? target_of(TO_HOP, *hop) : TO_NOWHERE;
+	return 0;
+}
+
+/* Equivalence class of the destination port; 0 for a protocol without ports. */
+static __always_inline __u32 port_class(void *image, const struct tuple *t)
+{
+	__u32 table;
+
+	switch (t->proto) {
+	case IPPROTO_TCP:  table = 0; break;
+	case IPPROTO_UDP:  table = 1; break;
+	case IPPROTO_SCTP: table = 2; break;
+	default: return 0;
+	}
+	__u32 index = table * 65536 + bpf_ntohs(t->dport);
+	__u64 *word = image_word(image, IMAGE_PORTS + (index >> 2));
+
+	return word ? (__u16)(*word >> (index & 3) * 16) : 0;
+}
+
+/* The cell of one endpoint in one direction, pending in the upper half. A
+ * table that does not hold what the view promises denies, for reason 0. */
+static __noinline __u64 read_cell(struct packet *p, const struct tuple *t, __u32 slot, __u32 class,
+				  __u32 direction)
+{
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &slot);
+	void *image = image_of(p->epoch);
+
+	if (!ep || !image)
+		return 0;
+	struct endpoint_view *view = &ep->view[p->epoch & 1];
+	__u32 isolation = direction == DIR_INGRESS ? ISOLATED_INGRESS : ISOLATED_EGRESS;
+	__u32 shift = direction == DIR_INGRESS ? 0 : 32;
+
+	if (!(view->isolated & isolation))
+		return (__u64)CELL_ALLOW << 32 | CELL_ALLOW;
+	__u64 *row = image_word(image, view->rows + class);
+	__u64 *column = image_word(image, view->cols + port_class(image, t));
+
+	if (!row || !column)
+		return 0;
+	__u64 *cell = image_word(image, (__u32)(*row >> shift) + (__u32)(*column >> shift));
+
+	return cell ? *cell : 0;
+}
+
+/* Judge the connection `t`, oriented from its originator. Fills the ends and
+ * cells of the packet. True when it may pass. */
+static __noinline int judge(struct packet *p, const struct tuple *t)
+{
+	struct end src, dst;
+
+	find_end(p, &t->saddr, &src);
+	find_end(p, &t->daddr, &dst);
+	p->src_endpoint = src.endpoint;
+	p->dst_endpoint = dst.endpoint;
+	p->src_slot = src.slot;
+	p->dst_slot = dst.slot;
+	p->src_class = src.class;
+	p->dst_class = dst.class;
+	p->src_target = src.target;
+	p->dst_target = dst.target;
+	p->judged = 0;
+	if (src.slot != NO_SLOT && src.slot == dst.slot) {	/* to itself, always */
+		p->egress_cell = p->ingress_cell = CELL_ALLOW;
+		p->judged = 1 << DIR_EGRESS | 1 << DIR_INGRESS;
+		return 1;
+	}
+	if (src.slot != NO_SLOT) {
+		__u64 cell = read_cell(p, t, src.slot, dst.class, DIR_EGRESS);
+
+		p->egress_cell = cell;
+		p->egress_pending = cell >> 32;
+		p->judged |= 1 << DIR_EGRESS;
+		if (!(p->egress_cell & CELL_ALLOW))
+			return 0;
+	}
+	if (dst.slot != NO_SLOT) {
+		__u64 cell = read_cell(p, t, dst.slot, src.class, DIR_INGRESS);
+
+		p->ingress_cell = cell;
+		p->ingress_pending = cell >> 32;
+		p->judged |= 1 << DIR_INGRESS;
+		if (!(p->ingress_cell & CELL_ALLOW))
+			return 0;
+	}
+	return 1;
+}
+
+/* One event per direction judged; a denial ends the list. */
+static __always_inline void tell_verdicts(struct __sk_buff *skb, struct packet *p)
+{
+	if (p->judged & 1 << DIR_EGRESS)
+		event_verdict(skb, p, DIR_EGRESS);
+	if (p->judged & 1 << DIR_INGRESS)
+		event_verdict(skb, p, DIR_INGRESS);
+}
+
+#endif

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -13,8 +14,17 @@ from lockgate.objects.errors import FieldError, ManifestError, clean, describe
 __all__ = ["documents"]
 
 _MAX_DEPTH = 100
+_DOCUMENT_START = re.compile(r"\n---(?=[ \t\r\n])")  # ends brackets and quotes, too
 _INDENT = re.compile(r"[ \t?:-]{100}")
 _MAX_VALUES = 2_000_000  # a few hundred bytes of YAML aliases can stand for billions of values
+
+
+def documents(data: bytes | str, source: str) -> list[Any]:
+    """The documents of a file, empty ones as None. Raises ManifestError and nothing else."""
+    result = _read(_text(data, source), source)
+    for number, document in enumerate(result, 1):
+        _check_size(document, f"{source}, document {number}")
+    return result
 
 
 def _text(data: bytes | str, source: str) -> str:
@@ -26,14 +36,6 @@ def _text(data: bytes | str, source: str) -> str:
         raise ManifestError(
             f"{source}: expected UTF-8 text, got byte {error.start} = {data[error.start]:#04x}"
         ) from None
-
-
-def documents(data: bytes | str, source: str) -> list[Any]:
-    """The documents of a file, empty ones as None. Raises ManifestError and nothing else."""
-    result = _read(_text(data, source), source)
-    for number, document in enumerate(result, 1):
-        _check_size(document, f"{source}, document {number}")
-    return result
 
 
 def _read(text: str, source: str) -> list[Any]:
@@ -82,8 +84,8 @@ def _read(text: str, source: str) -> list[Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise FieldError(twice, "each key once in an object", twice)
     return result
 
@@ -145,7 +147,8 @@ def _check_nesting(text: str, source: str) -> None:
 
     Depth needs brackets or indentation; only text with much of either is looked at closely.
     """
-    if text.count("[") + text.count("{") < 200 and not _INDENT.search(text):
+    brackets = (part.count("[") + part.count("{") for part in _DOCUMENT_START.split(text))
+    if max(brackets) < 200 and not _INDENT.search(text):
         return
     depth = 0
     for event in yaml.parse(text, _Loader):

@@ -149,12 +149,21 @@ def _object(value: dict[str, Any], kind: str) -> Object:
         struct,
         CLOSED.get(kind, frozenset()),
     )
-    if kind == "Namespace":
-        labels = plain["metadata"].setdefault("labels", {})
-        labels["kubernetes.io/metadata.name"] = plain["metadata"]["name"]
+    _set_defaults(plain, kind)
     item: Object = msgspec.convert(plain, struct)
     VALIDATORS[kind](item)
     return item
+
+
+def _set_defaults(plain: dict[str, Any], kind: str) -> None:
+    """What the API server fills in, beyond the defaults of the model."""
+    if kind == "Namespace":
+        labels = plain["metadata"].setdefault("labels", {})
+        labels["kubernetes.io/metadata.name"] = plain["metadata"]["name"]
+    elif kind == "Service":
+        for port in plain.get("spec", {}).get("ports", ()):
+            if port.get("targetPort") in (0, ""):
+                del port["targetPort"]  # the same as port
 
 
 def _names(value: dict[str, Any]) -> tuple[str, str]:

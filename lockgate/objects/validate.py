@@ -231,7 +231,7 @@ def _service_ports(item: Service) -> None:
     for index, port in enumerate(ports):
         path = f"spec.ports[{index}]"
         check_port(port.port, f"{path}.port")
-        if port.target_port is not None and port.target_port != 0:  # 0: the same as port
+        if port.target_port is not None:
             check_port(port.target_port, f"{path}.targetPort")
         if not 0 <= port.node_port <= 65535:
             raise FieldError(f"{path}.nodePort", "a port number from 1 to 65535", port.node_port)

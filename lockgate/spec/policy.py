@@ -39,12 +39,15 @@ class Peer:
 
 
 def judge(cluster: Cluster, packet: Packet) -> Answer:
-    """The verdict on a connection: the source's egress AND the destination's ingress."""
+    """The verdict on a connection: the source's egress AND the destination's ingress.
+
+    Exempt are a pod to itself and a node to its own pods; a pod to its own node is not.
+    """
     source, destination = pod_at(cluster, packet.source), pod_at(cluster, packet.destination)
     if source is not None and destination is not None and source.key == destination.key:
-        return Answer("allow")  # a pod always reaches itself
+        return Answer("allow")
     if packet.from_own_node:
-        return Answer("allow")  # a node always reaches its own pods
+        return Answer("allow")
     egress = ingress = None
     if source is not None:
         peer = Peer(packet.destination, destination)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockgate.objects.errors import ManifestError
@@ -52,6 +52,7 @@ BAD = [
     ("- " * 100_000, "f.yaml: expected values nested at most 100 deep"),
     ('{"a":' * 100_000, "f.yaml: expected values nested at most 100 deep"),
     ("&x {a: *x}", "f.yaml, document 1: expected values nested at most 100 deep"),
+    (("[\n---a, " * 100_000), "f.yaml: expected values nested at most 100 deep"),
     # What it is
     ("just text", 'f.yaml, document 1, field (top): expected an object, got "just text"'),
     ("- a", "f.yaml, document 1, field (top): expected an object, got a list"),
@@ -219,6 +220,7 @@ def test_defaults_and_kinds() -> None:
     assert isinstance(item, Workload) and (item.kind, item.spec.replicas) == ("Deployment", 1)
     item = one(SERVICE + "{ports: [{port: 80, targetPort: http}], clusterIP: None}")
     assert isinstance(item, Service) and item.cluster_ips == []
+    assert one(SERVICE + "{ports: [{port: 80, targetPort: 0}]}").spec.ports[0].target_port is None
     assert isinstance(one(NODE + "{podCIDRs: [10.0.0.0/24, 'fd00::/64']}"), Node)
 
 
@@ -320,11 +322,13 @@ def survives(data: bytes | str) -> None:
         assert "\n" not in str(error)
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_any_bytes(data: bytes) -> None:
     survives(data)
 
 
+@settings(deadline=None)
 @given(st.text() | st.text(alphabet="{}[]:,-?&*!|>'\"%@# \n\tab1~<=."))
 def test_any_text(text: str) -> None:
     survives(text)
@@ -363,6 +367,7 @@ KINDS = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(KINDS, st.dictionaries(st.sampled_from(WORDS), VALUES, max_size=6), VALUES, st.booleans())
 def test_any_object(kind: tuple[str, str], rest: dict[str, Any], spec: Any, named: bool) -> None:
     value = {"spec": spec, **rest, "apiVersion": kind[0], "kind": kind[1]}
@@ -372,6 +377,7 @@ def test_any_object(kind: tuple[str, str], rest: dict[str, Any], spec: Any, name
     survives(yaml.safe_dump(value))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 8), st.sampled_from("{}[]:,-x \n"))))
 def test_any_damaged_manifest(damage: list[tuple[int, int, str]]) -> None:
     text = POD + "---\n" + ingress("from: [{podSelector: {}}], ports: [{port: 80, endPort: 90}]")

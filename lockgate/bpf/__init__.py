@@ -1,0 +1,1 @@
+"""eBPF from Python: system call, loading, schema, maps, rings, links, features."""

@@ -1,0 +1,194 @@
+"""Attaching programs: pinned links, replaced in place, attached anew when severed.
+
+A pinned link outlives its process, so packets are judged while the agent restarts. Links
+know their place by the pin's path; whoever attaches again at a path gets the link that
+is there with the new program (no gap), unless what it was attached to is gone.
+Only links that are pinned in our directory are ever detached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from . import syscall
+from .syscall import AttachType, LinkInfo
+
+__all__ = [
+    "CGROUP_HOOKS",
+    "Direction",
+    "Link",
+    "attach_cgroup",
+    "attach_tcx",
+    "links_in",
+    "open_link",
+    "remove",
+]
+
+Direction = Literal["ingress", "egress"]
+_Fits = Callable[[LinkInfo], bool]
+
+_TCX = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRESS}
+
+CGROUP_HOOKS = {
+    "cgroup/connect4": AttachType.CGROUP_INET4_CONNECT,
+    "cgroup/connect6": AttachType.CGROUP_INET6_CONNECT,
+    "cgroup/sendmsg4": AttachType.CGROUP_UDP4_SENDMSG,
+    "cgroup/sendmsg6": AttachType.CGROUP_UDP6_SENDMSG,
+    "cgroup/recvmsg4": AttachType.CGROUP_UDP4_RECVMSG,
+    "cgroup/recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
+    "cgroup/getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
+    "cgroup/getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
+}
+"""Section of a program (`Object.programs`) → where it attaches."""
+
+
+@dataclass(slots=True)
+class Link:
+    """A pinned link. Owns its descriptor; closing it does not detach, the pin holds."""
+
+    fd: int
+    path: str
+
+    @property
+    def info(self) -> LinkInfo:
+        """The kernel's info, now."""
+        return syscall.link_info(self.fd)
+
+    @property
+    def severed(self) -> bool:
+        """Is the interface or cgroup that it was attached to gone?"""
+        info = self.info
+        return info.ifindex == 0 and info.cgroup_id == 0
+
+    def update(self, prog_fd: int) -> None:
+        """Replace the program in place. OSError(ENOLINK) if severed."""
+        syscall.link_update(self.fd, prog_fd, f"link {self.path}")
+
+    def close(self) -> None:
+        """Close the descriptor. May be called again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def attach_tcx(prog_fd: int, ifindex: int, direction: Direction, path: str) -> Link:
+    """Attach a tc program to an interface of the calling thread's network namespace.
+
+    If a link is pinned at `path` and still attached to that interface and direction, it gets
+    the program in place; otherwise it is removed and a new one made. OSError(ENODEV) if the
+    interface does not exist. An index says nothing about its namespace: use a directory of
+    pins per namespace.
+    """
+    attach_type = _TCX[direction]
+    kept = _update_pinned(
+        prog_fd, path, lambda info: info.ifindex == ifindex and info.attach_type == attach_type
+    )
+    if kept is not None:
+        return kept
+    return _pin(
+        syscall.link_create(prog_fd, ifindex, attach_type, f"{path} to interface {ifindex}"), path
+    )
+
+
+def attach_cgroup(prog_fd: int, cgroup: str, section: str, path: str) -> Link:
+    """Attach a program to a cgroup v2 directory and all below it. `section` is the program's
+    section in C ("cgroup/connect4"). Pins as `attach_tcx`. OSError(ENOENT) if the directory
+    does not exist, (EBADF) if it is no cgroup v2."""
+    attach_type = CGROUP_HOOKS[section]
+    target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # A cgroup's id is the inode number of its directory (kernfs, 64-bit).
+        inode = os.fstat(target).st_ino
+        kept = _update_pinned(
+            prog_fd,
+            path,
+            lambda info: info.cgroup_id == inode and info.attach_type == attach_type,
+        )
+        if kept is not None:
+            return kept
+        return _pin(
+            syscall.link_create(prog_fd, target, attach_type, f"{path} to {cgroup}"), path
+        )
+    finally:
+        os.close(target)
+
+
+def open_link(path: str) -> Link | None:
+    """The link pinned at `path`, or None if nothing is there."""
+    try:
+        return Link(syscall.obj_get(path), path)
+    except FileNotFoundError:
+        return None
+
+
+def links_in(directory: str) -> dict[str, LinkInfo]:
+    """Pins in `directory` → their links' info; what is no link is left out."""
+    found: dict[str, LinkInfo] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(directory)):
+            with contextlib.suppress(OSError):
+                link = open_link(os.path.join(directory, name))
+                if link is not None:
+                    with link:
+                        found[name] = link.info
+    return found
+
+
+def remove(path: str) -> bool:
+    """Detach the link pinned at `path` and unpin it; False if nothing was there."""
+    link = open_link(path)
+    if link is None:
+        return False
+    with link:
+        # Severed links have nothing to detach from.
+        with contextlib.suppress(OSError):
+            syscall.link_detach(link.fd, path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    return True
+
+
+# ---- Inside --------------------------------------------------------------------
+
+
+def _update_pinned(prog_fd: int, path: str, fits: _Fits) -> Link | None:
+    link = open_link(path)
+    if link is None:
+        return None
+    try:
+        if fits(link.info):
+            link.update(prog_fd)
+            return link
+    except OSError as error:
+        if error.errno != errno.ENOLINK:
+            link.close()
+            raise
+    link.close()
+    remove(path)
+    return None
+
+
+def _pin(fd: int, path: str) -> Link:
+    try:
+        syscall.obj_pin(fd, path)
+    except OSError:
+        os.close(fd)
+        raise
+    return Link(fd, path)

@@ -6,6 +6,9 @@
 #ifndef LOCKGATE_PACKET_H
 #define LOCKGATE_PACKET_H
 
+#include <linux/in.h>
+#include <linux/in6.h>
+
 #include "maps.h"
 
 #define ETH_HLEN     14
@@ -13,16 +16,6 @@
 #define ETH_P_ARP    0x0806
 #define ETH_P_IPV6   0x86dd
 
-#define IPPROTO_HOPOPTS   0
-#define IPPROTO_ICMP      1
-#define IPPROTO_TCP       6
-#define IPPROTO_UDP       17
-#define IPPROTO_ROUTING   43
-#define IPPROTO_FRAGMENT  44
-#define IPPROTO_AH        51
-#define IPPROTO_ICMPV6    58
-#define IPPROTO_DSTOPTS   60
-#define IPPROTO_SCTP      132
 
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02

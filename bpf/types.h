@@ -227,7 +227,7 @@ enum ct_state {
 
 enum ct_flag {
 	CT_ORIGIN_HI  = 1,	/* the originator is the higher end of the key */
-	CT_NODE       = 2,	/* begun by this node itself: exempt from verdicts */
+	CT_EXEMPT     = 2,	/* begun by this node, or a pod talking to itself: no verdicts */
 	CT_NAT_ORIGIN = 4,	/* originator's packets: look in nat after this entry */
 	CT_NAT_REPLY  = 8,	/* responder's packets: likewise */
 	CT_FIN_ORIGIN = 16,

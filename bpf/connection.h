@@ -1,0 +1,265 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * connection.h: what every hook does with a parsed packet: find its
+ * connection or begin one, judge when that is due, and forward.
+ */
+#ifndef LOCKGATE_CONNECTION_H
+#define LOCKGATE_CONNECTION_H
+
+#include "forward.h"
+#include "service.h"
+#include "verdict.h"
+
+static __always_inline int deny(struct __sk_buff *skb, struct packet *p)
+{
+	tell_verdicts(skb, p);
+	GIVE_UP(p, CAUSE_POLICY);
+	return drop(skb, p);
+}
+
+static __always_inline bool masquerades(struct packet *p)
+{
+	__u32 index = target_index(p->target);
+
+	if (p->place != PLACE_FROM_POD || target_kind(p->target) != TO_HOP)
+		return false;
+	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+
+	return hop && hop->flags & HOP_MASQ && !(hop->flags & HOP_DROP);
+}
+
+/* May the new connection pass? Fills ends, cells and flags. */
+static __always_inline bool admit(struct packet *p, __u8 *flags)
+{
+	/* The originator as it is, also when a hairpin hides it. */
+	p->tuple = p->now;
+	p->tuple.saddr = p->wire.saddr;
+	bool allowed = judge(p, &p->tuple);
+
+	if (p->place == PLACE_TO_POD && p->own_socket) {
+		*flags |= CT_EXEMPT;
+		p->judged = 1 << DIR_INGRESS;
+		p->ingress_cell = p->ingress_pending = CELL_ALLOW;
+		return true;
+	}
+	if (p->src_slot != NO_SLOT && p->src_slot == p->dst_slot)
+		*flags |= CT_EXEMPT;
+	return allowed;
+}
+
+/* A packet of no known connection whose services are resolved: verdict,
+ * entry, way out. `flags`: enum ct_flag bits found so far. */
+static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found)
+{
+	__u8 flags = found;
+
+	p->reply = 0;
+	if (p->place == PLACE_FROM_POD && !p->service && !p->dry && has_ports(p->wire.proto)) {
+		struct socket_peer *asked = service_asked(skb, p);
+
+		if (asked) {
+			p->service = asked->service;
+			flags |= CT_SERVICE;
+		}
+	}
+	if (!admit(p, &flags))
+		return deny(skb, p);
+	tell_verdicts(skb, p);
+	p->target = p->place == PLACE_TO_POD ? target_of(TO_LOCAL, p->slot) : p->dst_target;
+	if (p->dry)
+		return forward(skb, p);
+	if (masquerades(p))
+		flags |= CT_NAT_ORIGIN;
+	if (!(p->tcp_flags & TCP_RST)) {
+		p->fresh.flags = flags;
+		p->fresh.src_endpoint = p->src_endpoint;
+		p->fresh.dst_endpoint = p->dst_endpoint;
+		p->fresh.target[0] = p->target;
+		p->fresh.target[1] = p->place == PLACE_TO_POD ? target_of(TO_HOST, 0) : p->src_target;
+		ct_begin(p, &p->now);
+	}
+	if (flags & CT_NAT_ORIGIN) {
+		__u32 index = target_index(p->target);
+		struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+
+		if (!hop || !masquerade(p, hop)) {
+			ct_forget(p);
+			return drop(skb, p);
+		}
+	}
+	return forward(skb, p);
+}
+
+enum again {
+	STANDS = 0,		/* the entry holds, in the new epoch too */
+	BEGINS = 1,		/* forgotten: begin a new connection with p->now */
+	ENDS   = 2,		/* denied */
+	UNSERVED = 3,		/* its service has no backend left */
+};
+
+/* The node's state moved on since the connection was judged: judge again. */
+static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struct ct *ct, __u8 *flags)
+{
+	__u8 reply = p->reply;
+
+	if (!flags || !ct)
+		return STANDS;
+	p->service = ct->service;
+	if (!reply && p->place == PLACE_FROM_POD && ct->flags & CT_SERVICE) {
+		int moved = service_again(skb, p, ct->service, flags);
+
+		if (moved == TRANSLATED)
+			return BEGINS;
+		if (moved == REFUSED)
+			return UNSERVED;
+	}
+	if (ct->flags & CT_EXEMPT) {
+		ct->epoch = p->epoch;
+		return STANDS;
+	}
+	if (reply)
+		reverse_of(&p->tuple, &p->now);
+	else
+		p->tuple = p->now;
+	bool allowed = judge(p, &p->tuple);
+
+	if (p->src_endpoint != ct->src_endpoint || p->dst_endpoint != ct->dst_endpoint) {
+		/* The address now belongs to somebody else. */
+		ct_forget(p);
+		p->now = p->wire;
+		return BEGINS;
+	}
+	if (!allowed) {
+		ct_forget(p);
+		return ENDS;
+	}
+	if (target_kind(ct->target[1]) != TO_HOST) {
+		ct->target[0] = p->dst_target;
+		ct->target[1] = p->src_target;
+	}
+	ct->epoch = p->epoch;
+	return STANDS;
+}
+
+/* A packet of a known connection. */
+static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct ct *ct)
+{
+	if (ct->epoch != p->epoch) {
+		__u8 flags = 0;
+
+		switch (judge_again(skb, p, ct, &flags)) {
+		case BEGINS:
+			return begin(skb, p, flags);
+		case ENDS:
+			return deny(skb, p);
+		case UNSERVED:
+			return drop_and_tell(skb, p, refuse(skb, p));
+		}
+	}
+	p->target = ct->target[p->reply & 1];
+	if (ct->flags & (p->reply ? CT_NAT_REPLY : CT_NAT_ORIGIN)) {
+		struct nat *next = nat_find(p, &p->now);
+
+		if (!next) {
+			GIVE_UP(p, CAUSE_NAT_FAILED);
+			return drop(skb, p);
+		}
+		p->now = next->to;
+	}
+	ct_seen(p, ct);
+	return forward(skb, p);
+}
+
+/* The connection of tuple `t` as seen on the wire, and in p->now the tuple it
+ * is known by. */
+static __always_inline struct ct *find_connection(struct packet *p, const struct tuple *t)
+{
+	struct ct *ct = ct_find(p, t);
+
+	if (ct || p->dry) {
+		p->now = *t;
+		return ct;
+	}
+	struct nat *translated = nat_find(p, t);
+
+	if (translated) {
+		p->now = translated->to;
+		ct = ct_find(p, &p->now);
+	}
+	if (!ct)
+		p->now = *t;
+	return ct;
+}
+
+/* An ICMP error about a known connection passes with it, both packets
+ * translated. False: it is related to nothing; p->now is as it came. */
+static __noinline int related(struct __sk_buff *skb, struct packet *p)
+{
+	struct tuple *t = &p->tuple;	/* as if the quoted packet were answered */
+	struct ct *ct;
+
+	reverse_of(t, &p->inner);
+	ct = find_connection(p, t);
+	if (!ct) {
+		p->now = p->wire;
+		p->icmp_error = 0;
+		return 0;
+	}
+	if (ct->flags & (p->reply ? CT_NAT_REPLY : CT_NAT_ORIGIN)) {
+		struct nat *next = nat_find(p, &p->now);
+
+		if (next)
+			p->now = next->to;
+	}
+	p->target = ct->target[p->reply & 1];
+	reverse_of(t, &p->inner);
+	bool changed = !same_ends(t, &p->now);
+	struct addr *from = same_addr(&p->wire.saddr, &t->saddr) ? &p->now.saddr : &p->wire.saddr;
+	struct addr *to = same_addr(&p->wire.daddr, &t->daddr) ? &p->now.daddr : &p->wire.daddr;
+
+	/* p->key served its purpose: hold the outer addresses there. */
+	p->key.lo = *from;
+	p->key.hi = *to;
+	reverse_of(t, &p->now);
+	p->now = p->wire;
+	p->now.saddr = p->key.lo;
+	p->now.daddr = p->key.hi;
+	if (changed && !rewrite_error(skb, p))
+		return -1;
+	p->wire = p->now;
+	return 1;
+}
+
+/* From the parsed packet to its verdict and way out. */
+static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
+{
+	if (p->icmp_error && !p->dry) {
+		int relation = related(skb, p);
+
+		if (relation < 0)
+			return drop(skb, p);
+		if (relation)
+			return forward(skb, p);
+	}
+	struct ct *ct = find_connection(p, &p->wire);
+
+	if (ct)
+		return known(skb, p, ct);
+	if (p->place == PLACE_FROM_NET) {
+		struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
+
+		if (!peer || peer->view[p->epoch & 1].kind != PEER_LOCAL)
+			return TCX_NEXT;	/* the node's own business */
+		return begin(skb, p, 0);
+	}
+	if (p->place == PLACE_FROM_POD) {
+		__u8 flags = 0;
+
+		if (service_begin(p, &flags) == REFUSED)
+			return drop_and_tell(skb, p, refuse(skb, p));
+		return begin(skb, p, flags);
+	}
+	return begin(skb, p, 0);
+}
+
+#endif

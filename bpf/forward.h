@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * forward.h: the packet leaves, by the shortest way: into the pod's namespace,
+ * onto the wire, or up the node's own stack.
+ */
+#ifndef LOCKGATE_FORWARD_H
+#define LOCKGATE_FORWARD_H
+
+#include "nat.h"
+#include "reply.h"
+
+/* A dry run ends here: the packet would pass. */
+static __always_inline int answer_dry(struct __sk_buff *skb, struct packet *p)
+{
+	skb->cb[DRY_RESULT] = VERDICT_ALLOW | (__u32)p->judged << 16;
+	skb->cb[DRY_EGRESS] = p->egress_cell;
+	skb->cb[DRY_INGRESS] = p->ingress_cell;
+	skb->cb[DRY_TARGET] = p->target;
+	skb->cb[DRY_SERVICE] = p->service;
+	return TCX_DROP;
+}
+
+/* Send the answer that replaced the packet back where it came from. */
+static __always_inline int answer_sender(struct __sk_buff *skb, struct packet *p)
+{
+	if (p->place == PLACE_FROM_POD)
+		return bpf_redirect_peer(skb->ifindex, 0);
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/* Give the packet up and tell its sender by `told` (0 = the answer stands). */
+static __always_inline int drop_and_tell(struct __sk_buff *skb, struct packet *p, int told)
+{
+	int verdict = drop(skb, p);
+
+	if (told || p->dry || p->place == PLACE_TO_POD)
+		return verdict;
+	return answer_sender(skb, p);
+}
+
+static __noinline int deliver(struct __sk_buff *skb, struct packet *p, __u32 slot)
+{
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &slot);
+	__u8 macs[12];
+
+	if (!ep || !(ep->flags & EP_LIVE)) {
+		GIVE_UP(p, CAUSE_ENDPOINT_GONE);
+		return drop(skb, p);
+	}
+	if (p->dry)
+		return answer_dry(skb, p);
+	if (p->place == PLACE_TO_POD)
+		return TCX_NEXT;	/* already on its way into the pod */
+	__builtin_memcpy(macs, ep->mac, 6);
+	__builtin_memcpy(macs + 6, ep->host_mac, 6);
+	bpf_skb_store_bytes(skb, 0, macs, 12, 0);
+	return bpf_redirect_peer(IFINDEX_BASE + slot, 0);
+}
+
+static __always_inline int decrement_ttl(struct __sk_buff *skb, struct packet *p)
+{
+	__u8 ttl = p->ttl - 1;
+
+	if (p->family == 6)
+		return bpf_skb_store_bytes(skb, p->l3 + 7, &ttl, 1, 0);
+	/* TTL is the high byte of its checksum word. */
+	if (bpf_l3_csum_replace(skb, p->l3 + 10, bpf_htons(p->ttl << 8), bpf_htons(ttl << 8), 2))
+		return -1;
+	return bpf_skb_store_bytes(skb, p->l3 + 8, &ttl, 1, 0);
+}
+
+/* Does a frame of it fit? GSO packets are cut into segments later. */
+static __always_inline bool fits(struct __sk_buff *skb, struct packet *p, __u32 mtu)
+{
+	__u32 length = skb->len - ETH_HLEN;
+
+	if (skb->gso_size)
+		length = p->l4 - p->l3 + 60 + skb->gso_size;	/* at most: TCP header with options */
+	if (length <= mtu)
+		return true;
+	return skb->gso_size && p->l4 - p->l3 + 20 + skb->gso_size <= mtu;
+}
+
+static __noinline int leave(struct __sk_buff *skb, struct packet *p, __u32 index)
+{
+	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+
+	if (!hop || !hop->ifindex || hop->flags & HOP_DROP) {
+		GIVE_UP(p, CAUSE_NO_ROUTE);
+		return drop(skb, p);
+	}
+	if (p->dry)
+		return answer_dry(skb, p);
+	if (p->ttl <= 1) {
+		GIVE_UP(p, CAUSE_TTL_EXCEEDED);
+		return drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_TIME << 8 : ICMP6_TIME << 8, 0));
+	}
+	decrement_ttl(skb, p);
+	if (hop->flags & HOP_MAC) {
+		__u8 macs[12];
+
+		__builtin_memcpy(macs, hop->dmac, 6);
+		__builtin_memcpy(macs + 6, hop->smac, 6);
+		bpf_skb_store_bytes(skb, 0, macs, 12, 0);
+		return bpf_redirect(hop->ifindex, 0);
+	}
+	struct bpf_redir_neigh via = {};
+	const struct addr *next = p->family == 4 ? &hop->via4 : &hop->via6;
+
+	if (zero_addr(next))
+		return bpf_redirect_neigh(hop->ifindex, NULL, 0, 0);
+	if (p->family == 4) {
+		via.nh_family = AF_INET;
+		via.ipv4_nh = *(__be32 *)&next->b[12];
+	} else {
+		via.nh_family = AF_INET6;
+		__builtin_memcpy(via.ipv6_nh, next, 16);
+	}
+	return bpf_redirect_neigh(hop->ifindex, &via, sizeof(via), 0);
+}
+
+/* Too big for the way out: tell the sender the MTU (RFC 1191, RFC 8201).
+ * Asked before anything is rewritten, so that the quote is what was sent. */
+static __always_inline int too_big(struct __sk_buff *skb, struct packet *p, int *verdict)
+{
+	if (target_kind(p->target) != TO_HOP)
+		return 0;
+	__u32 index = target_index(p->target);
+	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+
+	if (!hop || !hop->mtu || fits(skb, p, hop->mtu))
+		return 0;
+	GIVE_UP(p, CAUSE_PACKET_TOO_BIG);
+	*verdict = drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_UNREACH << 8 | 4 : ICMP6_TOO_BIG << 8,
+						    hop->mtu));
+	return 1;
+}
+
+/* Rewrite and send to p->target. */
+static __always_inline int forward(struct __sk_buff *skb, struct packet *p)
+{
+	int verdict;
+
+	if (too_big(skb, p, &verdict))
+		return verdict;
+	if (!rewrite(skb, p))
+		return drop(skb, p);
+	switch (target_kind(p->target)) {
+	case TO_LOCAL:
+		return deliver(skb, p, target_index(p->target));
+	case TO_HOP:
+		return leave(skb, p, target_index(p->target));
+	case TO_HOST:
+		return p->dry ? answer_dry(skb, p) : TCX_NEXT;
+	}
+	GIVE_UP(p, CAUSE_NO_ROUTE);
+	return drop(skb, p);
+}
+
+#endif

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* from_pod: tcx ingress of a pod's host veth. Everything a pod sends. */
+#ifndef LOCKGATE_FROM_POD_H
+#define LOCKGATE_FROM_POD_H
+
+#include "connection.h"
+#include "spoof.h"
+
+SEC("tc")
+int from_pod(struct __sk_buff *skb)
+{
+	struct packet *p = packet_begin(skb, PLACE_FROM_POD);
+	__u32 slot = skb->ifindex - IFINDEX_BASE;
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &slot);
+	__u8 mac[6];
+
+	if (!p)
+		return TCX_DROP;
+	if (!ep || !(ep->flags & EP_LIVE) || !p->epoch) {
+		GIVE_UP(p, CAUSE_NOT_READY);
+		count(COUNT_CAUSE + CAUSE_NOT_READY);
+		return TCX_DROP;
+	}
+	p->slot = slot;
+	p->src_endpoint = ep->id;
+	if (bpf_skb_load_bytes(skb, 6, mac, 6))
+		return TCX_DROP;
+	if (skb->protocol == bpf_htons(ETH_P_ARP)) {
+		p->length = skb->len - ETH_HLEN;
+		return check_arp(skb, p, ep) ? drop(skb, p) : TCX_NEXT;
+	}
+	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)) {
+		__builtin_memset(&p->wire, 0, sizeof(p->wire));
+		p->length = skb->len - ETH_HLEN;
+		GIVE_UP(p, CAUSE_UNKNOWN_ETHERTYPE);
+		return drop(skb, p);
+	}
+	if (parse(skb, p))
+		return drop(skb, p);
+	if (!same_mac(mac, ep->mac)) {
+		GIVE_UP(p, CAUSE_SPOOFED_MAC);
+		return drop(skb, p);
+	}
+	if (is_ndp(p))
+		return check_ndp(skb, p, ep) ? drop(skb, p) : TCX_NEXT;
+	if (check_source(p, ep))
+		return drop(skb, p);
+	return connection(skb, p);
+}
+
+#endif

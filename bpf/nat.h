@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * nat.h: a packet with one tuple becomes a packet with another. One engine
+ * for services per packet, masquerade and hairpin: `nat` says what becomes of
+ * a tuple, rewrite() makes it so on the wire.
+ */
+#ifndef LOCKGATE_NAT_H
+#define LOCKGATE_NAT_H
+
+#include "conntrack.h"
+#include "parse.h"
+
+#define MASQUERADE_TRIES 16
+
+static __always_inline bool same_ends(const struct tuple *a, const struct tuple *b)
+{
+	return same_addr(&a->saddr, &b->saddr) && same_addr(&a->daddr, &b->daddr) &&
+	       a->sport == b->sport && a->dport == b->dport;
+}
+
+/* What becomes of `t`, or NULL. Its lifetime is that of its use. */
+static __always_inline struct nat *nat_find(struct packet *p, const struct tuple *t)
+{
+	struct nat *nat_entry = bpf_map_lookup_elem(&nat, t);
+
+	if (nat_entry && nat_entry->seen != p->now_s)
+		nat_entry->seen = p->now_s;
+	return nat_entry;
+}
+
+/* From now on `from` becomes `to`. With BPF_NOEXIST: false if taken. */
+static __always_inline bool nat_add(struct packet *p, const struct tuple *from, const struct tuple *to, __u64 flags)
+{
+	p->translation.to = *to;
+	p->translation.seen = p->now_s;
+	p->translation.pad = 0;
+	return p->dry || !bpf_map_update_elem(&nat, from, &p->translation, flags);
+}
+
+/* Offset of the checksum in the L4 header, 0 = none to mend. */
+static __always_inline __u32 csum_offset(__u8 proto)
+{
+	switch (proto) {
+	case IPPROTO_TCP:    return 16;
+	case IPPROTO_UDP:    return 6;
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6: return 2;
+	}
+	return 0;
+}
+
+/* Where the port or echo identifier of a side stands, 0 = it has none. */
+static __always_inline __u32 port_offset(__u8 proto, bool source)
+{
+	if (has_ports(proto))
+		return source ? 0 : 2;
+	return 4;		/* identifier of ICMP echo, the same field for both */
+}
+
+static __always_inline int store_addresses(struct __sk_buff *skb, __u8 family, __u32 l3, const struct tuple *t)
+{
+	if (family == 4)
+		return bpf_skb_store_bytes(skb, l3 + 12, &t->saddr.b[12], 4, 0) ||
+		       bpf_skb_store_bytes(skb, l3 + 16, &t->daddr.b[12], 4, 0);
+	return bpf_skb_store_bytes(skb, l3 + 8, &t->saddr, 32, 0);
+}
+
+/* Change one port of the L4 header at `l4`, and the checksum at `csum`. */
+static __always_inline int store_port(struct __sk_buff *skb, __u32 at, __u32 csum, __be16 from, __be16 to, __u64 flags)
+{
+	if (from == to)
+		return 0;
+	if (csum && bpf_l4_csum_replace(skb, csum, from, to, 2 | flags))
+		return -1;
+	return bpf_skb_store_bytes(skb, at, &to, 2, 0);
+}
+
+/* Turn the packet from p->wire into p->now. False when it cannot be. */
+static __noinline int rewrite(struct __sk_buff *skb, struct packet *p)
+{
+	struct tuple *from = &p->wire, *to = &p->now;
+	__u64 mangled = from->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+	__u32 at = csum_offset(from->proto);
+	__u32 csum = at && p->fragment != FRAG_LATER ? p->l4 + at : 0;
+	bool ports = from->sport != to->sport || from->dport != to->dport;
+
+	if (same_ends(from, to))
+		return 1;
+	if (from->proto == IPPROTO_SCTP && ports) {
+		GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
+		return 0;
+	}
+	GIVE_UP(p, CAUSE_NAT_FAILED);
+	__s64 diff = bpf_csum_diff((__be32 *)&from->saddr, 32, (__be32 *)&to->saddr, 32, 0);
+
+	if (p->family == 4 && bpf_l3_csum_replace(skb, p->l3 + 10, 0, diff, 0))
+		return 0;
+	if (csum && from->proto != IPPROTO_ICMP &&
+	    bpf_l4_csum_replace(skb, csum, 0, diff, BPF_F_PSEUDO_HDR | mangled))
+		return 0;
+	if (store_addresses(skb, p->family, p->l3, to))
+		return 0;
+	if (ports && p->fragment != FRAG_LATER) {
+		if (store_port(skb, p->l4 + port_offset(from->proto, true), csum, from->sport, to->sport, mangled))
+			return 0;
+		if (store_port(skb, p->l4 + port_offset(from->proto, false), csum, from->dport, to->dport, mangled))
+			return 0;
+	}
+	p->cause = CAUSE_NONE;
+	return 1;
+}
+
+/* The same for an ICMP error: the packet it quotes becomes p->tuple, its own
+ * addresses those of p->now. The quoted IPv4 header's checksum balances its
+ * addresses, so the outer ICMP checksum only sees ports; ICMPv6 sees all. */
+static __noinline int rewrite_error(struct __sk_buff *skb, struct packet *p)
+{
+	struct tuple *from = &p->inner, *to = &p->tuple;
+	__u32 csum = p->l4 + 2;
+	__s64 quoted, outer;
+
+	GIVE_UP(p, CAUSE_NAT_FAILED);
+	if (from->proto == IPPROTO_SCTP && (from->sport != to->sport || from->dport != to->dport)) {
+		GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
+		return 0;
+	}
+	quoted = bpf_csum_diff((__be32 *)&from->saddr, 32, (__be32 *)&to->saddr, 32, 0);
+	outer = bpf_csum_diff((__be32 *)&p->wire.saddr, 32, (__be32 *)&p->now.saddr, 32, 0);
+	if (p->family == 4) {
+		if (bpf_l3_csum_replace(skb, p->l3 + 10, 0, outer, 0) ||
+		    bpf_l3_csum_replace(skb, p->inner_l3 + 10, 0, quoted, 0))
+			return 0;
+	} else {
+		if (bpf_l4_csum_replace(skb, csum, 0, quoted, 0) ||
+		    bpf_l4_csum_replace(skb, csum, 0, outer, BPF_F_PSEUDO_HDR))
+			return 0;
+	}
+	if (store_addresses(skb, p->family, p->inner_l3, to) ||
+	    store_addresses(skb, p->family, p->l3, &p->now))
+		return 0;
+	if (store_port(skb, p->inner_l4 + port_offset(from->proto, true), csum, from->sport, to->sport, 0) ||
+	    store_port(skb, p->inner_l4 + port_offset(from->proto, false), csum, from->dport, to->dport, 0))
+		return 0;
+	p->cause = CAUSE_NONE;
+	return 1;
+}
+
+/* Give the connection p->now (pod → world) a source address and port of the
+ * node's. Leaves p->now translated; false with a cause when none is free. */
+static __noinline int masquerade(struct packet *p, const struct hop *hop)
+{
+	__u32 span = masquerade_port_max - masquerade_port_min + 1;
+	const struct addr *source = p->family == 4 ? &hop->masq4 : &hop->masq6;
+	struct tuple *out = &p->inner;	/* free: no ICMP error begins a connection */
+	struct tuple back;
+	bool choose = p->now.proto != IPPROTO_SCTP && (p->now.sport || has_ports(p->now.proto));
+
+	if (zero_addr(source)) {
+		GIVE_UP(p, CAUSE_NO_ROUTE);
+		return 0;
+	}
+	__u32 first = bpf_get_prandom_u32();
+
+	*out = p->now;
+	out->saddr = *source;
+	for (int i = 0; i < MASQUERADE_TRIES; i++) {
+		if (choose)
+			out->sport = bpf_htons(masquerade_port_min + (first + i * 7919) % span);
+		reverse_of(&back, out);
+		reverse_of(&p->tuple, &p->now);
+		if (nat_add(p, &back, &p->tuple, BPF_NOEXIST)) {
+			nat_add(p, &p->now, out, BPF_ANY);
+			p->now = *out;
+			return 1;
+		}
+		/* The port stays with the same connection when it begins anew. */
+		if (!choose)
+			break;
+	}
+	struct nat *taken = bpf_map_lookup_elem(&nat, &back);
+
+	if (!choose && taken && same_ends(&taken->to, &p->tuple)) {
+		nat_add(p, &p->now, out, BPF_ANY);
+		p->now = *out;
+		return 1;
+	}
+	GIVE_UP(p, CAUSE_NAT_EXHAUSTED);
+	return 0;
+}
+
+#endif

@@ -1,0 +1,154 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * service.h: service addresses per packet, for what had no socket where the
+ * socket hooks could see it.
+ */
+#ifndef LOCKGATE_SERVICE_H
+#define LOCKGATE_SERVICE_H
+
+#include "nat.h"
+
+enum service_answer {
+	NOT_A_SERVICE = 0,
+	TRANSLATED    = 1,
+	REFUSED       = 2,	/* p->cause says why; the sender is told */
+};
+
+static __always_inline struct service_view *service_find(struct packet *p, const struct tuple *t, bool any_port)
+{
+	struct service_key key = { .addr = t->daddr };
+	struct service *service;
+
+	if (!any_port) {
+		key.port = t->dport;
+		key.proto = t->proto;
+	}
+	service = bpf_map_lookup_elem(&services, &key);
+	if (!service)
+		return NULL;
+	struct service_view *view = &service->view[p->epoch & 1];
+
+	return view->flags & SVC_PRESENT ? view : NULL;
+}
+
+/* Put a random backend of the service in p->now's destination. */
+static __always_inline bool backend_for_packet(struct packet *p, struct service_view *view)
+{
+	void *image = image_of(p->epoch);
+
+	if (!image || !view->count)
+		return false;
+	__u32 word = view->backends + bpf_get_prandom_u32() % view->count * BACKEND_WORDS;
+	__u64 *high = image_word(image, word);
+	__u64 *low = image_word(image, word + 1);
+	__u64 *port = image_word(image, word + 2);
+
+	if (!high || !low || !port)
+		return false;
+	((__u64 *)&p->now.daddr)[0] = *high;
+	((__u64 *)&p->now.daddr)[1] = *low;
+	p->now.dport = (__be16)*port;
+	return true;
+}
+
+/* Keep the translation p->wire → p->now and its way back. A pod that is its
+ * own backend sees the service's address as its peer: a packet from itself
+ * would be refused by its stack. */
+static __always_inline void remember_service(struct packet *p, __u8 *flags)
+{
+	if (same_addr(&p->now.daddr, &p->wire.saddr))
+		p->now.saddr = p->wire.daddr;
+	nat_add(p, &p->wire, &p->now, BPF_ANY);
+	reverse_of(&p->tuple, &p->now);
+	reverse_of(&p->inner, &p->wire);
+	nat_add(p, &p->tuple, &p->inner, BPF_ANY);
+	*flags |= CT_NAT_REPLY | CT_SERVICE;
+}
+
+/* A new connection to what may be a service. */
+static __noinline int service_begin(struct packet *p, __u8 *flags)
+{
+	struct service_view *view = service_find(p, &p->wire, false);
+
+	if (!flags)
+		return NOT_A_SERVICE;
+	if (!view) {
+		if (!has_ports(p->wire.proto) || !service_find(p, &p->wire, true))
+			return NOT_A_SERVICE;
+		GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
+		return REFUSED;
+	}
+	p->service = view->id;
+	if (!backend_for_packet(p, view)) {
+		GIVE_UP(p, CAUSE_NO_BACKEND);
+		return REFUSED;
+	}
+	if (p->wire.proto == IPPROTO_SCTP && p->now.dport != p->wire.dport) {
+		GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
+		return REFUSED;
+	}
+	remember_service(p, flags);
+	return TRANSLATED;
+}
+
+/* The service that the sender's socket asked for when it was given this
+ * destination, or NULL. */
+static __always_inline struct socket_peer *service_asked(struct __sk_buff *skb, struct packet *p)
+{
+	struct socket_key key = {
+		.cookie = bpf_get_socket_cookie(skb),
+		.addr = p->wire.daddr,
+		.port = p->wire.dport,
+		.proto = p->wire.proto,
+	};
+
+	return bpf_map_lookup_elem(&sockets, &key);
+}
+
+static __always_inline bool backend_live(struct packet *p, __u32 service)
+{
+	struct backend_key key = {
+		.addr = p->now.daddr,
+		.service = service,
+		.port = p->now.dport,
+		.proto = p->now.proto,
+	};
+	struct backend_state *backend = bpf_map_lookup_elem(&service_backends, &key);
+
+	return backend && backend->live[p->epoch & 1];
+}
+
+/* The connection in hand is judged again: if it is UDP to a backend of a
+ * service that went, choose another for it. A connected socket goes on seeing
+ * the address it was given. */
+static __noinline int service_again(struct __sk_buff *skb, struct packet *p, __u32 service, __u8 *flags)
+{
+	struct socket_peer *asked = service_asked(skb, p);
+
+	if (!flags || p->now.proto != IPPROTO_UDP)
+		return NOT_A_SERVICE;
+	p->tuple = p->wire;
+	if (asked) {
+		service = asked->service;
+		p->tuple.daddr = asked->addr;
+		p->tuple.dport = asked->port;
+	}
+	if (!service || backend_live(p, service))
+		return NOT_A_SERVICE;
+	struct service_view *view = service_find(p, &p->tuple, false);
+
+	if (!view)
+		return NOT_A_SERVICE;
+	ct_forget(p);
+	p->service = view->id;
+	if (!backend_for_packet(p, view)) {
+		GIVE_UP(p, CAUSE_NO_BACKEND);
+		return REFUSED;
+	}
+	p->now.saddr = p->wire.saddr;
+	p->now.sport = p->wire.sport;
+	remember_service(p, flags);
+	return TRANSLATED;
+}
+
+#endif

@@ -73,6 +73,7 @@ def _library() -> ctypes.CDLL:
         ("bpf_object__next_program", pointer, [pointer, pointer]),
         ("bpf_map__name", text, [pointer]),
         ("bpf_map__fd", integer, [pointer]),
+        ("bpf_map__is_internal", ctypes.c_bool, [pointer]),
         ("bpf_map__type", integer, [pointer]),
         ("bpf_map__key_size", ctypes.c_uint32, [pointer]),
         ("bpf_map__value_size", ctypes.c_uint32, [pointer]),
@@ -128,7 +129,7 @@ class Object:
             text = "".join(log)
         if not self._handle:
             raise LoadError(f"{self.path} is no BPF object: {_last_lines(text, 1)}", text)
-        self._maps = {self._name("bpf_map__name", m): m for m in self._each("bpf_object__next_map")}
+        self._maps = {self._map_name(m): m for m in self._each("bpf_object__next_map")}
         self._progs = {
             self._name("bpf_program__name", p): p for p in self._each("bpf_object__next_program")
         }
@@ -180,7 +181,7 @@ class Object:
             size = ctypes.c_size_t()
             start = self._lib.bpf_map__initial_value(handle, ctypes.byref(size))
             try:
-                raw = np.array(value, dtype=variable.dtype).tobytes()
+                raw = np.array(value, dtype=variable.dtype.base).tobytes()
             except (ValueError, OverflowError, TypeError) as error:
                 raise LoadError(f"{self.path}: {name} = {value!r}: {error}") from error
             if len(raw) != variable.size or variable.offset + len(raw) > size.value:
@@ -303,6 +304,11 @@ class Object:
     def _name(self, function: str, handle: int) -> str:
         name: bytes = getattr(self._lib, function)(handle)
         return name.decode()
+
+    def _map_name(self, handle: int) -> str:
+        name = self._name("bpf_map__name", handle)
+        # libbpf calls a section's map "<object>.rodata"; the object's name has no dot.
+        return name[name.index(".") :] if self._lib.bpf_map__is_internal(handle) else name
 
     def _map(self, name: str) -> int:
         if name not in self._maps:

@@ -1,0 +1,1 @@
+"""Network namespaces, links, routes, neighbours and cgroups: what netlink and /proc offer."""

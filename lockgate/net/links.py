@@ -1,0 +1,324 @@
+"""Links of pods: the veth pair, its addresses, routes and neighbours.
+
+`Net` wraps one netlink socket of the namespace that its thread is in. pyroute2's sockets have
+an event loop of their own, so use them from worker threads, never from a coroutine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_interface
+from pathlib import Path
+from socket import AF_INET, AF_INET6
+from types import TracebackType
+from typing import Any, Self
+
+from pyroute2 import IPRoute, NetlinkError
+
+from lockgate.net.namespaces import inside
+
+__all__ = ["GATEWAY4", "GATEWAY6", "IFINDEX_BASE", "Net", "PodLink", "sysctl"]
+
+IFINDEX_BASE = 65536
+GATEWAY4 = "169.254.1.1"
+GATEWAY6 = "fe80::1"
+_NODAD = 2
+_PERMANENT = 0x80
+_SCOPE_LINK, _SCOPE_HOST = 253, 254
+
+
+def sysctl(key: str, value: int | str) -> bool:
+    """Write net.<key> (with slashes) of the calling thread's namespace; False if there is none."""
+    try:
+        Path("/proc/sys/net", key).write_text(str(value))
+    except (FileNotFoundError, PermissionError):
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class PodLink:
+    """A pod's wiring, all of it decided by node, slot and addresses."""
+
+    node: str
+    slot: int
+    addresses: tuple[str, ...]
+    mtu: int
+
+    @property
+    def name(self) -> str:
+        return f"lg{self.slot}"
+
+    @property
+    def ifindex(self) -> int:
+        return IFINDEX_BASE + self.slot
+
+    @property
+    def host_mac(self) -> bytes:
+        return b"\x0a\x6c" + self._tail
+
+    @property
+    def pod_mac(self) -> bytes:
+        return b"\x0a\x70" + self._tail
+
+    @property
+    def _tail(self) -> bytes:
+        return hashlib.sha256(self.node.encode()).digest()[:2] + self.slot.to_bytes(2, "big")
+
+
+def mac_text(mac: bytes) -> str:
+    return mac.hex(":")
+
+
+class Net:
+    """One netlink socket. Errors are OSErrors that name the object."""
+
+    def __init__(self) -> None:
+        self._ip: Any = IPRoute()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._ip.close()
+
+    # ---- Links ---------------------------------------------------------------------
+
+    def links(self) -> dict[str, int]:
+        """Names → interface indices of this namespace."""
+        return {link.get_attr("IFLA_IFNAME"): link["index"] for link in self._ip.get_links()}
+
+    def link(self, name: str) -> dict[str, Any] | None:
+        """{"index", "mac" (bytes), "mtu", "up"} of a link, or None."""
+        for link in self._ip.get_links():
+            if link.get_attr("IFLA_IFNAME") == name:
+                mac = link.get_attr("IFLA_ADDRESS") or ""
+                return {
+                    "index": link["index"],
+                    "mac": bytes.fromhex(mac.replace(":", "")),
+                    "mtu": link.get_attr("IFLA_MTU"),
+                    "up": bool(link["flags"] & 1),
+                }
+        return None
+
+    def addresses(self, ifindex: int) -> list[str]:
+        """Addresses with prefix length of a link, link-local ones left out."""
+        found = []
+        for item in self._ip.get_addr(index=ifindex):
+            text = f"{item.get_attr('IFA_LOCAL') or item.get_attr('IFA_ADDRESS')}"
+            if not ip_address(text).is_link_local:
+                found.append(f"{text}/{item['prefixlen']}")
+        return found
+
+    def remove_link(self, ifindex: int) -> bool:
+        """False if there was none."""
+        with _named(f"remove interface {ifindex}"):
+            return self._gone_is_false("link", "del", index=ifindex)
+
+    def add_pod(self, link: PodLink, netns: str, sources: tuple[str, ...] = ()) -> None:
+        """Make the pair, wire both ends and bring them up. `sources` are the node's addresses,
+        which its own packets to the pod bear. A link that has the name already is replaced."""
+        if link.name in self.links():
+            self.remove_link(link.ifindex)
+        with inside(netns), Net() as pod:
+            stale = pod.links().get("eth0")
+            if stale is not None:
+                pod.remove_link(stale)
+        target = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with _named(f"make interface {link.name}"):
+                self._ip.link(
+                    "add",
+                    ifname=link.name,
+                    index=link.ifindex,
+                    kind="veth",
+                    address=mac_text(link.host_mac),
+                    mtu=link.mtu,
+                    peer={
+                        "ifname": "eth0",
+                        "address": mac_text(link.pod_mac),
+                        "mtu": link.mtu,
+                        "net_ns_fd": target,
+                    },
+                )
+        finally:
+            os.close(target)
+        try:
+            self._wire_host(link, sources)
+            with inside(netns), Net() as pod:
+                pod._wire_pod(link)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.remove_link(link.ifindex)
+            raise
+
+    def _wire_host(self, link: PodLink, sources: tuple[str, ...]) -> None:
+        _quiet(link.name)
+        sysctl(f"ipv4/conf/{link.name}/rp_filter", 2)
+        with _named(f"wire interface {link.name}"):
+            self._ip.link("set", index=link.ifindex, state="up")
+            self._add_address(link.ifindex, f"{GATEWAY6}/64")
+            for address in link.addresses:
+                self.neighbour(link.ifindex, address, link.pod_mac)
+                source = next((s for s in sources if (":" in s) == (":" in address)), None)
+                self.route(f"{address}/{_bits(address)}", link.ifindex, source=source)
+
+    def _wire_pod(self, link: PodLink) -> None:
+        _quiet("eth0")
+        index = self.links()["eth0"]
+        with _named(f"wire eth0 of {link.name}"):
+            self._ip.link("set", index=1, state="up")
+            self._ip.link("set", index=index, state="up")
+            for address in link.addresses:
+                self._add_address(index, f"{address}/{_bits(address)}")
+                gateway = GATEWAY6 if ":" in address else GATEWAY4
+                self.neighbour(index, gateway, link.host_mac)
+                default = "::/0" if ":" in address else "0.0.0.0/0"
+                self.route(default, index, gateway=gateway)
+
+    # ---- Addresses, neighbours, routes -----------------------------------------------
+
+    def add_gateway(self) -> None:
+        """169.254.1.1 on lo, which answers ARP of pods that lost their neighbour entry. Of host
+        scope, so that the kernel never takes it as a source."""
+        with _named(f"add {GATEWAY4} to lo"):
+            self._add_address(1, f"{GATEWAY4}/32", scope=_SCOPE_HOST)
+
+    def _add_address(self, ifindex: int, address: str, scope: int | None = None) -> None:
+        value = ip_interface(address)
+        more: dict[str, Any] = {"flags": _NODAD} if value.version == 6 else {}
+        if scope is not None:
+            more["scope"] = scope
+        try:
+            self._ip.addr(
+                "add",
+                index=ifindex,
+                address=str(value.ip),
+                prefixlen=value.network.prefixlen,
+                family=_family(address),
+                **more,
+            )
+        except NetlinkError as error:
+            if error.code != errno.EEXIST:
+                raise
+
+    def neighbour(self, ifindex: int, address: str, mac: bytes) -> None:
+        """A permanent entry."""
+        self._ip.neigh(
+            "replace",
+            ifindex=ifindex,
+            dst=address,
+            lladdr=mac_text(mac),
+            state=_PERMANENT,
+            family=_family(address),
+        )
+
+    def route(
+        self,
+        destination: str,
+        ifindex: int = 0,
+        gateway: str | None = None,
+        source: str | None = None,
+        kind: str = "unicast",
+    ) -> None:
+        """Set the route to a block; `kind` may be "blackhole"."""
+        request: dict[str, Any] = {"dst": destination, "family": _family(destination)}
+        if kind != "unicast":
+            request["type"] = kind
+        else:
+            request["oif"] = ifindex
+            if gateway is not None:
+                request["gateway"] = gateway
+                if ":" not in gateway:
+                    request["flags"] = ["onlink"]
+            elif ":" not in destination:
+                request["scope"] = _SCOPE_LINK
+            if source is not None:
+                request["prefsrc"] = source
+        with _named(f"set route {destination}"):
+            self._ip.route("replace", **request)
+
+    def remove_route(self, destination: str) -> bool:
+        """False if there was none."""
+        with _named(f"remove route {destination}"):
+            return self._gone_is_false("route", "del", dst=destination, family=_family(destination))
+
+    def default_gateways(self, ifindex: int) -> list[str]:
+        """Gateways of default routes over a link."""
+        found = []
+        for family in (AF_INET, AF_INET6):
+            for route in self._ip.get_routes(family=family):
+                if (
+                    route["dst_len"] == 0
+                    and route.get_attr("RTA_OIF") == ifindex
+                    and route.get_attr("RTA_GATEWAY")
+                    and route["type"] == 1
+                ):
+                    found.append(str(route.get_attr("RTA_GATEWAY")))
+        return found
+
+    # ---- Neighbours ------------------------------------------------------------------
+
+    def macs(self, ifindex: int) -> dict[str, bytes]:
+        """Addresses → MACs that the kernel knows on a link and does not hold to be dead."""
+        usable = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | _PERMANENT
+        found: dict[str, bytes] = {}
+        for family in (AF_INET, AF_INET6):
+            for item in self._ip.get_neighbours(family=family, ifindex=ifindex):
+                mac = item.get_attr("NDA_LLADDR")
+                if mac and item["state"] & usable:
+                    found[str(item.get_attr("NDA_DST"))] = bytes.fromhex(mac.replace(":", ""))
+        return found
+
+    def ask(self, ifindex: int, address: str) -> None:
+        """Have the kernel resolve a neighbour, as if a packet were to be sent (NTF_USE)."""
+        with contextlib.suppress(NetlinkError):
+            self._ip.neigh(
+                "add", ifindex=ifindex, dst=address, flags=1, state=0, family=_family(address)
+            )
+
+    def _gone_is_false(self, what: str, *arguments: str, **request: Any) -> bool:
+        try:
+            getattr(self._ip, what)(*arguments, **request)
+        except NetlinkError as error:
+            if error.code in (errno.ENODEV, errno.ESRCH, errno.ENOENT):
+                return False
+            raise
+        return True
+
+
+def _quiet(name: str) -> None:
+    """No router discovery and no address but those we give: nothing is ever sent unasked."""
+    sysctl(f"ipv6/conf/{name}/disable_ipv6", 0)
+    sysctl(f"ipv6/conf/{name}/accept_ra", 0)
+    sysctl(f"ipv6/conf/{name}/router_solicitations", 0)
+    sysctl(f"ipv6/conf/{name}/addr_gen_mode", 1)
+
+
+def _family(text: str) -> int:
+    return int(AF_INET6 if ":" in text else AF_INET)
+
+
+def _bits(address: str) -> int:
+    return 128 if ":" in address else 32
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except NetlinkError as error:
+        raise OSError(error.code, f"cannot {what}: {os.strerror(error.code)}") from error

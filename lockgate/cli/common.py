@@ -99,9 +99,7 @@ def connect(path: Path, timeout: float | None = 30) -> http.client.HTTPConnectio
     return connection
 
 
-def call(
-    path: Path, method: str, url: str, body: Any = None, *, timeout: float | None = 30
-) -> Any:
+def call(path: Path, method: str, url: str, body: Any = None, *, timeout: float | None = 30) -> Any:
     """One JSON request. Raises Refused with the other side's sentence, OSError without one."""
     connection = connect(path, timeout)
     try:

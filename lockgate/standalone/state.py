@@ -1,4 +1,4 @@
-"""Where a cluster keeps what: names and paths, and nothing else (docs/architecture.md, Processes)."""
+"""Where a cluster keeps what: names and paths (docs/architecture.md, Processes)."""
 
 from __future__ import annotations
 

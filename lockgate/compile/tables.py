@@ -1,0 +1,145 @@
+"""What the compilers produce: the verdict image and the views of one node.
+
+The constants mirror bpf/types.h; a test of the agent compares them with the
+BTF of the programs. Addresses are 16 bytes in network order (IPv4 is
+::ffff:a.b.c.d), ports are plain integers, protocols are IP protocol numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lockgate.objects.model import Pod
+
+__all__ = [
+    "EndpointView",
+    "Ids",
+    "PeerView",
+    "Rule",
+    "ServiceView",
+    "Tables",
+]
+
+IMAGE_PORTS = 0
+IMAGE_PORT_WORDS = 49152
+IMAGE_CIDRS = IMAGE_PORT_WORDS
+CIDR_BLOCK_WORDS = 128
+CIDR_NEXT = 0x8000_0000
+BACKEND_WORDS = 3
+
+CELL_ALLOW = 0x8000_0000
+CELL_LOG = 0x4000_0000
+CELL_REASON = 0x3FFF_FFFF
+
+PEER_NONE = 0
+PEER_LOCAL = 1
+PEER_REMOTE = 2
+PEER_NODE = 3
+PEER_HOST = 4
+
+ISOLATED_INGRESS = 1
+ISOLATED_EGRESS = 2
+
+SVC_PRESENT = 1
+
+NO_SLOT = 0xFFFF_FFFF
+
+TCP, UDP, SCTP = 6, 17, 132
+PROTOCOL_NUMBER = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
+#: Row of IMAGE_PORTS by the protocol's name and by its number.
+PORT_TABLE = {"TCP": 0, "UDP": 1, "SCTP": 2}
+PORT_TABLE_BY_NUMBER = {TCP: 0, UDP: 1, SCTP: 2}
+
+Verdict = Literal["allow", "deny"]
+Direction = Literal["ingress", "egress"]
+
+#: (namespace, policy name, index of the rule); index -1 names the policy itself.
+Rule = tuple[str, str, int]
+Words = NDArray[np.uint64]
+
+
+class PeerView(NamedTuple):
+    """`struct peer_view`: what an address is to this node."""
+
+    cls: int
+    endpoint: int
+    kind: int
+    target: int
+
+
+class EndpointView(NamedTuple):
+    """`struct endpoint_view`: where a local pod's rows and columns start."""
+
+    rows: int
+    cols: int
+    cls: int
+    isolated: int
+
+
+@dataclass(slots=True, frozen=True)
+class ServiceView:
+    """`struct service_view`: one port of a service at one address."""
+
+    id: int
+    backends: int
+    count: int
+    flags: int
+
+
+class Ids(Protocol):
+    """Numbers that outlive a compilation. The agent journals them; none is ever reused."""
+
+    def endpoint(self, pod: Pod) -> int:
+        """Id of the pod (by uid), never 0."""
+
+    def reason(self, verdict: Verdict, direction: Direction, rules: tuple[Rule, ...]) -> int:
+        """Id of an ordered list of rules (allow) or policies (deny), never 0."""
+
+    def service(self, namespace: str, name: str, port_name: str, protocol: str, port: int) -> int:
+        """Id of one port of a service, never 0."""
+
+    def slot(self, uid: str) -> int | None:
+        """Endpoint slot of a pod of this node; None while it has no interface."""
+
+    def hop(self, node: str) -> int | None:
+        """Hop towards another node; None while none is known."""
+
+
+@dataclass(slots=True)
+class Tables:
+    """Everything one view holds. `cache` is what the next compilation may reuse."""
+
+    image: Words
+    peers: dict[bytes, PeerView] = field(default_factory=dict)
+    endpoints: dict[int, EndpointView] = field(default_factory=dict)
+    services: dict[tuple[bytes, int, int], ServiceView] = field(default_factory=dict)
+    backends: set[tuple[bytes, int, int, int]] = field(default_factory=set)
+    errors: list[str] = field(default_factory=list)
+    cache: Any = field(default=None, repr=False, compare=False)
+
+
+class Builder:
+    """The image while it grows; equal runs of words are stored once."""
+
+    def __init__(self, head: bytes) -> None:
+        self._chunks = [head]
+        self._words = len(head) // 8
+        self._known: dict[bytes, int] = {}
+
+    def add(self, words: bytes) -> int:
+        """The word at which `words` (a multiple of 8 bytes) stands in the image."""
+        at = self._known.get(words)
+        if at is None:
+            at = self._known[words] = self._words
+            self._chunks.append(words)
+            self._words += len(words) // 8
+        return at
+
+    def image(self) -> Words:
+        if self._words >= 1 << 32:
+            raise OverflowError(f"the verdict image needs {self._words} words, the limit is 2^32")
+        return np.frombuffer(bytearray().join(self._chunks), dtype="<u8").view(np.uint64)

@@ -1,0 +1,141 @@
+"""Objects from a watch stream on a unix socket (docs/architecture.md, The watch stream)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+import msgspec
+
+from lockgate.objects import model
+from lockgate.objects.model import Cluster
+
+__all__ = ["Change", "Transaction", "apply", "report", "watch"]
+
+Verb = Literal["ADDED", "MODIFIED", "DELETED"]
+_STRUCTS: dict[str, Any] = {
+    "Namespace": model.Namespace,
+    "Node": model.Node,
+    "Pod": model.Pod,
+    "Service": model.Service,
+    "EndpointSlice": model.EndpointSlice,
+    "NetworkPolicy": model.NetworkPolicy,
+}
+_LINE_MAX = 16 << 20
+
+
+class _Line(msgspec.Struct):
+    type: str
+    object: msgspec.Raw = msgspec.Raw(b"")
+    revision: int = 0
+
+
+class _Kind(msgspec.Struct):
+    kind: str
+
+
+class Change(msgspec.Struct):
+    """One event: what happened to an object."""
+
+    verb: Verb
+    object: Any
+
+
+class Transaction(msgspec.Struct):
+    """The events up to a bookmark, to be applied together. `complete`: they are all that there
+    is, so what is not among them is gone."""
+
+    changes: list[Change]
+    revision: int
+    complete: bool
+    errors: list[str]
+
+
+async def watch(socket: Path) -> AsyncIterator[Transaction]:
+    """Transactions of one connection, the first of them complete. Ends when the server does;
+    OSError or aiohttp.ClientError if it can't be reached. Objects that can't be read are left
+    out and named in `errors`."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+    async with aiohttp.ClientSession(
+        connector=aiohttp.UnixConnector(str(socket)), timeout=timeout, read_bufsize=1 << 20
+    ) as session:
+        async with session.get("http://lockgate/v1/watch") as response:
+            response.raise_for_status()
+            changes: list[Change] = []
+            errors: list[str] = []
+            complete = True
+            tail = b""
+            async for chunk in response.content.iter_any():
+                *lines, tail = (tail + chunk).split(b"\n")
+                if len(tail) > _LINE_MAX:
+                    raise OSError(f"{socket}: a line of the watch stream has no end")
+                for raw in lines:
+                    if not raw.strip():
+                        continue
+                    line = msgspec.json.decode(raw, type=_Line)
+                    if line.type == "BOOKMARK":
+                        yield Transaction(changes, line.revision, complete, errors)
+                        changes, errors, complete = [], [], False
+                    else:
+                        _read(line, changes, errors)
+
+
+def _read(line: _Line, changes: list[Change], errors: list[str]) -> None:
+    try:
+        kind = msgspec.json.decode(line.object, type=_Kind).kind
+        struct = _STRUCTS.get(kind)
+        if struct is not None and line.type in ("ADDED", "MODIFIED", "DELETED"):
+            item = msgspec.json.decode(line.object, type=struct)
+            changes.append(Change(line.type, item))  # type: ignore[arg-type]
+    except msgspec.MsgspecError as error:
+        errors.append(f"an object of the watch stream can't be read: {error}: {_excerpt(line)}")
+
+
+def _excerpt(line: _Line) -> str:
+    return bytes(line.object)[:200].decode(errors="replace")
+
+
+def apply(cluster: Cluster, transaction: Transaction) -> Cluster:
+    """The cluster after a transaction; the one before is left as it was."""
+    if transaction.complete:
+        after = Cluster()
+    else:
+        after = Cluster(
+            dict(cluster.namespaces),
+            dict(cluster.nodes),
+            dict(cluster.pods),
+            dict(cluster.services),
+            dict(cluster.slices),
+            dict(cluster.policies),
+        )
+    tables: dict[str, tuple[dict[Any, Any], bool]] = {
+        "Namespace": (after.namespaces, False),
+        "Node": (after.nodes, False),
+        "Pod": (after.pods, True),
+        "Service": (after.services, True),
+        "EndpointSlice": (after.slices, True),
+        "NetworkPolicy": (after.policies, True),
+    }
+    for change in transaction.changes:
+        meta = change.object.metadata
+        table, namespaced = tables[change.object.kind]
+        key = (meta.namespace, meta.name) if namespaced else meta.name
+        if change.verb == "DELETED":
+            table.pop(key, None)
+        else:
+            table[key] = change.object
+    return after
+
+
+async def report(socket: Path, node: str, revision: int, error: str = "") -> None:
+    """Tell the supervisor that a revision is in force on a node, or why not."""
+    body: dict[str, Any] = {"node": node, "revision": revision}
+    if error:
+        body["error"] = error
+    async with aiohttp.ClientSession(
+        connector=aiohttp.UnixConnector(str(socket)), timeout=aiohttp.ClientTimeout(total=10)
+    ) as session:
+        async with session.post("http://lockgate/v1/applied", json=body) as response:
+            response.raise_for_status()

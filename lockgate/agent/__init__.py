@@ -1,0 +1,1 @@
+"""State into the kernel: what runs once per node and owns its maps."""

@@ -1,0 +1,139 @@
+"""Addresses and slots of this node's pods, kept in ipam.json.
+
+Both are handed out in turn, so one that was given back is the last to be used again. The file
+is replaced whole (written beside, synced, renamed): it is always one state or the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Ipam", "Lease", "PoolExhausted"]
+
+
+class PoolExhausted(Exception):
+    """No address, or no slot, is left; the message names the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What a pod has: its addresses (primary first), its slot, its namespace's path."""
+
+    uid: str
+    ips: tuple[str, ...]
+    slot: int
+    netns: str
+
+
+@dataclass(slots=True)
+class Ipam:
+    """The node's pools. Changes are on disk when a method returns."""
+
+    path: Path
+    slots: int
+    pools: list[str] = field(default_factory=list)
+    leases: dict[str, Lease] = field(default_factory=dict)
+    _next: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reads the file. ValueError if it is not one of ours: it is never overwritten then."""
+        try:
+            state: dict[str, Any] = json.loads(self.path.read_text())
+            self._next = {str(k): int(v) for k, v in state["next"].items()}
+            for uid, lease in state["endpoints"].items():
+                self.leases[uid] = Lease(
+                    uid, tuple(lease["ips"]), int(lease["slot"]), str(lease["netns"])
+                )
+        except FileNotFoundError:
+            return
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}): move it away") from error
+
+    def set_pools(self, cidrs: list[str]) -> None:
+        """The node's podCIDRs; leases outside of them stay."""
+        self.pools = [str(ip_network(cidr, strict=False)) for cidr in cidrs]
+
+    def acquire(self, uid: str, netns: str) -> Lease:
+        """An address from each pool and a slot; the same again for a uid that has a lease.
+        PoolExhausted changes nothing."""
+        known = self.leases.get(uid)
+        if known is not None:
+            if known.netns == netns:
+                return known
+            lease = Lease(uid, known.ips, known.slot, netns)
+            self._save(uid, lease, dict(self._next))
+            return lease
+        if not self.pools:
+            raise PoolExhausted("the Node object has no spec.podCIDRs to take addresses from")
+        following = dict(self._next)
+        taken = {ip_address(ip) for lease in self.leases.values() for ip in lease.ips}
+        ips = []
+        for pool in self.pools:
+            network = ip_network(pool)
+            low, count = _usable(network)
+            used = {int(ip) - low for ip in taken if ip in network}
+            index = _first_free(used, count, following.get(pool, 0))
+            if index is None:
+                raise PoolExhausted(f"pool {pool} is exhausted: all {count} addresses are in use")
+            following[pool] = (index + 1) % count
+            ips.append(str(network[0] + (low - int(network[0]) + index)))
+        slots = {lease.slot for lease in self.leases.values()}
+        slot = _first_free(slots, self.slots, following.get("slots", 0))
+        if slot is None:
+            raise PoolExhausted(f"all {self.slots} endpoint slots of the node are in use")
+        following["slots"] = (slot + 1) % self.slots
+        lease = Lease(uid, tuple(ips), slot, netns)
+        self._save(uid, lease, following)
+        return lease
+
+    def release(self, uid: str) -> Lease | None:
+        """Give back; None if there was no lease."""
+        lease = self.leases.get(uid)
+        if lease is not None:
+            self._save(uid, None, dict(self._next))
+        return lease
+
+    def _save(self, uid: str, lease: Lease | None, following: dict[str, int]) -> None:
+        leases = dict(self.leases)
+        leases.pop(uid, None)
+        if lease is not None:
+            leases[uid] = lease
+        state = {
+            "next": following,
+            "endpoints": {
+                key: {"ips": list(one.ips), "slot": one.slot, "netns": one.netns}
+                for key, one in leases.items()
+            },
+        }
+        beside = self.path.with_suffix(".new")
+        with open(beside, "w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+        self.leases, self._next = leases, following
+
+
+def _usable(network: IPv4Network | IPv6Network) -> tuple[int, int]:
+    """(first, count) of what pods may have: neither the network's own address, nor the first
+    one, which is a gateway's by custom, nor IPv4's broadcast address. Tiny blocks: all."""
+    first, size = int(network.network_address), network.num_addresses
+    if size <= 4:
+        return first, size
+    return first + 2, min(size - 2 - (network.version == 4), 1 << 24)
+
+
+def _first_free(used: set[int], count: int, start: int) -> int | None:
+    """The first number from `start` on, round the end, that is not in `used`."""
+    if len(used) >= count and all(index in used for index in range(count)):
+        return None
+    for step in range(count):
+        index = (start + step) % count
+        if index not in used:
+            return index
+    return None

@@ -82,7 +82,7 @@ def _node_setup(number: int) -> list[str]:
             f"link set {interface} up",
         ]
     setup.append(f"route replace default via {OUTSIDE4} dev outside0")
-    setup.append(f"-6 route replace default via {OUTSIDE6} dev outside0")
+    setup.append(f"route replace ::/0 via {OUTSIDE6} dev outside0")
     return setup
 
 

@@ -1,0 +1,299 @@
+"""Where packets leave the node: hops, routes to what is no peer, roles of links.
+
+Hop numbers are remembered by connections, so a node keeps its number: those in use are found
+again in the kernel's table by the next hop's address. Numbers below FIRST_NODE are fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_interface
+from typing import Any
+
+import numpy as np
+
+from lockgate.agent.datapath import Datapath
+from lockgate.net.links import Net
+from lockgate.objects.address import is_ipv4, parse_address, parse_cidr
+from lockgate.objects.model import Cluster, Node
+
+__all__ = ["Hop", "Hops"]
+
+log = logging.getLogger(__name__)
+
+WORLD, NOWHERE, NEAR_UNDERLAY, NEAR_OUTSIDE = 1, 2, 3, 4
+FIRST_NODE = 8
+_MAC, _MASQ, _DROP = 1, 2, 4
+_UNDERLAY, _OUTSIDE = 1, 2
+_NONE = bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """`struct hop`, addresses as 16 bytes."""
+
+    ifindex: int = 0
+    flags: int = _DROP
+    dmac: bytes = bytes(6)
+    smac: bytes = bytes(6)
+    mtu: int = 0
+    via4: bytes = _NONE
+    via6: bytes = _NONE
+    masq4: bytes = _NONE
+    masq6: bytes = _NONE
+
+
+@dataclass(slots=True)
+class Links:
+    """What the kernel says of the node's cards, read anew for each refresh."""
+
+    underlay: dict[str, Any] | None = None
+    outside: dict[str, Any] | None = None
+    addresses: dict[str, list[str]] = field(default_factory=dict)
+
+
+def internal_ips(node: Node) -> list[str]:
+    """InternalIPs of a node that can be read, IPv4 and IPv6."""
+    found = []
+    for entry in node.status.addresses:
+        if entry.type == "InternalIP":
+            with contextlib.suppress(ValueError):
+                parse_address(entry.address)
+                found.append(entry.address)
+    return found
+
+
+def pod_cidrs(node: Node) -> list[str]:
+    """A node's podCIDRs, of both families."""
+    return node.spec.pod_cidrs or ([node.spec.pod_cidr] if node.spec.pod_cidr else [])
+
+
+class Hops:
+    """The node's hops. `number` and `assign` touch memory only; `refresh` the kernel, from the
+    worker thread that is in the node's namespace."""
+
+    def __init__(
+        self, dp: Datapath, node: str, underlay: str, outside: str, service_cidrs: list[str]
+    ) -> None:
+        self._dp, self._node = dp, node
+        self._underlay, self._outside = underlay, outside
+        self._service_cidrs = service_cidrs
+        self._written: dict[int, Hop] = {}
+        self._kernel: dict[str, tuple[int, str]] = {}
+        self._blackholes = False
+        self.numbers: dict[str, int] = {}
+        self.errors: list[str] = []
+        self._old = {
+            bytes(row[via]): number
+            for number, row in enumerate(dp.hops.values())
+            for via in ("via4", "via6")
+            if number >= FIRST_NODE and bytes(row[via]) != _NONE
+        }
+
+    def number(self, node: str) -> int | None:
+        """Hop towards another node; None for one without an address."""
+        return self.numbers.get(node)
+
+    def assign(self, nodes: Mapping[str, Node]) -> None:
+        """Give every other node a number. A node that went gives its number back."""
+        for gone in set(self.numbers) - set(nodes):
+            del self.numbers[gone]
+        for name, node in sorted(nodes.items()):
+            if name == self._node or name in self.numbers:
+                continue
+            taken = set(self.numbers.values())
+            addresses = [parse_address(ip) for ip in internal_ips(node)]
+            if not addresses:
+                continue
+            known = [self._old[a] for a in addresses if a in self._old]
+            free = (
+                n
+                for n in range(FIRST_NODE, len(self._dp.hops))
+                if n not in taken and n not in self._old.values()
+            )
+            number = next((n for n in known if n not in taken), None) or next(free, None)
+            if number is None:
+                log.error("Node %s: no hop is left for it", name)
+                continue
+            self.numbers[name] = number
+
+    def refresh(self, net: Net, cluster: Cluster) -> None:
+        """Bring hops, routes and roles up to what the kernel and the objects say."""
+        self.errors = []
+        links = Links(net.link(self._underlay) if self._underlay else None)
+        links.outside = net.link(self._outside) if self._outside else None
+        for name, link in ((self._underlay, links.underlay), (self._outside, links.outside)):
+            if name and link is None:
+                self.errors.append(f"interface {name} does not exist")
+            if link is not None:
+                links.addresses[name] = net.addresses(link["index"])
+        self._write_roles(links)
+        wanted = {NOWHERE: Hop()}
+        routes: dict[tuple[bytes, int], int] = {}
+        for cidr in self._service_cidrs:
+            routes[parse_cidr(cidr)] = NOWHERE
+        self._nodes(net, cluster, links, wanted)
+        self._near(links, wanted, routes)
+        self._world(net, links, wanted, routes)
+        for number, hop in wanted.items():
+            if self._written.get(number) != hop:
+                self._dp.hops[number] = self._record(hop)
+        for number in set(self._written) - set(wanted):
+            self._dp.hops[number] = self._record(Hop())
+        self._written = wanted
+        self._write_routes(routes)
+        self._write_kernel(net, cluster, links)
+
+    # ---- Inside --------------------------------------------------------------------
+
+    def _nodes(self, net: Net, cluster: Cluster, links: Links, wanted: dict[int, Hop]) -> None:
+        link = links.underlay
+        macs = net.macs(link["index"]) if link else {}
+        for name, number in self.numbers.items():
+            node = cluster.nodes.get(name)
+            ips = internal_ips(node) if node is not None else []
+            if link is None or not ips:
+                wanted[number] = Hop()
+                continue
+            wanted[number] = _towards(net, link, ips, macs)
+
+    def _near(
+        self, links: Links, wanted: dict[int, Hop], routes: dict[tuple[bytes, int], int]
+    ) -> None:
+        """On-link neighbours that are no nodes: the kernel's neighbour table finds them."""
+        for number, name, link in (
+            (NEAR_UNDERLAY, self._underlay, links.underlay),
+            (NEAR_OUTSIDE, self._outside, links.outside),
+        ):
+            if link is None:
+                continue
+            addresses = links.addresses[name]
+            wanted[number] = _masquerading(
+                Hop(link["index"], _MASQ, smac=link["mac"], mtu=link["mtu"]), addresses
+            )
+            for address in addresses:
+                routes[parse_cidr(str(ip_interface(address).network))] = number
+
+    def _world(
+        self,
+        net: Net,
+        links: Links,
+        wanted: dict[int, Hop],
+        routes: dict[tuple[bytes, int], int],
+    ) -> None:
+        name, link = self._outside, links.outside
+        if link is None:
+            name, link = self._underlay, links.underlay
+        gateways = net.default_gateways(link["index"]) if link else []
+        v4, v6 = parse_cidr("0.0.0.0/0"), parse_cidr("::/0")
+        # ::/0 holds the IPv4 block too, so that one must not be left out.
+        routes[v4] = routes[v6] = NOWHERE
+        if link is None or not gateways:
+            return
+        hop = _towards(net, link, gateways, net.macs(link["index"]))
+        hop = replace(hop, flags=hop.flags | _MASQ)
+        wanted[WORLD] = _masquerading(hop, links.addresses[name])
+        for gateway in gateways:
+            routes[v6 if ":" in gateway else v4] = WORLD
+
+    def _write_roles(self, links: Links) -> None:
+        roles: dict[int, int] = {}
+        # A card that is both is the outside only if there is no other.
+        if links.outside is not None:
+            roles[links.outside["index"]] = _OUTSIDE
+        if links.underlay is not None:
+            roles[links.underlay["index"]] = _UNDERLAY
+        keys, values = self._dp.link_roles.items()
+        found = {int(k): int(v) for k, v in zip(keys, values, strict=True)}
+        for ifindex in set(found) - set(roles):
+            self._dp.link_roles.delete(ifindex)
+        for ifindex, role in roles.items():
+            if found.get(ifindex) != role:
+                self._dp.link_roles.set(ifindex, role)
+
+    def _write_routes(self, wanted: dict[tuple[bytes, int], int]) -> None:
+        keys, values = self._dp.routes.items()
+        found = {
+            (bytes(k["addr"]), int(k["prefixlen"])): int(v)
+            for k, v in zip(keys, values, strict=True)
+        }
+        for prefix, hop in wanted.items():
+            if found.get(prefix) != hop:
+                self._dp.routes.set(self._route_key(*prefix), hop)
+        for prefix in set(found) - set(wanted):
+            self._dp.routes.delete(self._route_key(*prefix))
+
+    def _route_key(self, address: bytes, length: int) -> bytes:
+        key = np.zeros((), self._dp.routes.key_dtype)
+        key["prefixlen"], key["addr"] = length, np.frombuffer(address, np.uint8)
+        return key.tobytes()
+
+    def _record(self, hop: Hop) -> bytes:
+        record = np.zeros((), self._dp.hops.value_dtype)
+        for name in self._dp.hops.value_dtype.names or ():
+            value = getattr(hop, name)
+            record[name] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
+        return record.tobytes()
+
+    def _write_kernel(self, net: Net, cluster: Cluster, links: Links) -> None:
+        """Routes of the node's own stack: other nodes' pods, and no way for services."""
+        if not self._blackholes:
+            for cidr in self._service_cidrs:
+                net.route(cidr, kind="blackhole")
+            self._blackholes = True
+        if links.underlay is None:
+            return
+        index = int(links.underlay["index"])
+        me = cluster.nodes.get(self._node)
+        mine = internal_ips(me) if me is not None else []
+        wanted: dict[str, tuple[int, str]] = {}
+        for name in self.numbers:
+            node = cluster.nodes[name]
+            ips = internal_ips(node)
+            for cidr in pod_cidrs(node):
+                via = next((ip for ip in ips if (":" in ip) == (":" in cidr)), None)
+                if via is not None:
+                    wanted[cidr] = index, via
+        for cidr, (ifindex, via) in wanted.items():
+            if self._kernel.get(cidr) != (ifindex, via):
+                source = next((ip for ip in mine if (":" in ip) == (":" in cidr)), None)
+                try:
+                    net.route(cidr, ifindex, gateway=via, source=source)
+                    self._kernel[cidr] = ifindex, via
+                except OSError as error:
+                    self.errors.append(str(error))
+        for cidr in set(self._kernel) - set(wanted):
+            net.remove_route(cidr)
+            del self._kernel[cidr]
+
+
+def _towards(net: Net, link: dict[str, Any], ips: Iterable[str], macs: dict[str, bytes]) -> Hop:
+    """A hop to a neighbour with these addresses; without its MAC until the kernel knows it."""
+    vias = {4: _NONE, 6: _NONE}
+    known = set()
+    for ip in ips:
+        mac = macs.get(ip)
+        if mac is None:
+            net.ask(link["index"], ip)
+        else:
+            known.add(mac)
+        address = parse_address(ip)
+        family = 4 if is_ipv4(address) else 6
+        if vias[family] == _NONE:
+            vias[family] = address
+    hop = Hop(link["index"], 0, smac=link["mac"], mtu=link["mtu"], via4=vias[4], via6=vias[6])
+    # Two gateways with a MAC each: the kernel looks it up per packet.
+    return replace(hop, flags=_MAC, dmac=known.pop()) if len(known) == 1 else hop
+
+
+def _masquerading(hop: Hop, addresses: list[str]) -> Hop:
+    masq = {4: _NONE, 6: _NONE}
+    for text in addresses:
+        address = parse_address(text.partition("/")[0])
+        family = 4 if is_ipv4(address) else 6
+        if masq[family] == _NONE:
+            masq[family] = address
+    return replace(hop, masq4=masq[4], masq6=masq[6])

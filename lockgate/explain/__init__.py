@@ -1,0 +1,1 @@
+"""What would happen: questions, the specification's answer and the kernel's."""

@@ -1,0 +1,233 @@
+"""From names to packets: what `ns/pod`, a service or an address stands for.
+
+Both engines share this: they are asked about the same packets. Services are resolved here, to
+each of their ready backends, as a socket's connect would choose one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lockgate.explain.question import Family, Question, QuestionError
+from lockgate.objects.address import format_address, is_ipv4, parse_address
+from lockgate.objects.model import Cluster, EndpointSlice, Pod, Service
+
+__all__ = ["Attempt", "End", "Names"]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One address. `pod` when it is a pod's own, `node` when it is a node's."""
+
+    address: bytes
+    pod: Pod | None = None
+    node: str | None = None
+
+    @property
+    def ip(self) -> str:
+        return format_address(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One connection to ask about. `unserved`: why the service would refuse it: `destination`
+    is the service's own address then (absent for a headless service)."""
+
+    source: End
+    destination: End | None
+    port: int | None
+    protocol: str
+    backend: str | None = None
+    unserved: str | None = None
+
+
+class Names:
+    """Names and addresses of one state of a cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.nodes: dict[bytes, str] = {
+            parse_address(address.address): name
+            for name, node in cluster.nodes.items()
+            for address in node.status.addresses
+            if address.type == "InternalIP"
+        }
+        self.pods: dict[bytes, Pod] = {}
+        # The last one stands: pods that are not being deleted, then the first by name.
+        for _, pod in sorted(
+            cluster.pods.items(),
+            key=lambda item: (item[1].metadata.deletion_timestamp is not None, item[0]),
+            reverse=True,
+        ):
+            if not pod.finished and not pod.spec.host_network:
+                for ip in pod.ips:
+                    self.pods[parse_address(ip)] = pod
+        self.services: dict[bytes, Service] = {
+            parse_address(ip): service
+            for service in cluster.services.values()
+            for ip in service.cluster_ips
+        }
+        self.slices: dict[tuple[str, str], list[EndpointSlice]] = {}
+        for (namespace, _), one in sorted(cluster.slices.items()):
+            self.slices.setdefault((namespace, one.service), []).append(one)
+        self.end_at = lru_cache(65536)(self._end_at)
+        self.find = lru_cache(65536)(self._find)
+
+    def attempts(self, question: Question) -> list[Attempt]:
+        """Every connection that the question may mean, at least one. QuestionError."""
+        source = self.find(question.source)
+        target = self.find(question.target)
+        sources = self._sources(question.source, source)
+        if isinstance(target, Service):
+            return self._to_service(question, sources, target)
+        for end in target:
+            for start in sources:
+                if _fits(start, question.family) and is_ipv4(start.address) == is_ipv4(end.address):
+                    return [Attempt(start, end, question.port, question.protocol)]
+        raise self._no_family(question)
+
+    # ---- Inside -------------------------------------------------------------------
+
+    def _end_at(self, address: bytes) -> End:
+        return End(address, self.pods.get(address), self.nodes.get(address))
+
+    def _find(self, name: str) -> Service | tuple[End, ...]:
+        parts = name.split("/")
+        if len(parts) == 1:
+            try:
+                address = parse_address(name)
+            except ValueError:
+                raise QuestionError(
+                    f"{name}: expected NAMESPACE/POD, svc/NAMESPACE/NAME or an address"
+                ) from None
+            return self.services.get(address) or (self.end_at(address),)
+        if len(parts) == 2:
+            pod = self.cluster.pods.get((parts[0], parts[1]))
+            if pod is not None:
+                return self._pod_ends(pod)
+        elif len(parts) != 3 or parts[0] not in ("svc", "service", "pod"):
+            raise QuestionError(f"{name}: expected NAMESPACE/POD or svc/NAMESPACE/NAME")
+        if parts[0] == "pod" and len(parts) == 3:
+            pod = self.cluster.pods.get((parts[1], parts[2]))
+            if pod is None:
+                raise QuestionError(f"no pod {parts[1]}/{parts[2]}")
+            return self._pod_ends(pod)
+        service = self.cluster.services.get((parts[-2], parts[-1]))
+        if service is None:
+            kind = "service" if len(parts) == 3 else "pod or service"
+            raise QuestionError(f"no {kind} {parts[-2]}/{parts[-1]}")
+        if service.spec.type == "ExternalName":
+            raise QuestionError(
+                f"service {parts[-2]}/{parts[-1]} is of type ExternalName: ask about an address"
+                f" of {service.spec.external_name}"
+            )
+        return service
+
+    def _pod_ends(self, pod: Pod) -> tuple[End, ...]:
+        key = "/".join(pod.key)
+        if pod.finished:
+            raise QuestionError(f"pod {key} has finished ({pod.status.phase})")
+        if pod.spec.host_network:
+            node = self.cluster.nodes.get(pod.spec.node_name)
+            found = [a.address for a in node.status.addresses if a.type == "InternalIP"] if (
+                node
+            ) else []
+        else:
+            found = pod.ips
+        if not found:
+            raise QuestionError(f"pod {key} has no address yet")
+        if pod.spec.host_network:
+            return tuple(self.end_at(parse_address(ip)) for ip in found)
+        return tuple(End(parse_address(ip), pod) for ip in found)
+
+    def _sources(self, name: str, found: Service | tuple[End, ...]) -> tuple[End, ...]:
+        """A service as source stands for its first backend."""
+        if not isinstance(found, Service):
+            return found
+        ends = [
+            self.end_at(parse_address(endpoint.addresses[0]))
+            for one in self.slices.get((found.metadata.namespace, found.metadata.name), [])
+            for endpoint in one.endpoints[:1]
+            if one.address_type != "FQDN"
+        ]
+        if not ends:
+            raise QuestionError(f"service {name} has no pod that could ask")
+        return tuple(ends)
+
+    def _to_service(
+        self, question: Question, sources: tuple[End, ...], service: Service
+    ) -> list[Attempt]:
+        key = service.metadata.namespace, service.metadata.name
+        label = f"service {key[0]}/{key[1]}"
+        try:
+            given: bytes | None = parse_address(question.target)
+        except ValueError:
+            given = None
+        frontends = [given] if given else [parse_address(ip) for ip in service.cluster_ips]
+        families = [is_ipv4(a) for a in frontends]
+        if not families:  # headless: names resolve to the pods themselves
+            families = [one.address_type == "IPv4" for one in self.slices.get(key, [])]
+            families = families or [is_ipv4(s.address) for s in sources]
+        chosen = next(
+            (
+                s
+                for ipv4 in families
+                for s in sources
+                if is_ipv4(s.address) == ipv4 and _fits(s, question.family)
+            ),
+            None,
+        )
+        if chosen is None:
+            raise self._no_family(question)
+        ipv4 = is_ipv4(chosen.address)
+        front = next((End(a) for a in frontends if is_ipv4(a) == ipv4), None)
+        if question.protocol == "ICMP":
+            raise QuestionError(f"{label} has no ICMP: ask about one of its pods")
+
+        def refused(cause: str) -> list[Attempt]:
+            return [
+                Attempt(chosen, front, question.port, question.protocol, unserved=cause)
+            ]
+
+        port = next(
+            (
+                p
+                for p in service.spec.ports
+                if p.port == question.port and p.protocol == question.protocol
+            ),
+            None,
+        )
+        if port is None and front is not None:
+            return refused("unknown-service-port")
+        attempts = []
+        for one in self.slices.get(key, []):
+            if one.address_type != ("IPv4" if ipv4 else "IPv6"):
+                continue
+            # Headless: no translation, the port is the one that was asked.
+            numbers = [question.port] if front is None else [
+                p.port
+                for p in one.ports
+                if port is not None and p.name == port.name and p.protocol == port.protocol
+            ]
+            for number in numbers:
+                for endpoint in one.endpoints:
+                    ready = endpoint.conditions.ready
+                    if number is None or ready is False:
+                        continue
+                    end = self.end_at(parse_address(endpoint.addresses[0]))
+                    backend = f"[{end.ip}]:{number}" if ":" in end.ip else f"{end.ip}:{number}"
+                    attempts.append(Attempt(chosen, end, number, question.protocol, backend))
+        if not attempts:
+            return refused("no-backend")
+        if question.protocol == "SCTP" and any(a.port != question.port for a in attempts):
+            return refused("sctp-port-rewrite")
+        return attempts
+
+    def _no_family(self, question: Question) -> QuestionError:
+        wanted = f"IPv{question.family}" if question.family else "one address family"
+        return QuestionError(f"{question.source} and {question.target} do not share {wanted}")
+
+
+def _fits(end: End, family: Family | None) -> bool:
+    return family is None or is_ipv4(end.address) == (family == 4)

@@ -1,0 +1,182 @@
+"""The agent's journal, followed: what ids of endpoints, reasons and services mean.
+
+Ids are small numbers that are never reused, so names are columns indexed by id: a whole array
+of events is matched with one look-up, and strings are made only for records that are shown.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["EndpointName", "Journal", "Reason", "ServiceName"]
+
+Codes = npt.NDArray[np.int32]
+_MAX_ID = 1 << 26  # beyond that a line is damaged, and a column would not fit in memory
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointName:
+    namespace: str
+    name: str
+    node: str
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """`policies` as flow records and answers have them."""
+
+    verdict: str
+    direction: str
+    policies: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def policy(self) -> dict[str, str] | None:
+        if not self.policies:
+            return None
+        return {key: self.policies[0][key] for key in ("kind", "namespace", "name")}
+
+    @property
+    def rule(self) -> str | None:
+        """The first rule that allowed. Rules allow; for a deny there is none."""
+        return next((rule for policy in self.policies for rule in policy["rules"]), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceName:
+    namespace: str
+    name: str
+    port: int | str | None
+    ip: str | None
+
+
+class _Column:
+    """Strings as codes, by id; code 0 is "unknown"."""
+
+    def __init__(self) -> None:
+        self.codes: Codes = np.zeros(256, np.int32)
+        self._numbers: dict[str, int] = {}
+
+    def set(self, id_: int, text: str) -> None:
+        if id_ >= len(self.codes):
+            grown = np.zeros(max(id_ + 1, 2 * len(self.codes)), np.int32)
+            grown[: len(self.codes)] = self.codes
+            self.codes = grown
+        self.codes[id_] = self._numbers.setdefault(text, len(self._numbers) + 1)
+
+    def equal(self, ids: npt.NDArray[Any], text: str) -> npt.NDArray[np.bool_]:
+        """Which of the ids have this text."""
+        code = self._numbers.get(text)
+        if code is None:
+            return np.zeros(len(ids), np.bool_)
+        known = ids < len(self.codes)
+        matches: npt.NDArray[np.bool_] = known & (self.codes[np.where(known, ids, 0)] == code)
+        return matches
+
+
+class Journal:
+    """Follows one journal file; it may not exist yet, and may be replaced by a longer one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.endpoints: dict[int, EndpointName] = {}
+        self.reasons: dict[int, Reason] = {}
+        self.services: dict[int, ServiceName] = {}
+        self.namespace = _Column()
+        self.name = _Column()
+        self.damaged = 0
+        self._file: Any = None
+        self._inode = 0
+        self._rest = b""
+
+    def refresh(self) -> None:
+        """Reads what was appended since. A line that is no record is counted and passed over."""
+        try:
+            info = os.stat(self.path)
+        except OSError:
+            return
+        if self._file is None or info.st_ino != self._inode or info.st_size < self._file.tell():
+            if self._file is not None:
+                self._file.close()
+            self._file = open(self.path, "rb")  # noqa: SIM115, kept open while we follow
+            self._inode, self._rest = os.fstat(self._file.fileno()).st_ino, b""
+        text = self._rest + self._file.read()
+        *lines, self._rest = text.split(b"\n")
+        for line in lines:
+            if line.strip():
+                self._take(line)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def in_namespace(self, ids: npt.NDArray[Any], namespace: str) -> npt.NDArray[np.bool_]:
+        """Which endpoint ids are of pods of the namespace."""
+        return self.namespace.equal(ids, namespace)
+
+    def is_pod(self, ids: npt.NDArray[Any], pod: str) -> npt.NDArray[np.bool_]:
+        """Which endpoint ids are of the pod, `NAMESPACE/NAME` or `NAME` of any namespace."""
+        namespace, slash, name = pod.rpartition("/")
+        found = self.name.equal(ids, name)
+        return found & self.namespace.equal(ids, namespace) if slash else found
+
+    def reasons_of(self, policy: str) -> npt.NDArray[np.uint32]:
+        """Ids of the reasons that have the policy, `NAMESPACE/NAME` or `NAME`."""
+        namespace, slash, name = policy.rpartition("/")
+        return np.array(
+            [
+                id_
+                for id_, reason in self.reasons.items()
+                for one in reason.policies
+                if one["name"] == name and (not slash or one["namespace"] == namespace)
+            ],
+            np.uint32,
+        )
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = msgspec.json.decode(line)
+            id_ = int(record["id"])
+            if not 0 < id_ < _MAX_ID:
+                raise ValueError(id_)
+            match record["k"]:
+                case "endpoint":
+                    endpoint = EndpointName(
+                        record["namespace"],
+                        record["name"],
+                        record.get("node", ""),
+                        record.get("labels") or {},
+                    )
+                    self.endpoints[id_] = endpoint
+                    self.namespace.set(id_, endpoint.namespace)
+                    self.name.set(id_, endpoint.name)
+                case "reason":
+                    self.reasons[id_] = _reason(record)
+                case "service":
+                    self.services[id_] = ServiceName(
+                        record["namespace"], record["name"], record.get("port"), record.get("ip")
+                    )
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
+            self.damaged += 1
+
+
+def _reason(record: dict[str, Any]) -> Reason:
+    direction = record["direction"]
+    matched: dict[tuple[str, str], list[str]] = {}
+    for namespace, name, index in record["rules"]:
+        rules = matched.setdefault((namespace, name), [])
+        if index >= 0 and record["verdict"] == "allow":
+            rules.append(f"{direction}[{index}]")
+    policies = [
+        {"kind": "NetworkPolicy", "namespace": namespace, "name": name, "rules": rules}
+        for (namespace, name), rules in matched.items()
+    ]
+    return Reason(record["verdict"], direction, policies)

@@ -19,7 +19,7 @@ POD_CFLAGS = -O2 -g -std=gnu11 -Wall -Wextra -static
 
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 
-.PHONY: help run test check format build bench fuzz wheel lock clean setup-build setup-run setup-test setup-bench artifacts
+.PHONY: help run test check format build bench fuzz wheel lock clean setup-build setup-run setup-test setup-bench artifacts bench-artifacts
 
 ##@ Using it
 
@@ -43,7 +43,7 @@ format: setup-build ## put formatting and import order right
 
 build: setup-build artifacts ## build/lockgate.bpf.o and build/lockgate-pod
 
-bench: setup-bench artifacts build/bench-rr ## the figures (BENCH='net verdict' for some, BENCH=--help for all)
+bench: setup-bench artifacts bench-artifacts ## the figures (BENCH='net verdict' for some, BENCH=--help for all)
 	@$(PYTHON) -m bench.run $(BENCH)
 
 fuzz: setup-test artifacts ## compare the kernel with the specification for SECONDS=n
@@ -82,6 +82,14 @@ build/lockgate-pod: runtime/pod.c $(wildcard runtime/*.h) Makefile
 	@mkdir -p build
 	@echo "  building $@"
 	@$(CLANG) $(POD_CFLAGS) $< -o $@
+
+bench-artifacts:
+	@$(MAKE) --no-print-directory -s build/bench-rr build/verdict.bpf.o
+
+build/verdict.bpf.o: bench/verdict.bpf.c $(BPF_SOURCES) Makefile
+	@mkdir -p build
+	@echo "  building $@"
+	@$(CLANG) $(BPF_CFLAGS) -Wno-unused-function -c $< -o $@
 
 build/bench-rr: bench/rr.c Makefile
 	@mkdir -p build

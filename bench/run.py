@@ -1,0 +1,95 @@
+"""Runs benchmarks and prints their tables.
+
+    python -m bench.run [NAME…] [--json] [--quick]
+
+Names: packet verdict events publish net; none means all. Each runs in a process of its
+own, with a network namespace of its own, and removes what it made. Exit code 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from typing import Any
+
+NAMES = {
+    "packet": "ns per packet of the program at the pod, over an empty program",
+    "verdict": "ns per verdict at 10, 1,000 and 10,000 rules; share of a first packet",
+    "events": "events a second, written on one core, decoded on the other",
+    "publish": "saved policy file to enforced, 1,000 pods known",
+    "net": "pod to pod: throughput, latency, connections; bare veth, bridge and Lockgate",
+}
+WIDTH = 100
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result's rows as text, at most WIDTH columns."""
+    columns = result["columns"]
+    rows = [columns, *([_cell(row.get(name)) for name in columns] for row in result["rows"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = [f"{result['title']}"]
+    for row in rows:
+        first = row[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(("  " + "  ".join([first, *rest])).rstrip()[:WIDTH])
+    lines += [f"  {note}"[:WIDTH] for note in result.get("notes", ())]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return (
+            f"{value:.2f}"
+            if abs(value) < 10
+            else f"{value:,.1f}"
+            if abs(value) < 1000
+            else f"{value:,.0f}"
+        )
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="make bench",
+        description="Figures of Lockgate.",
+        epilog="; ".join(f"{name}: {text}" for name, text in NAMES.items()),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, to see that it works")
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in NAMES]
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]}; there are {', '.join(NAMES)}")
+    if os.geteuid() != 0:
+        parser.error("this needs root (namespaces and eBPF)")
+    if not options.json:
+        print(f"Linux {platform.release()}, {platform.machine()}, {os.cpu_count()} cores\n")
+    results, failed = [], False
+    for name in options.names or NAMES:
+        command = [sys.executable, "-m", f"bench.{name}", *(["--quick"] if options.quick else [])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"bench {name} failed (exit code {done.returncode})", file=sys.stderr)
+            failed = True
+            continue
+        for line in done.stdout.splitlines():
+            result = json.loads(line)
+            results.append(result)
+            if not options.json:
+                print(table(result) + "\n", flush=True)
+    if options.json:
+        print(
+            json.dumps({"kernel": platform.release(), "cores": os.cpu_count(), "results": results})
+        )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

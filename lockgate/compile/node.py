@@ -68,7 +68,6 @@ class Cache:
     frame: object = None
     ports: Ports | None = None
     addresses: Addresses | None = None
-    trie: tuple[object, bytes] | None = None
     sets: dict[SetKey, Compiled] = field(default_factory=dict)
 
 
@@ -235,7 +234,8 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
             ranges.update((t, n, n) for (_, t), n in numbers.items() if n is not None)
 
     # Addresses → classes.
-    addresses = Addresses(list(selectors), names, list(blocks), subjects)
+    addresses = Addresses(list(selectors), names, list(blocks), subjects, before.addresses)
+    cache.addresses = addresses
     owners = _claims(members, errors)
     kinds = {id(facts): addresses.kind(facts.subject, facts.ports) for facts in members}
     peers: dict[bytes, PeerView] = {}
@@ -282,7 +282,7 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
     frame = addresses.frame(), ports.ranges
     known = before.sets if frame == before.frame else {}
     cache.frame = frame
-    builder = Builder(ports.table + addresses.trie())
+    builder = Builder(ports.table + addresses.trie)
     both = Frame(addresses, ports)
     written: dict[SetKey, tuple[int, int, int]] = {}
     for key, policy_set in sets.items():

@@ -183,7 +183,11 @@ class Addresses:
         names: Sequence[PortName],
         blocks: Sequence[Block],
         subjects: Subjects,
+        before: Addresses | None = None,
     ) -> None:
+        """`before`: an earlier instance, whose regions and trie serve again if they are equal."""
+        self._regions: dict[int, Regions]
+        self.trie: bytes
         self.selectors = selectors
         self.names = names
         self.blocks = blocks
@@ -191,8 +195,11 @@ class Addresses:
         self._no_numbers: tuple[int | None, ...] = (None,) * len(names)
         self._kinds: dict[tuple[bytes, tuple[int | None, ...]], int] = {}
         self._classes: dict[tuple[int, frozenset[int]], int] = {}
-        numbered = list(enumerate(blocks))
-        self._regions = {4: Regions(4, numbered), 6: Regions(6, numbered)}
+        if before is not None and before.blocks == blocks:
+            self._regions = before._regions
+        else:
+            numbered = list(enumerate(blocks))
+            self._regions = {4: Regions(4, numbered), 6: Regions(6, numbered)}
         width = (len(selectors) + 7) // 8
         outside = self._kind(b"\0" * width, self._no_numbers)
         self.outside = outside
@@ -200,17 +207,18 @@ class Addresses:
         self._leaves = tuple(
             (family, start, length, self._class(outside, members))
             for family, regions in self._regions.items()
-            for (start, length), members in sorted(regions.networks.items())
+            for (start, length), members in regions.networks.items()
         )
+        if before is not None and before._leaves == self._leaves:
+            self.trie = before.trie
+        else:
+            self.trie = trie(self._leaves)
 
     def _kind(self, vector: bytes, numbers: tuple[int | None, ...]) -> int:
         return self._kinds.setdefault((vector, numbers), len(self._kinds))
 
     def _class(self, kind: int, members: frozenset[int]) -> int:
         return self._classes.setdefault((kind, members), len(self._classes))
-
-    def trie(self) -> bytes:
-        return trie(self._leaves)
 
     def kind(self, subject: int, ports: dict[PortName, int]) -> int:
         """The kind of a pod, by its subject and its named ports."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 import msgspec
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockgate.compile import Tables, compile_node
+from lockgate.compile import tables as table_constants
 from lockgate.compile.evaluate import backends_of, lookup
 from lockgate.compile.tables import (
     ISOLATED_EGRESS,
@@ -341,6 +344,16 @@ def test_a_reused_image_is_equal() -> None:
     assert np.array_equal(cold.image, warm.image)
     assert cold.peers == warm.peers
     assert cold.endpoints == warm.endpoints
+
+
+def test_the_constants_are_those_of_the_kernel() -> None:
+    header = (Path(__file__).parents[2] / "bpf" / "types.h").read_text()
+    found = dict(
+        re.findall(r"^(?:#define|\t)\s*(\w+)\s+=?\s*(0x[0-9a-f]+|[0-9]+)u?\b", header, re.M)
+    )
+    names = [n for n in vars(table_constants) if n.isupper() and n in found]
+    assert len(names) >= 15
+    assert {n: int(found[n], 0) for n in names} == {n: getattr(table_constants, n) for n in names}
 
 
 # ---- Services -------------------------------------------------------------------------

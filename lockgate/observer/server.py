@@ -1,0 +1,234 @@
+"""The observer's process: reads rings, answers on observer.sock (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
+
+from lockgate.bpf.btf import Schema
+from lockgate.observer.flows import FilterError, FlowLog, Names, parse_filter
+from lockgate.observer.journal import Journal
+from lockgate.observer.source import Source
+
+__all__ = ["Config", "Observer", "run"]
+
+_log = logging.getLogger("lockgate.observer")
+_CHECK = 0.5  # seconds between looks for pins that came or were replaced
+_GATHER = 0.01  # seconds that events gather before they are read
+_CHUNK = 1000  # records a write
+
+
+class Config(msgspec.Struct):
+    """The agent's settings; those that an observer needs."""
+
+    cluster: str
+    node: str
+    pins: str
+    journal: str
+    observer_socket: str
+    control: str = ""
+
+
+class Observer:
+    """One node's observer."""
+
+    def __init__(self, config: Config, schema: Schema, *, capacity: int = 65536) -> None:
+        self.config = config
+        self.journal = Journal(Path(config.journal))
+        head = schema.dtype("event_raw")["head"]
+        names = Names(schema.enum("cause"), schema.enum("event_type"))
+        self.log = FlowLog(
+            schema.dtype("event"), head.itemsize, names, self.journal, config.node,
+            capacity=capacity,
+        )
+        self.source = Source(Path(config.pins), schema, self.log)
+        self._arrived = asyncio.Event()
+        self._watched: list[int] = []
+        self._scheduled = False
+
+    # ---- Reading ------------------------------------------------------------------
+
+    async def keep_reading(self) -> None:
+        """Opens the rings when they are there, again when they were replaced; never ends."""
+        try:
+            while True:
+                self._check()
+                await asyncio.sleep(_CHECK)
+        finally:
+            self._unwatch()
+            self.source.close()
+            self.journal.close()
+
+    def _check(self) -> None:
+        try:
+            self.journal.refresh()
+            if self.source.open():
+                self._unwatch()
+                self._watched = self.source.filenos()
+                for fd in self._watched:
+                    asyncio.get_running_loop().add_reader(fd, self._readable)
+                if self.source.ready:
+                    _log.info("reading the rings in %s", self.config.pins)
+            self._drain()
+        except (OSError, ValueError) as error:
+            self.source.error = str(error)
+            _log.error("%s", error)
+            self.source.close()
+            self._unwatch()
+
+    def _readable(self) -> None:
+        # Readiness is a level: stop listening while events gather, or we would spin.
+        if not self._scheduled:
+            self._scheduled = True
+            loop = asyncio.get_running_loop()
+            for fd in self._watched:
+                loop.remove_reader(fd)
+            loop.call_later(_GATHER, self._gathered)
+
+    def _gathered(self) -> None:
+        self._scheduled = False
+        try:
+            self._drain()
+        except (OSError, ValueError) as error:
+            self.source.error = str(error)
+            _log.error("%s", error)
+            return
+        loop = asyncio.get_running_loop()
+        for fd in self._watched:
+            loop.add_reader(fd, self._readable)
+
+    def _drain(self) -> None:
+        before = self.log.next
+        if self.source.read() and not self._scheduled:
+            self._readable()
+        if self.log.next != before:
+            self._arrived.set()
+            self._arrived = asyncio.Event()
+
+    def _unwatch(self) -> None:
+        for fd in self._watched:
+            asyncio.get_running_loop().remove_reader(fd)
+        self._watched = []
+
+    # ---- Names of nodes -----------------------------------------------------------
+
+    async def keep_nodes(self) -> None:
+        """Learns which addresses are nodes', from the source of objects, where it can."""
+        while self.config.control:
+            try:
+                self.log.nodes = await self._nodes()
+            except (OSError, ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+                _log.debug("cannot list nodes: %s", error)
+            await asyncio.sleep(10 if self.log.nodes else 1)
+
+    async def _nodes(self) -> dict[str, str]:
+        connector = UnixConnector(self.config.control)
+        async with ClientSession(connector=connector, timeout=ClientTimeout(5)) as session:
+            async with session.get("http://control/v1/objects/nodes") as response:
+                found = await response.json()
+        items = found["items"] if isinstance(found, dict) else found
+        return {
+            address["address"]: item["metadata"]["name"]
+            for item in items
+            for address in item.get("status", {}).get("addresses", [])
+            if address.get("type") == "InternalIP"
+        }
+
+    # ---- HTTP ---------------------------------------------------------------------
+
+    def application(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/v1/flows", self._flows)
+        app.router.add_get("/v1/status", self._status)
+        app.cleanup_ctx.append(self._background)
+        return app
+
+    async def _background(self, _app: web.Application) -> AsyncIterator[None]:
+        tasks = [
+            asyncio.create_task(self.keep_reading()),
+            asyncio.create_task(self.keep_nodes()),
+        ]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        status: dict[str, Any] = {
+            "cluster": self.config.cluster,
+            "node": self.config.node,
+            "ready": self.source.ready,
+            **self.source.counts(),
+            "decoded": self.source.decoded,
+            "kept": self.log.next - self.log.first,
+            "journalDamaged": self.journal.damaged,
+        }
+        if self.source.error:
+            status["error"] = self.source.error
+        return web.json_response(status)
+
+    async def _flows(self, request: web.Request) -> web.StreamResponse:
+        """ndjson, newest last. A follower that is too slow is told how many it missed:
+        {"type": "missed", "count": n}."""
+        try:
+            wanted = parse_filter(request.query, self.log.names)
+        except FilterError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        follow = request.query.get("follow", "0") not in ("", "0", "false")
+        with contextlib.suppress(OSError, ValueError):
+            self._drain()
+        self.journal.refresh()
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        at = self.log.next
+        await _send(response, self.log.select(wanted))
+        wanted = replace(wanted, limit=None)
+        while follow:
+            arrived = self._arrived
+            if at == self.log.next:
+                await arrived.wait()
+            if at < self.log.first:
+                await _send(response, [{"type": "missed", "count": self.log.first - at}])
+                at = self.log.first
+            end = self.log.next
+            records = self.log.select(wanted, at)
+            at = end
+            await _send(response, records)
+        await response.write_eof()
+        return response
+
+
+async def _send(response: web.StreamResponse, records: list[dict[str, Any]]) -> None:
+    encode = msgspec.json.Encoder().encode_lines
+    for start in range(0, len(records), _CHUNK):
+        await response.write(encode(records[start : start + _CHUNK]))
+
+
+async def run(config: Config, schema: Schema) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    observer = Observer(config, schema)
+    runner = web.AppRunner(observer.application(), access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(config.observer_socket)
+    await web.UnixSite(runner, config.observer_socket).start()
+    os.chmod(config.observer_socket, 0o600)
+    done = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, done.set)
+    try:
+        await done.wait()
+    finally:
+        await runner.cleanup()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(config.observer_socket)

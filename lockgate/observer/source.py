@@ -1,0 +1,120 @@
+"""The pinned rings and counters of one node, opened when they are there.
+
+The rings outlive agents. When their pins are not there yet, or were made anew, the source
+waits and opens them again; a ring has one reader at a time, the observer.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from lockgate.bpf.btf import Schema
+from lockgate.bpf.maps import Map, PerCpuArray
+from lockgate.bpf.ring import Ring
+from lockgate.bpf.syscall import map_info, obj_get
+from lockgate.observer.flows import FlowLog
+
+__all__ = ["Source"]
+
+_BATCH = 65536
+
+
+class Source:
+    """Moves events from the kernel into a FlowLog."""
+
+    def __init__(self, pins: Path, schema: Schema, log: FlowLog) -> None:
+        self._pins, self._log = pins, log
+        self._event, self._raw = schema.dtype("event"), schema.dtype("event_raw")
+        counters = schema.enum("counter")
+        self._written, self._lost = counters["COUNT_EVENTS"], counters["COUNT_EVENTS_LOST"]
+        self._rings: list[Ring] = []
+        self._counters: PerCpuArray | None = None
+        self.decoded = 0
+        self.error = "waiting for the agent to pin its rings"
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._rings)
+
+    def filenos(self) -> list[int]:
+        """Descriptors that are readable when there are events."""
+        return [ring.fileno() for ring in self._rings]
+
+    def open(self) -> bool:
+        """Opens what is pinned, if it is not what is open already; True if anything changed."""
+        if self._rings and all(self._current(ring, ring.name) for ring in self._rings):
+            return False
+        was = self.ready
+        if was:
+            with suppress(OSError, ValueError):
+                self.read()  # the last words of rings that were replaced
+        self.close()
+        opened: list[Map] = []
+        try:
+            events = Ring.open(str(self._pins / "events"), self._event)
+            opened.append(events)
+            raw = Ring.open(str(self._pins / "events_raw"), self._raw)
+            opened.append(raw)
+            self._counters = PerCpuArray.open(str(self._pins / "counters"), "<u8")
+        except (OSError, TypeError) as error:
+            for one in opened:
+                one.close()
+            self.error = f"waiting for the agent to pin its rings ({error})"
+            return was
+        self._rings, self.error = [events, raw], ""
+        return True
+
+    def read(self, limit: int = 16) -> bool:
+        """Takes what is there, at most `limit` batches; True if there may be more."""
+        more = False
+        for ring in self._rings:
+            for _ in range(limit):
+                records = ring.read(_BATCH)
+                if not len(records):
+                    break
+                # Ids are journalled before they go live: now every one can be resolved.
+                self._log.journal.refresh()
+                if ring.record_dtype is self._raw:
+                    self._log.add(records["event"], records["head"])
+                else:
+                    self._log.add(records)
+                self.decoded += len(records)
+            else:
+                more = True
+        return more
+
+    def counts(self) -> dict[str, int]:
+        """Exact, by the kernel's own counters: events written, events lost for want of room;
+        and bytes that wait in the rings."""
+        if self._counters is None:
+            return {"events": 0, "lost": 0, "pending": 0}
+        totals = np.asarray(self._counters.values()).sum(axis=1)
+        return {
+            "events": int(totals[self._written]),
+            "lost": int(totals[self._lost]),
+            "pending": sum(ring.pending for ring in self._rings),
+        }
+
+    def close(self) -> None:
+        for ring in self._rings:
+            ring.close()
+        self._rings = []
+        if self._counters is not None:
+            self._counters.close()
+            self._counters = None
+
+    def _current(self, ring: Ring, name: str) -> bool:
+        try:
+            fd = obj_get(str(self._pins / name))
+        except OSError:
+            return True  # unpinned, but what we hold may still be written to
+        try:
+            return map_info(fd).id == ring.info.id
+        finally:
+            os.close(fd)
+
+

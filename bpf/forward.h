@@ -91,10 +91,6 @@ static __noinline int leave(struct __sk_buff *skb, struct packet *p, __u32 index
 	}
 	if (p->dry)
 		return answer_dry(skb, p);
-	if (p->ttl <= 1) {
-		GIVE_UP(p, CAUSE_TTL_EXCEEDED);
-		return drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_TIME << 8 : ICMP6_TIME << 8, 0));
-	}
 	decrement_ttl(skb, p);
 	if (hop->flags & HOP_MAC) {
 		__u8 macs[12];
@@ -119,16 +115,24 @@ static __noinline int leave(struct __sk_buff *skb, struct packet *p, __u32 index
 	return bpf_redirect_neigh(hop->ifindex, &via, sizeof(via), 0);
 }
 
-/* Too big for the way out: tell the sender the MTU (RFC 1191, RFC 8201).
- * Asked before anything is rewritten, so that the quote is what was sent. */
-static __always_inline int too_big(struct __sk_buff *skb, struct packet *p, int *verdict)
+/* Out of hops, or too big for the way out: tell the sender, with the MTU
+ * (RFC 1191, RFC 8201). Asked before anything is rewritten, so that the quote
+ * is what was sent. */
+static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p, int *verdict)
 {
 	if (target_kind(p->target) != TO_HOP)
 		return 0;
 	__u32 index = target_index(p->target);
 	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
 
-	if (!hop || !hop->mtu || fits(skb, p, hop->mtu))
+	if (!hop || !hop->ifindex || hop->flags & HOP_DROP)
+		return 0;	/* leave() says so */
+	if (p->ttl <= 1 && !p->dry) {
+		GIVE_UP(p, CAUSE_TTL_EXCEEDED);
+		*verdict = drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_TIME << 8 : ICMP6_TIME << 8, 0));
+		return 1;
+	}
+	if (!hop->mtu || fits(skb, p, hop->mtu))
 		return 0;
 	GIVE_UP(p, CAUSE_PACKET_TOO_BIG);
 	*verdict = drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_UNREACH << 8 | 4 : ICMP6_TOO_BIG << 8,
@@ -141,7 +145,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct packet *p)
 {
 	int verdict;
 
-	if (too_big(skb, p, &verdict))
+	if (cannot_leave(skb, p, &verdict))
 		return verdict;
 	if (!rewrite(skb, p))
 		return drop(skb, p);

@@ -6,7 +6,8 @@
 #include "sock.h"
 
 /* Names the enumerations of types.h in the object's BTF, where Python finds
- * them: clang leaves out what only constants use. */
+ * them, and the record of events_raw: clang leaves out what only constants and
+ * pointers use. */
 const volatile struct {
 	enum peer_kind peer_kind;
 	enum endpoint_flag endpoint_flag;
@@ -24,6 +25,7 @@ const volatile struct {
 	enum cause cause;
 	enum counter counter;
 	enum dry_answer dry_answer;
+	struct event_raw event_raw;
 } schema;
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

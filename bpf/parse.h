@@ -295,7 +295,10 @@ static __noinline int parse(struct __sk_buff *skb, struct packet *p)
 	int cause;
 
 	p->l3 = ETH_HLEN;
-	p->wire.pad[0] = p->wire.pad[1] = p->wire.pad[2] = 0;
+	/* What cannot be read must not show in the record of the drop as what the
+	 * last packet had. */
+	__builtin_memset(&p->wire, 0, sizeof(p->wire));
+	p->length = skb->len - ETH_HLEN;
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		p->family = 4;
 		cause = parse_ipv4(skb, p);

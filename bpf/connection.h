@@ -36,6 +36,14 @@ static __always_inline bool admit(struct packet *p, __u8 *flags)
 	p->tuple.saddr = p->wire.saddr;
 	bool allowed = judge(p, &p->tuple);
 
+	/* The pod at this hook is not published (yet, or any more) under the
+	 * address: nothing was judged for it. */
+	if ((p->place == PLACE_FROM_POD && p->src_slot != p->slot) ||
+	    (p->place == PLACE_TO_POD && p->dst_slot != p->slot && !p->own_socket)) {
+		p->judged = 0;
+		GIVE_UP(p, CAUSE_NOT_READY);
+		return false;
+	}
 	if (p->place == PLACE_TO_POD && p->own_socket) {
 		*flags |= CT_EXEMPT;
 		p->judged = 1 << DIR_INGRESS;
@@ -63,7 +71,7 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 		}
 	}
 	if (!admit(p, &flags))
-		return deny(skb, p);
+		return p->cause == CAUSE_NOT_READY ? drop(skb, p) : deny(skb, p);
 	tell_verdicts(skb, p);
 	p->target = p->place == PLACE_TO_POD ? target_of(TO_LOCAL, p->slot) : p->dst_target;
 	if (p->dry)
@@ -95,6 +103,7 @@ enum again {
 	BEGINS = 1,		/* forgotten: begin a new connection with p->now */
 	ENDS   = 2,		/* denied */
 	UNSERVED = 3,		/* its service has no backend left */
+	AFRESH   = 4,		/* an end is somebody else now: as if it were unknown */
 };
 
 /* The node's state moved on since the connection was judged: judge again. */
@@ -113,21 +122,21 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 		if (moved == REFUSED)
 			return UNSERVED;
 	}
-	if (ct->flags & CT_EXEMPT) {
-		ct->epoch = p->epoch;
-		return STANDS;
-	}
 	if (reply)
 		reverse_of(&p->tuple, &p->now);
 	else
 		p->tuple = p->now;
 	bool allowed = judge(p, &p->tuple);
+	bool exempt = ct->flags & CT_EXEMPT;
 
-	if (p->src_endpoint != ct->src_endpoint || p->dst_endpoint != ct->dst_endpoint) {
-		/* The address now belongs to somebody else. */
+	/* A hairpin hides its originator behind the service's address. */
+	if (p->dst_endpoint != ct->dst_endpoint || (!exempt && p->src_endpoint != ct->src_endpoint)) {
 		ct_forget(p);
-		p->now = p->wire;
-		return BEGINS;
+		return AFRESH;
+	}
+	if (exempt) {
+		ct->epoch = p->epoch;
+		return STANDS;
 	}
 	if (!allowed) {
 		ct_forget(p);
@@ -140,6 +149,8 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 	ct->epoch = p->epoch;
 	return STANDS;
 }
+
+#define UNKNOWN (-2)		/* known() finds that it is none after all */
 
 /* A packet of a known connection. */
 static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct ct *ct)
@@ -154,6 +165,10 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 			return deny(skb, p);
 		case UNSERVED:
 			return drop_and_tell(skb, p, refuse(skb, p));
+		case AFRESH:
+			p->now = p->wire;
+			p->reply = p->service = 0;
+			return UNKNOWN;
 		}
 	}
 	p->target = ct->target[p->reply & 1];
@@ -196,10 +211,14 @@ static __always_inline struct ct *find_connection(struct packet *p, const struct
 static __noinline int related(struct __sk_buff *skb, struct packet *p)
 {
 	struct tuple *t = &p->tuple;	/* as if the quoted packet were answered */
-	struct ct *ct;
+	struct ct *ct = NULL;
 
+	/* It must go to the sender of what it quotes, and a pod speaks only of
+	 * what it was sent: else a quote would be a pass to anywhere. */
 	reverse_of(t, &p->inner);
-	ct = find_connection(p, t);
+	if (same_addr(&p->wire.daddr, &t->daddr) &&
+	    (p->place != PLACE_FROM_POD || same_addr(&p->wire.saddr, &t->saddr)))
+		ct = find_connection(p, t);
 	if (!ct) {
 		p->now = p->wire;
 		p->icmp_error = 0;
@@ -243,8 +262,12 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 	}
 	struct ct *ct = find_connection(p, &p->wire);
 
-	if (ct)
-		return known(skb, p, ct);
+	if (ct) {
+		int verdict = known(skb, p, ct);
+
+		if (verdict != UNKNOWN)
+			return verdict;
+	}
 	if (p->place == PLACE_FROM_NET) {
 		struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
 

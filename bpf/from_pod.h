@@ -18,6 +18,8 @@ int from_pod(struct __sk_buff *skb)
 		return TCX_DROP;
 	if (!ep || !(ep->flags & EP_LIVE) || !p->epoch) {
 		GIVE_UP(p, CAUSE_NOT_READY);
+		if (p->dry)
+			return drop(skb, p);
 		count(COUNT_CAUSE + CAUSE_NOT_READY);
 		return TCX_DROP;
 	}

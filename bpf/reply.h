@@ -150,7 +150,7 @@ static __noinline int tcp_reset(struct __sk_buff *skb, struct packet *p)
 	struct tuple *t = &p->wire;
 	struct tcp_head in, *tcp;
 
-	if (p->tcp_flags & TCP_RST || bpf_skb_load_bytes(skb, p->l4, &in, sizeof(in)))
+	if (p->fragment == FRAG_LATER || p->tcp_flags & TCP_RST || bpf_skb_load_bytes(skb, p->l4, &in, sizeof(in)))
 		return -1;
 	tcp = p->family == 4 ? &((struct rst4_reply *)p->bytes)->tcp : &((struct rst6_reply *)p->bytes)->tcp;
 	tcp->sport = in.dport;

@@ -35,6 +35,14 @@ static __always_inline bool is_link_local6(const struct addr *a)
 	return a->b[0] == 0xfe && (a->b[1] & 0xc0) == 0x80;
 }
 
+/* fe80::1, the node's end of every pod's link. */
+static __always_inline bool is_gateway6(const struct addr *a)
+{
+	const __be32 *w = (const __be32 *)a;
+
+	return w[0] == bpf_htonl(0xfe800000) && !w[1] && !w[2] && w[3] == bpf_htonl(1);
+}
+
 static __always_inline bool is_ndp(const struct packet *p)
 {
 	return p->family == 6 && p->wire.proto == IPPROTO_ICMPV6 && p->icmp_type >= NDP_RS &&
@@ -74,7 +82,10 @@ static __noinline int check_ndp(struct __sk_buff *skb, struct packet *p, struct 
 		return GIVE_UP(p, CAUSE_ROUTER_ADVERTISEMENT);
 	if (p->icmp_type == NDP_REDIRECT)
 		return GIVE_UP(p, CAUSE_NDP_REDIRECT);
-	if (p->ttl != 255)
+	/* Routed, it would reach another pod unjudged. */
+	if (p->ttl != 255 || (!is_multicast(&p->wire.daddr) && !is_link_local6(&p->wire.daddr)))
+		return GIVE_UP(p, CAUSE_SPOOFED_NDP);
+	if (is_gateway6(&p->wire.saddr))
 		return GIVE_UP(p, CAUSE_SPOOFED_NDP);
 	if (!zero_addr(&p->wire.saddr) && !is_link_local6(&p->wire.saddr) &&
 	    !same_addr(&p->wire.saddr, &ep->addr6))
@@ -82,7 +93,7 @@ static __noinline int check_ndp(struct __sk_buff *skb, struct packet *p, struct 
 	if (p->icmp_type == NDP_NA) {
 		if (bpf_skb_load_bytes(skb, p->l4 + 8, &target, sizeof(target)))
 			return GIVE_UP(p, CAUSE_MALFORMED);
-		if (!is_link_local6(&target) && !same_addr(&target, &ep->addr6))
+		if (is_gateway6(&target) || (!is_link_local6(&target) && !same_addr(&target, &ep->addr6)))
 			return GIVE_UP(p, CAUSE_SPOOFED_NDP);
 	}
 	return 0;

@@ -61,7 +61,7 @@ def main() -> int:
         epilog="; ".join(f"{name}: {text}" for name, text in NAMES.items()),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, to see that it works")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in NAMES]

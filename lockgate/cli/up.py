@@ -1,0 +1,259 @@
+"""lockgate up: starts a cluster's supervisor, shows how it gets ready, and ends it with Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lockgate.cli.common import (
+    NO_FEATURE,
+    Refused,
+    call,
+    cluster_option,
+    fail,
+    json_option,
+    need_root,
+    print_json,
+)
+from lockgate.standalone.state import State
+
+__all__ = ["up"]
+
+# What is shown once the cluster stands: command line, heading.
+TOUR = (
+    ("get nodes", "Nodes"),
+    ("get pods", "Pods"),
+    ("get services", "Services"),
+    ("probe", "Who may talk to whom: real connections, compared with the specification"),
+    ("flows --verdict deny --limit 10", "The last denied flows, and the rule that denied them"),
+)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, path_type=Path))
+@click.option("--nodes", default=2, show_default=True, type=click.IntRange(1, 64))
+@click.option("--detach", is_flag=True, help="Return when the pods are ready; the cluster stays.")
+@click.option("--once", is_flag=True, help="Check everything, clean up, leave with 0 or 1.")
+@click.option(
+    "--timeout", default=60.0, show_default=True, help="Seconds until the pods are ready."
+)
+@cluster_option
+@json_option
+def up(
+    folder: Path,
+    nodes: int,
+    detach: bool,
+    once: bool,
+    timeout: float,
+    cluster: str,
+    as_json: bool,
+) -> None:
+    """Run a cluster from the manifests in DIR, a folder or one file.
+
+    Nodes are network namespaces of this machine, pods are processes. The folder
+    is watched: what you save is applied at once. Without --detach the cluster
+    ends with Ctrl-C, and everything it made is removed.
+    """
+    need_root()
+    _need_features()
+    _check_manifests(folder)
+    state = State(cluster)
+    _clear(state, quiet=as_json)
+    supervisor = _start(state, folder, nodes, detach)
+    code = 0
+    try:
+        status = _until_ready(state, supervisor, timeout, quiet=as_json)
+        late = [*status["reasons"], *(f"pod {name} is not ready" for name in status["notReady"])]
+        if as_json:
+            print_json(status)
+        else:
+            _greet(status, cluster, late)
+        code = 1 if late else 0
+        if detach:
+            sys.exit(code)
+        code = max(code, _tour(cluster, once, as_json))
+        if not once:
+            if not as_json:
+                click.echo("\nThe cluster runs until Ctrl-C.")
+            supervisor.wait()
+            click.echo("The cluster was taken down.", err=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if not detach:
+            _stop(state, supervisor, quiet=as_json)
+    sys.exit(code)
+
+
+def _need_features() -> None:
+    from lockgate.bpf.features import MissingFeature, require
+    from lockgate.paths import bpf_object, pod_binary
+
+    try:
+        require()
+    except MissingFeature as error:
+        fail(str(error), NO_FEATURE)
+    try:
+        bpf_object()
+        pod_binary()
+    except FileNotFoundError as error:
+        fail(str(error))
+
+
+def _check_manifests(folder: Path) -> None:
+    """Tells what is wrong with the manifests before anything is made."""
+    from lockgate.kube.folder import Folder
+
+    with Folder(folder) as source:
+        state = source.refresh(first=True)
+    if state.errors:
+        for error in state.errors:
+            click.echo(f"lockgate: {error}", err=True)
+        sys.exit(2)
+    if not state.objects:
+        fail(f"{folder} has no manifests (*.yaml, *.yml or *.json)")
+
+
+def _clear(state: State, quiet: bool) -> None:
+    from lockgate.standalone import teardown
+
+    if teardown.supervisor_pid(state) is not None:
+        fail(
+            f"the cluster {state.cluster!r} is running already: end it with `lockgate down`,"
+            " or give this one another --cluster"
+        )
+    removed = teardown.remove(state)
+    if removed and not quiet:
+        click.echo(f"Removed what an earlier run had left ({len(removed)} things).", err=True)
+
+
+def _start(state: State, folder: Path, nodes: int, detach: bool) -> subprocess.Popen[bytes]:
+    state.root.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-m", "lockgate.standalone.supervisor", "--cluster", state.cluster]
+    argv += ["--nodes", str(nodes), *(["--detached"] if detach else []), str(folder.absolute())]
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
+    with state.log.open("ab") as log:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL if detach else subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+
+def _until_ready(
+    state: State, supervisor: subprocess.Popen[bytes], timeout: float, quiet: bool
+) -> dict[str, Any]:
+    """Follows the start; the last status when everything is ready or the time is over."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    end = time.monotonic() + timeout
+    log = state.log.open("rb")
+    with (
+        log,
+        Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(bar_width=40),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=Console(stderr=True),
+            disable=quiet,
+        ) as progress,
+    ):
+        nodes = progress.add_task("nodes", total=None, note="")
+        pods = progress.add_task("pods", total=None, note="")
+        while True:
+            code = supervisor.poll()
+            if code is not None:
+                log.seek(0)
+                lines = log.read().decode(errors="replace").strip().splitlines()
+                fail(f"the cluster did not start: {lines[-1] if lines else f'exit code {code}'}", 1)
+            try:
+                status = call(state.control, "GET", "/v1/status", timeout=5)
+            except (OSError, Refused):
+                time.sleep(0.02)
+                continue
+            wanted = status["revision"]
+            current = [n for n in status["nodes"] if wanted and n["applied"]]
+            progress.update(nodes, total=len(status["nodes"]), completed=len(current))
+            count = status["pods"]
+            note = ", ".join(status["notReady"][:3])
+            progress.update(pods, total=count["total"], completed=count["ready"], note=note)
+            ready = wanted and not status["notReady"] and not status["reasons"]
+            if ready or time.monotonic() > end:
+                assert isinstance(status, dict)
+                return status
+            time.sleep(0.05)
+
+
+def _greet(status: dict[str, Any], cluster: str, late: list[str]) -> None:
+    for warning in status["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    for sentence in late:
+        click.echo(f"lockgate: {sentence}", err=True)
+    count = status["pods"]
+    click.echo(
+        f"Cluster {cluster}: {len(status['nodes'])} nodes, {count['ready']} of"
+        f" {count['total']} pods ready, watching {status['folder']}"
+    )
+
+
+def _tour(cluster: str, once: bool, as_json: bool) -> int:
+    """Shows the cluster by the commands that a user would call; 1 if one of them failed."""
+    from lockgate.cli.main import COMMANDS, cli
+
+    if as_json and not once:
+        return 0
+    worst = 0
+    for line, heading in TOUR:
+        words = line.split()
+        if words[0] not in COMMANDS:
+            continue
+        if not as_json:
+            click.echo(f"\n── {heading}: lockgate {line}\n")
+        arguments = [*words, "--cluster", cluster, *(["--json"] if as_json else [])]
+        try:
+            cli.main(arguments, prog_name="lockgate", standalone_mode=False)
+        except SystemExit as left:
+            worst = max(worst, 1 if left.code else 0)
+        except click.ClickException as error:
+            error.show()
+            worst = 1
+    if not as_json:
+        name = "" if cluster == "default" else f" --cluster {cluster}"
+        click.echo(
+            "\nTry, in another terminal:\n"
+            f"  lockgate flows -f{name}\n"
+            f"  lockgate explain FROM TO PORT{name}\n"
+            f"  lockgate exec{name} NAMESPACE/POD -- curl -sm1 SERVICE\n"
+            "  change a policy in the folder and save it"
+        )
+    return worst
+
+
+def _stop(state: State, supervisor: subprocess.Popen[bytes], quiet: bool) -> None:
+    from lockgate.standalone import teardown
+
+    if supervisor.stdin:
+        supervisor.stdin.close()  # its sign to end
+    supervisor.terminate()
+    try:
+        supervisor.wait(10)
+    except subprocess.TimeoutExpired:
+        supervisor.kill()
+        supervisor.wait()
+    teardown.remove(state)
+    if not quiet:
+        click.echo("Everything that the cluster made is removed.", err=True)

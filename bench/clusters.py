@@ -19,7 +19,7 @@ from lockgate.objects.model import (
     PodStatus,
 )
 
-__all__ = ["LOCAL", "PORTS", "block", "local_address", "remote_address", "with_rules"]
+__all__ = ["LOCAL", "PORTS", "block", "in_block", "local_address", "remote_address", "with_rules"]
 
 LOCAL = 16
 """Pods on node "a"; with any rules, each is isolated for ingress."""
@@ -38,7 +38,12 @@ def remote_address(number: int) -> str:
 
 def block(number: int) -> str:
     """The /28 of rule `number`; rules that name a CIDR have an odd number."""
-    return f"{100 + number // 62500}.{64 + number // 4096 % 64}.{number // 16 % 256}.{number % 16 * 16}/28"
+    return f"{in_block(number, 0)}/28"
+
+
+def in_block(number: int, host: int) -> str:
+    """Address `host` (0 to 15) of that /28."""
+    return f"100.{64 + number // 4096 % 64}.{number // 16 % 256}.{number % 16 * 16 + host}"
 
 
 def pod(name: str, address: str, node: str, labels: dict[str, str]) -> Pod:

@@ -72,7 +72,7 @@ def main() -> None:
         json.dumps(
             {
                 "name": "events",
-                "title": "Events: written by from_pod on one core, decoded on the other (aim: 1 M/s)",
+                "title": "Events: written on one core, decoded on the other (aim: 1 M/s)",
                 "columns": ["seconds", "written", "M/s written", "M/s decoded", "lost", "lost %"],
                 "rows": [
                     {
@@ -85,7 +85,7 @@ def main() -> None:
                     }
                 ],
                 "notes": [
-                    "each event is the whole program on a denied first packet, not a bare ring write",
+                    "each event is a whole run of from_pod that denies a first packet",
                     "written and lost by the kernel's counters; written = decoded is checked",
                 ],
             }

@@ -151,7 +151,7 @@ def mapped(address: str) -> bytes:
 
 
 def tcp(slot: int, source: str, target: str, sport: int, dport: int, flags: int) -> bytes:
-    """A TCP/IPv4 frame as the pod in `slot` sends it, without payload; checksums are right for IP."""
+    """A TCP/IPv4 frame as the pod in `slot` sends it, without payload or TCP checksum."""
     ip = struct.pack(
         "!BBHHHBBH4s4s",
         0x45,

@@ -3,7 +3,7 @@
 Three ways to join the same processes, in the same run:
 
     bare      namespaces joined by a veth pair; across nodes, by kernel routes: the limit
-    bridge    the distribution's bridge CNI plugin and host-local, iptables rules for SERVICES services
+    bridge    the distribution's bridge CNI plugin and host-local, rules for 1,000 services
     lockgate  `lockgate up` on two nodes, the same services, a NetworkPolicy in force
 
 On one processor (both ends pinned to it) all that a packet costs shows; rounds are
@@ -205,14 +205,15 @@ def _cni_add(spaces: Namespaces, node: str, number: int, pod: str, name: str, st
 
 
 def _service_rules(backend: str) -> str:
-    """Chains as kube-proxy's iptables mode makes them: one service chain, one endpoint chain each."""
+    """Chains as kube-proxy's iptables mode makes them, one endpoint a service."""
     names = [f"{n:04d}" for n in range(SERVICES)]
     lines = ["*nat", ":KUBE-SERVICES - [0:0]"]
     lines += [f":KUBE-SVC-{n} - [0:0]\n:KUBE-SEP-{n} - [0:0]" for n in names]
     lines += ["-A PREROUTING -j KUBE-SERVICES", "-A OUTPUT -j KUBE-SERVICES"]
     for i, n in enumerate(names):
         lines += [
-            f"-A KUBE-SERVICES -d 10.96.{i // 250}.{i % 250 + 1}/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-{n}",
+            f"-A KUBE-SERVICES -d 10.96.{i // 250}.{i % 250 + 1}/32"
+            f" -p tcp -m tcp --dport 80 -j KUBE-SVC-{n}",
             f"-A KUBE-SVC-{n} -j KUBE-SEP-{n}",
             f"-A KUBE-SEP-{n} -p tcp -m tcp -j DNAT --to-destination {backend}:{RR_PORT}",
         ]
@@ -439,8 +440,8 @@ def main() -> None:
                 ],
                 "rows": rows,
                 "notes": [
-                    f"cubic; medians of {rounds} interleaved rounds of {max(1, seconds):g} s; both ends on one CPU where CPUs = 1",
-                    f"bridge and lockgate with {SERVICES:,} services, lockgate with a NetworkPolicy besides",
+                    f"cubic; medians of {rounds} interleaved rounds; CPUs = 1: both ends on one",
+                    f"bridge and lockgate with {SERVICES:,} services, lockgate with a policy too",
                     f"bare on two nodes: kernel routes; bridge-nf-call-iptables {bridged}",
                 ],
             }

@@ -129,9 +129,7 @@ def main() -> None:
                         "max ms": max(times),
                     }
                 ],
-                "notes": [
-                    "real pods on two nodes of this machine; the change counts when both epochs have moved"
-                ],
+                "notes": ["real pods on two nodes here; in force: both nodes' epochs have moved"],
             }
         )
     )

@@ -283,7 +283,7 @@ def rows(array: NDArray[Any], size: int) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, size)
 
 
-def structured(records: Iterable[Iterable[int]], dtype: np.dtype[Any]) -> NDArray[Any]:
+def structured(records: Iterable[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Tuples in the order of the struct's fields, as an array."""
     return np.array([tuple(record) for record in records], dtype)
 

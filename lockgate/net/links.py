@@ -10,7 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_interface
 from pathlib import Path
@@ -128,9 +128,16 @@ class Net:
         with _named(f"remove interface {ifindex}"):
             return self._gone_is_false("link", "del", index=ifindex)
 
-    def add_pod(self, link: PodLink, netns: str, sources: tuple[str, ...] = ()) -> None:
+    def add_pod(
+        self,
+        link: PodLink,
+        netns: str,
+        sources: tuple[str, ...] = (),
+        attach: Callable[[], None] = lambda: None,
+    ) -> None:
         """Make the pair, wire both ends and bring them up. `sources` are the node's addresses,
-        which its own packets to the pod bear. A link that has the name already is replaced."""
+        which its own packets to the pod bear; `attach` is called while both ends are still down,
+        so that programs see the first packet. A link that has the name already is replaced."""
         if link.name in self.links():
             self.remove_link(link.ifindex)
         with inside(netns), Net() as pod:
@@ -157,6 +164,7 @@ class Net:
         finally:
             os.close(target)
         try:
+            attach()
             self._wire_host(link, sources)
             with inside(netns), Net() as pod:
                 pod._wire_pod(link)

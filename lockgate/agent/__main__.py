@@ -1,0 +1,5 @@
+"""The agent as a process."""
+
+from lockgate.agent.main import main
+
+raise SystemExit(main())

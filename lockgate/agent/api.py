@@ -1,0 +1,86 @@
+"""The agent's HTTP API on a unix socket (docs/architecture.md, Agent HTTP API)."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from typing import Any
+
+from aiohttp import web
+
+from lockgate.agent.agent import Agent, EndpointError
+from lockgate.agent.ipam import PoolExhausted
+
+__all__ = ["application"]
+
+log = logging.getLogger(__name__)
+_PLACES = ("from_pod", "to_pod", "from_net")
+_AGENT = web.AppKey("agent", Agent)
+
+
+def application(agent: Agent) -> web.Application:
+    """The routes. Errors are {"error": "one sentence"}."""
+    app = web.Application(middlewares=[_errors], client_max_size=64 << 20)
+    app[_AGENT] = agent
+    app.add_routes(
+        [
+            web.post("/v1/endpoints", _add),
+            web.delete("/v1/endpoints/{uid}", _delete),
+            web.get("/v1/status", _status),
+            web.post("/v1/dryrun", _dry_run),
+            web.get("/healthz", _health),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        answer: web.StreamResponse = await handler(request)
+        return answer
+    except EndpointError as error:
+        return _error(error.status, str(error))
+    except PoolExhausted as error:
+        return _error(507, str(error))
+    except (ValueError, KeyError, TypeError) as error:
+        log.info("%s %s: %s", request.method, request.path, error)
+        return _error(400, f"the request can't be read: {error}")
+    except OSError as error:
+        log.exception("%s %s", request.method, request.path)
+        return _error(500, error.strerror or str(error))
+
+
+def _error(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)
+
+
+async def _add(request: web.Request) -> web.Response:
+    body = await request.json()
+    uid, netns = body["uid"], body["netns"]
+    if not isinstance(uid, str) or not isinstance(netns, str) or not uid:
+        raise ValueError("uid and netns must be strings")
+    return web.json_response(await request.app[_AGENT].add(uid, netns))
+
+
+async def _delete(request: web.Request) -> web.Response:
+    done = await request.app[_AGENT].delete(request.match_info["uid"])
+    return web.json_response({"deleted": done})
+
+
+async def _status(request: web.Request) -> web.Response:
+    return web.json_response(await request.app[_AGENT].status())
+
+
+async def _health(request: web.Request) -> web.Response:
+    return web.Response(text="ok\n")
+
+
+async def _dry_run(request: web.Request) -> web.Response:
+    packets = []
+    for item in (await request.json())["packets"]:
+        if item["at"] not in _PLACES:
+            raise ValueError(f"at: expected one of {', '.join(_PLACES)}, got {item['at']!r}")
+        packet = base64.b64decode(item["packet"], validate=True)
+        packets.append({"at": item["at"], "packet": packet, "ifindex": item.get("ifindex")})
+    return web.json_response({"answers": await request.app[_AGENT].dry_run(packets)})

@@ -1,0 +1,138 @@
+"""Pods of this node: leases, wiring, programs. What CNI ADD and DEL come down to.
+
+All methods block; call them from the worker thread that is in the node's namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+import msgspec
+
+from lockgate.agent.datapath import Datapath
+from lockgate.agent.ipam import Ipam, Lease
+from lockgate.agent.publish import EndpointRecord
+from lockgate.net.links import IFINDEX_BASE, Net, PodLink
+from lockgate.objects.model import Cluster, Pod, PodIP
+
+__all__ = ["Endpoints"]
+
+log = logging.getLogger(__name__)
+
+
+class Endpoints:
+    """The node's endpoints, by uid."""
+
+    def __init__(self, dp: Datapath, ipam: Ipam, node: str) -> None:
+        self._dp, self._ipam, self._node = dp, ipam, node
+        self.mtu = 1500
+        # Pods as last seen, so that one whose object went is judged until its DEL, and with
+        # their addresses, which the object tells only later.
+        self._pods: dict[str, tuple[Pod, Pod]] = {}
+
+    def slot(self, uid: str) -> int | None:
+        """Slot of a pod that has a lease."""
+        lease = self._ipam.leases.get(uid)
+        return None if lease is None else lease.slot
+
+    def overlay(self, cluster: Cluster) -> Cluster:
+        """The cluster as this node has to judge it: local pods bear the addresses of their
+        leases at once, and stay until DEL."""
+        pods = dict(cluster.pods)
+        by_uid = {
+            pod.metadata.uid: pod for pod in pods.values() if pod.metadata.uid in self._ipam.leases
+        }
+        for uid in set(self._pods) - set(self._ipam.leases):
+            del self._pods[uid]
+        for uid, lease in self._ipam.leases.items():
+            pod = by_uid.get(uid)
+            known = self._pods.get(uid)
+            if pod is None:
+                if known is not None:
+                    pods.setdefault(known[1].key, known[1])
+                continue
+            if known is None or known[0] is not pod or tuple(known[1].ips) != lease.ips:
+                known = pod, with_addresses(pod, lease)
+                self._pods[uid] = known
+            pods[pod.key] = known[1]
+        return msgspec.structs.replace(cluster, pods=pods)
+
+    def records(self, ids: dict[str, int]) -> dict[int, EndpointRecord]:
+        """What the publisher needs, by slot, of pods whose endpoint id is known."""
+        found = {}
+        for uid, lease in self._ipam.leases.items():
+            if uid in ids:
+                link = self._link(lease)
+                found[lease.slot] = EndpointRecord(
+                    ids[uid], link.pod_mac, link.host_mac, self.mtu, lease.ips
+                )
+        return found
+
+    def wired(self, lease: Lease, net: Net) -> bool:
+        """Is the pod's link there, with its programs?"""
+        name = self._link(lease).name
+        return name in net.links() and lease.slot in self._dp.pod_slots()
+
+    def wire(self, lease: Lease, net: Net, sources: tuple[str, ...]) -> None:
+        """Links, programs. The policy must be in force already: from here on packets come.
+        On OSError nothing stays."""
+        link = self._link(lease)
+        try:
+            net.add_pod(link, lease.netns, sources, lambda: self._attach(link))
+        except BaseException:
+            self.unwire(lease.slot, net)
+            raise
+
+    def unwire(self, slot: int, net: Net) -> None:
+        """Take away what there is of a slot's wiring. Nothing there is success."""
+        with contextlib.suppress(OSError):
+            net.remove_link(IFINDEX_BASE + slot)
+        self._dp.detach_pod(slot)
+
+    def reconcile(self, net: Net) -> list[str]:
+        """At start: links and pins without a lease go, leases whose link is gone are given back
+        (the namespace and the pod went while no agent ran), the others get the new programs.
+        Returns what could not be done."""
+        errors = []
+        here = {
+            index - IFINDEX_BASE
+            for name, index in net.links().items()
+            if index >= IFINDEX_BASE and name == f"lg{index - IFINDEX_BASE}"
+        }
+        for uid, lease in list(self._ipam.leases.items()):
+            if lease.slot not in here:
+                log.info("pod %s went while no agent ran: its addresses are free", uid)
+                self._ipam.release(uid)
+                continue
+            try:
+                self._attach(self._link(lease))
+            except OSError as error:
+                errors.append(f"pod {uid}: {error}")
+        leased = {lease.slot for lease in self._ipam.leases.values()}
+        for slot in (here | self._dp.pod_slots()) - leased:
+            log.info("endpoint slot %d has wiring but no pod: removed", slot)
+            self.unwire(slot, net)
+        return errors
+
+    def _attach(self, link: PodLink) -> None:
+        self._dp.attach_pod(link.slot, link.ifindex)
+
+    def _link(self, lease: Lease) -> PodLink:
+        return PodLink(self._node, lease.slot, lease.ips, self.mtu)
+
+
+def with_addresses(pod: Pod, lease: Lease) -> Pod:
+    """The pod with the addresses of its lease in its status."""
+    if tuple(pod.ips) == lease.ips:
+        return pod
+    status = msgspec.structs.replace(
+        pod.status, pod_ip=lease.ips[0], pod_ips=[PodIP(ip) for ip in lease.ips]
+    )
+    return msgspec.structs.replace(pod, status=status)
+
+
+def namespace_exists(path: str) -> bool:
+    """Is there a network namespace to be entered at `path`?"""
+    return os.path.exists(path)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
-from asyncinotify import Event, Inotify, InotifyError, Mask
+from asyncinotify import Event, Inotify, Mask
 
 from lockgate.objects.model import Object
 from lockgate.objects.parse import ManifestError, Parsed, merge, parse
@@ -175,7 +175,7 @@ class Folder:
     def _watch(self, folder: Path) -> None:
         try:
             self._inotify.add_watch(folder, _WATCHED)
-        except InotifyError:
+        except OSError:
             return  # it has gone already
         if not self._single:
             for entry in os.scandir(folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from lockgate.standalone.state import State
+from lockgate.standalone.state import State, bpffs
 
 __all__ = ["Child", "ChildStatus", "write_config"]
 
@@ -29,25 +29,30 @@ class ChildStatus(msgspec.Struct, rename="camel"):
     error: str = ""
 
 
-def write_config(state: State, node: str) -> Path:
-    """The settings of one node's agent and observer, which both read."""
+def write_config(state: State, node: str, role: str) -> Path:
+    """The settings of a node's agent or observer (lockgate/agent/config.py, observer/server.py)."""
     folder = state.node(node)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "cluster": state.cluster,
-        "node": node,
-        "state": str(folder),
-        "control": str(state.control),
-        "netns": str(state.netns_path(node)),
-        "pins": str(state.pins() / node),
-        "cgroup": str(state.cgroup(node)),
-        "uplinks": ["underlay0", "outside0"],
-        "agent_socket": str(state.agent(node)),
-        "observer_socket": str(state.observer(node)),
-        "journal": str(folder / "journal.jsonl"),
-        "ipam": str(folder / "ipam.json"),
-    }
-    path = folder / "config.json"
+    config: dict[str, object] = {"cluster": state.cluster, "node": node}
+    if role == "agent":
+        config |= {
+            "stateDir": str(folder),
+            "control": str(state.control),
+            "netns": str(state.netns_path(node)),
+            "cgroup": str(state.cgroup(node)),
+            "underlay": "underlay0",
+            "outside": "outside0",
+            "serviceCidrs": ["10.96.0.0/16", "fd00:10:96::/112"],
+            "bpffs": str(bpffs()),
+        }
+    else:
+        config |= {
+            "pins": str(state.pins() / node),
+            "journal": str(folder / "journal.jsonl"),
+            "observer_socket": str(state.observer(node)),
+            "control": str(state.control),
+        }
+    path = folder / f"{role}.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(config)) + b"\n")
     return path
 

@@ -269,7 +269,7 @@ class Supervisor:
 
         for role in ("agent", "observer"):
             for node in self.nodes:
-                config = write_config(self.state, node)
+                config = write_config(self.state, node, role)
                 (self.state.cgroup(node) / "pods").mkdir(parents=True, exist_ok=True)
                 child = Child(self.state, node, role, config)
                 child.start(died)

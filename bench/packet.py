@@ -95,7 +95,7 @@ def main() -> None:
                 "columns": ["packet", "ns over empty", "x established"],
                 "rows": rows,
                 "notes": [
-                    f"medians of {rounds:,} interleaved runs; the empty program takes {empty:.0f} ns",
+                    f"medians of {rounds:,} interleaved runs; the empty program: {empty:.0f} ns",
                     "new and denied include their events in the ring; new stores the connection",
                 ],
             }

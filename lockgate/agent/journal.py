@@ -7,6 +7,7 @@ line with the same id replaces what is known of it (a pod's labels or addresses 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -158,7 +159,8 @@ class Journal:
                 end += len(raw)
                 line = _decode(raw)
                 if line is not None:
-                    self._learn(line)
+                    with contextlib.suppress(KeyError, IndexError, TypeError):
+                        self._learn(line)
         os.ftruncate(self._fd, end)
 
     def _learn(self, line: dict[str, Any]) -> None:

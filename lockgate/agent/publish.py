@@ -240,7 +240,10 @@ class Publisher:
         )
         keys["port"] = [key[1] for key in tables.services]
         keys["proto"] = [key[2] for key in tables.services]
-        services = structured(tables.services.values(), self._service_view)
+        services = structured(
+            ((s.id, s.backends, s.count, s.flags) for s in tables.services.values()),
+            self._service_view,
+        )
 
         pairs = list(tables.backends)
         backends = np.zeros(len(pairs), self._backend_key)
@@ -283,7 +286,7 @@ def rows(array: NDArray[Any], size: int) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, size)
 
 
-def structured(records: Iterable[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+def structured(records: Iterable[tuple[int, ...]], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Tuples in the order of the struct's fields, as an array."""
     return np.array([tuple(record) for record in records], dtype)
 

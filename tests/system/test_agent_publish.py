@@ -1,0 +1,145 @@
+"""The publisher against real maps: two views, one epoch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lockgate.agent.datapath import Datapath, Sizes
+from lockgate.agent.publish import EndpointRecord, Publisher
+from lockgate.agent.sweep import sweep
+from lockgate.bpf.syscall import prog_info
+from lockgate.compile.tables import EndpointView, PeerView, ServiceView, Tables
+from lockgate.objects.address import parse_address
+from lockgate.paths import bpf_object
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+SIZES = Sizes(1024, 1024, 1024, 1024)
+PINS = Path("/sys/fs/bpf/lockgate", f"test-publish-{os.getpid()}")
+
+
+@pytest.fixture
+def dp() -> Iterator[Datapath]:
+    try:
+        with Datapath(bpf_object(), PINS, SIZES) as datapath:
+            yield datapath
+    finally:
+        shutil.rmtree(PINS, ignore_errors=True)
+
+
+def tables(pods: int = 3, words: int = 60000) -> Tables:
+    made = Tables(np.arange(words, dtype=np.uint64))
+    for n in range(pods):
+        made.peers[parse_address(f"10.0.{n >> 8}.{n & 255}")] = PeerView(n, n + 1, 2, 9)
+    made.endpoints[4] = EndpointView(100, 200, 1, 3)
+    service = parse_address("10.96.0.1")
+    made.services[service, 80, 6] = ServiceView(5, 1000, 1, 1)
+    made.backends.add((parse_address("10.0.0.1"), 5, 8080, 6))
+    return made
+
+
+RECORDS = {4: EndpointRecord(2, b"podmac", b"hstmac", 1500, ("10.0.0.1", "fd00::1"))}
+
+
+def peers(dp: Datapath, view: int) -> dict[bytes, tuple[int, ...]]:
+    keys, values = dp.peers.items()
+    return {
+        bytes(k): tuple(int(x) for x in v["view"][view])
+        for k, v in zip(keys, values, strict=True)
+        if v["view"][view]["kind"]
+    }
+
+
+def test_a_view_is_whole_before_the_epoch_moves_and_the_other_stays(dp: Datapath) -> None:
+    publisher = Publisher(dp)
+    first, second = tables(3), tables(2)
+    assert publisher.publish(first, RECORDS) and publisher.epoch == 1
+    assert peers(dp, 1) == first.peers and peers(dp, 0) == {}
+    assert publisher.publish(second, RECORDS) and publisher.epoch == 2
+    assert peers(dp, 0) == second.peers and peers(dp, 1) == first.peers
+    service = dp.services.items()
+    assert service[0]["port"].tolist() == [80] and service[1]["view"]["id"].tolist() == [[5, 5]]
+    backends = dp.backends.items()
+    assert backends[0]["port"].tolist() == [8080] and backends[1]["live"].tolist() == [[1, 1]]
+    endpoint = dp.endpoints[4]
+    assert bytes(endpoint["mac"]) == b"podmac" and bytes(endpoint["host_mac"]) == b"hstmac"
+    assert bytes(endpoint["addr4"]) == parse_address("10.0.0.1")
+    assert [tuple(v) for v in endpoint["view"].tolist()] == [(100, 200, 1, 3)] * 2
+    # What neither view has is deleted.
+    assert len(dp.peers) == 3
+    publisher.publish(tables(1), RECORDS)
+    publisher.publish(tables(2), RECORDS)
+    assert len(dp.peers) == 2
+
+
+def test_nothing_moves_when_nothing_differs_also_after_a_restart(dp: Datapath) -> None:
+    Publisher(dp).publish(tables(), RECORDS)
+    assert not Publisher(dp).publish(tables(), RECORDS)
+    with Datapath(bpf_object(), PINS, SIZES) as again:
+        assert again.replaced == []
+        publisher = Publisher(again)
+        assert not publisher.publish(tables(), RECORDS)
+        assert publisher.epoch == 1
+
+
+def test_an_image_that_grew_gets_a_larger_array(dp: Datapath) -> None:
+    publisher = Publisher(dp)
+    for words in (10, 50000, 200_000, 20):
+        made = tables(words=words)
+        publisher.publish(made, RECORDS)
+        inner = dp.images.inner(publisher.epoch & 1)
+        assert inner is not None
+        assert np.array_equal(inner.view[:words], made.image)
+        inner.close()
+
+
+def test_a_slot_that_is_no_longer_wanted_is_not_live(dp: Datapath) -> None:
+    publisher = Publisher(dp)
+    publisher.publish(tables(), RECORDS)
+    assert dp.endpoints[4]["flags"] == 1
+    publisher.publish(tables(), {})
+    assert dp.endpoints[4]["flags"] == 0 and dp.endpoints[4]["id"] == 0
+
+
+def test_a_failure_half_way_leaves_what_is_in_force(
+    dp: Datapath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = Publisher(dp)
+    publisher.publish(tables(3), RECORDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(publisher._services, "write", lambda *a: (_ for _ in ()).throw(OSError(7)))
+        with pytest.raises(OSError):
+            publisher.publish(tables(200), RECORDS)
+    assert publisher.epoch == 1 and peers(dp, 1) == tables(3).peers
+    assert publisher.publish(tables(200), RECORDS)
+    assert peers(dp, 0) == tables(200).peers and peers(dp, 1) == tables(3).peers
+
+
+def test_many_peers(dp: Datapath) -> None:
+    publisher = Publisher(dp)
+    publisher.publish(tables(20000), RECORDS)
+    assert peers(dp, 1) == tables(20000).peers
+
+
+def test_the_sweep_deletes_what_expired_and_nothing_else(dp: Datapath) -> None:
+    keys = np.zeros(600, dp.connections.key_dtype)
+    keys["lo_port"], keys["proto"] = np.arange(600), 6
+    values = np.zeros(600, dp.connections.value_dtype)
+    values["state"] = 4  # closed
+    values["seen"][::2] = int(time.monotonic())
+    dp.connections.update_many(keys, values)
+    before = len(dp.connections)
+    deleted = sum(sweep(dp, 64))
+    assert before - deleted == len(dp.connections)
+    left, _ = dp.connections.items()
+    assert set((left["lo_port"] % 2).tolist()) == {0}
+
+
+def test_programs_are_loaded_from_the_object(dp: Datapath) -> None:
+    assert prog_info(dp.object.prog_fd("from_pod")).verified_insns > 0

@@ -46,8 +46,8 @@ build: setup-build artifacts ## build/lockgate.bpf.o and build/lockgate-pod
 bench: setup-bench artifacts bench-artifacts ## the figures (BENCH='net verdict' for some, BENCH=--help for all)
 	@$(PYTHON) -m bench.run $(BENCH)
 
-fuzz: setup-test artifacts ## compare the kernel with the specification for SECONDS=n
-	@LOCKGATE_FUZZ_SECONDS=$(SECONDS_TO_FUZZ) $(PYTHON) -m pytest tests/bytecode -m fuzz -s --timeout=0 $(PYTEST)
+fuzz: setup-test artifacts ## compare the kernel with the specification for SECONDS=n (SEED=s repeats a run)
+	@$(PYTHON) -m tests.fuzz --seconds $(SECONDS_TO_FUZZ) $(if $(SEED),--seed $(SEED))
 
 wheel: setup-build artifacts ## dist/*.whl, with the kernel programs inside
 	@$(PYTHON) -m hatchling build -t wheel

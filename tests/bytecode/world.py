@@ -39,7 +39,7 @@ from lockgate.objects.address import format_address, parse_address
 
 OBJECT = Path(__file__).parents[2] / "build" / "lockgate.bpf.o"
 IFINDEX_BASE = 65536
-SLOTS = 4  # pods' interfaces in the namespace
+SLOTS = 16  # pods' interfaces in the namespace
 UNDERLAY, OUTSIDE = 100, 101  # interface indices of the network cards
 DRY_MARK = 0x6C6B6761
 NEXT, DROP, REDIRECT = -1, 2, 7  # what a program may answer (enum tcx_action_base)

@@ -24,12 +24,10 @@ static __always_inline bool ct_key_of(struct ct_key *key, const struct tuple *t)
 		high = s[0] > d[0];
 	else
 		high = t->sport > t->dport;
-	key->lo = high ? t->daddr : t->saddr;
-	key->hi = high ? t->saddr : t->daddr;
-	key->lo_port = high ? t->dport : t->sport;
-	key->hi_port = high ? t->sport : t->dport;
-	key->proto = t->proto;
-	key->pad[0] = key->pad[1] = key->pad[2] = 0;
+	copy_addr(&key->lo, high ? &t->daddr : &t->saddr);
+	copy_addr(&key->hi, high ? &t->saddr : &t->daddr);
+	*(__u64 *)&key->lo_port = high ? ends_of(t->dport, t->sport, t->proto)
+				       : ends_of(t->sport, t->dport, t->proto);
 	return high;
 }
 

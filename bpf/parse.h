@@ -111,41 +111,58 @@ static __noinline int skip_extensions(struct __sk_buff *skb, struct packet *p, _
 	return -1;
 }
 
-/* Ports, flags and ICMP identity at p->l4. */
-static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p)
+/* Copy a header of constant size into p->bytes: from the linear part when it
+ * lies there, as it mostly does. 0 on success. */
+static __always_inline int load_header(struct __sk_buff *skb, __u32 at, void *to, const __u32 size)
 {
-	struct tuple *t = &p->wire;
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 
-	t->sport = t->dport = 0;
-	if (t->proto == IPPROTO_TCP) {
-		struct l4_head *tcp = (void *)p->bytes;
+	at &= 0x7ff;	/* parsed offsets stay below; the verifier wants it said */
+	if (data + at + size <= end) {
+		/* By words: every machine this runs on loads unaligned ones as well. */
+		__builtin_memcpy(to, __builtin_assume_aligned(data + at, 4), size);
+		return 0;
+	}
+	return bpf_skb_load_bytes(skb, at, to, size);
+}
 
-		if (bpf_skb_load_bytes(skb, p->l4, tcp, sizeof(*tcp)))
-			return GIVE_UP(p, CAUSE_MALFORMED);
-		if (tcp->more[8] < 0x50)	/* data offset below 5 words */
-			return GIVE_UP(p, CAUSE_MALFORMED);
-		t->sport = tcp->sport;
-		t->dport = tcp->dport;
-		p->tcp_flags = tcp->more[9];
-	} else if (t->proto == IPPROTO_UDP || t->proto == IPPROTO_SCTP) {
-		if (bpf_skb_load_bytes(skb, p->l4, p->bytes, 8))
-			return GIVE_UP(p, CAUSE_MALFORMED);
-		t->sport = ((struct l4_head *)p->bytes)->sport;
-		t->dport = ((struct l4_head *)p->bytes)->dport;
-	} else if (t->proto == (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6)) {
-		struct icmp_head *icmp = (void *)p->bytes;
+/* Ports, flags and ICMP identity at p->l4, into the tuple with the protocol. */
+static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, __u8 proto)
+{
+	__be16 sport = 0, dport = 0;
 
-		if (bpf_skb_load_bytes(skb, p->l4, icmp, sizeof(*icmp)))
+	if (proto == IPPROTO_TCP) {
+		struct l4_head tcp;
+
+		if (load_header(skb, p->l4, &tcp, sizeof(tcp)))
 			return GIVE_UP(p, CAUSE_MALFORMED);
-		p->icmp_type = icmp->type;
-		p->icmp_code = icmp->code;
-		if (icmp->type == (p->family == 4 ? ICMP_ECHO : ICMP6_ECHO))
-			t->sport = icmp->id;
-		else if (icmp->type == (p->family == 4 ? ICMP_ECHO_REPLY : ICMP6_REPLY))
-			t->dport = icmp->id;
-		else if (is_icmp_error(p->family, icmp->type))
+		if (tcp.more[8] < 0x50)	/* data offset below 5 words */
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		sport = tcp.sport;
+		dport = tcp.dport;
+		p->tcp_flags = tcp.more[9];
+	} else if (proto == IPPROTO_UDP || proto == IPPROTO_SCTP) {
+		struct icmp_head head;	/* eight bytes, ports first */
+
+		if (load_header(skb, p->l4, &head, sizeof(head)))
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		sport = ((struct l4_head *)&head)->sport;
+		dport = ((struct l4_head *)&head)->dport;
+	} else if (proto == (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6)) {
+		struct icmp_head icmp;
+
+		if (load_header(skb, p->l4, &icmp, sizeof(icmp)))
+			return GIVE_UP(p, CAUSE_MALFORMED);
+		p->icmp_type = icmp.type;
+		p->icmp_code = icmp.code;
+		if (icmp.type == (p->family == 4 ? ICMP_ECHO : ICMP6_ECHO))
+			sport = icmp.id;
+		else if (icmp.type == (p->family == 4 ? ICMP_ECHO_REPLY : ICMP6_REPLY))
+			dport = icmp.id;
+		else if (is_icmp_error(p->family, icmp.type))
 			p->icmp_error = 1;
 	}
+	set_ends(&p->wire, sport, dport, proto);
 	return 0;
 }
 
@@ -234,80 +251,84 @@ static __noinline int parse_fragment(struct packet *p)
 	return 0;
 }
 
+/* Returns the protocol, or -1 with the cause set. */
 static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
 {
-	struct ipv4 *ip = (void *)p->bytes;
 	struct tuple *t = &p->wire;
+	struct ipv4 ip;
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, sizeof(*ip)))
-		return GIVE_UP(p, CAUSE_MALFORMED);
-	__u32 header = (ip->version_ihl & 15) * 4;
-	__u32 frag = bpf_ntohs(ip->frag);
+	if (load_header(skb, ETH_HLEN, &ip, sizeof(ip)))
+		return GIVE_UP(p, CAUSE_MALFORMED), -1;
+	__u32 header = (ip.version_ihl & 15) * 4;
+	__u32 frag = bpf_ntohs(ip.frag);
 
-	p->length = bpf_ntohs(ip->length);
-	if (ip->version_ihl >> 4 != 4 || header < 20 || p->length < header)
-		return GIVE_UP(p, CAUSE_MALFORMED);
+	p->length = bpf_ntohs(ip.length);
+	if (ip.version_ihl >> 4 != 4 || header < 20 || p->length < header)
+		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	/* A GSO packet's total length may be of one segment or all (0 for BIG TCP). */
 	if (!skb->gso_size && p->length + ETH_HLEN > skb->len)
-		return GIVE_UP(p, CAUSE_MALFORMED);
-	map_v4(&t->saddr, ip->saddr);
-	map_v4(&t->daddr, ip->daddr);
-	t->proto = ip->proto;
-	p->ttl = ip->ttl;
+		return GIVE_UP(p, CAUSE_MALFORMED), -1;
+	map_v4(&t->saddr, ip.saddr);
+	map_v4(&t->daddr, ip.daddr);
+	p->ttl = ip.ttl;
 	p->l4 = ETH_HLEN + header;
 	if (frag & (IPV4_MF | IPV4_OFF)) {
 		p->fragment = frag & IPV4_OFF ? FRAG_LATER : FRAG_FIRST;
-		p->frag_id = ip->id;
+		p->frag_id = ip.id;
 	}
-	return 0;
+	return ip.proto;
 }
 
 static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 {
-	struct ipv6 *ip = (void *)p->bytes;
 	struct tuple *t = &p->wire;
+	struct ipv6 ip;
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, sizeof(*ip)))
-		return GIVE_UP(p, CAUSE_MALFORMED);
-	if (p->bytes[0] >> 4 != 6)
-		return GIVE_UP(p, CAUSE_MALFORMED);
-	p->length = bpf_ntohs(ip->length) + sizeof(*ip);
+	if (load_header(skb, ETH_HLEN, &ip, sizeof(ip)))
+		return GIVE_UP(p, CAUSE_MALFORMED), -1;
+	if (*(__u8 *)&ip >> 4 != 6)
+		return GIVE_UP(p, CAUSE_MALFORMED), -1;
+	p->length = bpf_ntohs(ip.length) + sizeof(ip);
 	if (!skb->gso_size && p->length + ETH_HLEN > skb->len)
-		return GIVE_UP(p, CAUSE_MALFORMED);
-	t->saddr = ip->saddr;
-	t->daddr = ip->daddr;
-	p->ttl = ip->ttl;
-	p->l4 = ETH_HLEN + sizeof(*ip);
-	t->proto = ip->next;
-	if (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP || t->proto == IPPROTO_ICMPV6)
-		return 0;
-	int proto = skip_extensions(skb, p, t->proto, p->l4);
+		return GIVE_UP(p, CAUSE_MALFORMED), -1;
+	copy_addr(&t->saddr, &ip.saddr);
+	copy_addr(&t->daddr, &ip.daddr);
+	p->ttl = ip.ttl;
+	p->l4 = ETH_HLEN + sizeof(ip);
+	if (ip.next == IPPROTO_TCP || ip.next == IPPROTO_UDP || ip.next == IPPROTO_ICMPV6)
+		return ip.next;
+	int proto = skip_extensions(skb, p, ip.next, p->l4);
 
 	if (proto < 0)
-		return GIVE_UP(p, CAUSE_EXTENSION_HEADER);
-	t->proto = proto;
-	return 0;
+		GIVE_UP(p, CAUSE_EXTENSION_HEADER);
+	return proto;
 }
 
 /* The IP packet in the frame. 0, or a cause: the packet is to be dropped. */
 static __noinline int parse(struct __sk_buff *skb, struct packet *p)
 {
-	int cause;
+	int cause = 0, proto;
 
 	p->l3 = ETH_HLEN;
 	/* What cannot be read must not show in the record of the drop as what the
 	 * last packet had. */
-	__builtin_memset(&p->wire, 0, sizeof(p->wire));
+	for (__u32 i = 0; i < sizeof(p->wire) / 8; i++)
+		((__u64 *)&p->wire)[i] = 0;
 	p->length = skb->len - ETH_HLEN;
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		p->family = 4;
-		cause = parse_ipv4(skb, p);
+		proto = parse_ipv4(skb, p);
 	} else {
 		p->family = 6;
-		cause = parse_ipv6(skb, p);
+		proto = parse_ipv6(skb, p);
 	}
-	if (!cause && p->fragment != FRAG_LATER)
-		cause = parse_l4(skb, p);
+	if (proto < 0) {
+		cause = p->cause;
+	} else if (p->fragment != FRAG_LATER) {
+		cause = parse_l4(skb, p, proto);
+	} else {
+		set_ends(&p->wire, 0, 0, proto);
+	}
 	if (!cause && p->fragment)
 		cause = parse_fragment(p);
 	if (!cause && p->icmp_error)

@@ -17,9 +17,10 @@
 #define MAX_HOPS      4096
 #define NO_SLOT       0xffffffffu
 
+/* Aligned so that copies are by words; no layout below depends on it. */
 struct addr {
 	__u8 b[16];
-};
+} __attribute__((aligned(4)));
 
 /* ---- The node's state: one element, mapped into the agent ---------------- */
 
@@ -207,7 +208,7 @@ struct tuple {
 	__be16 sport, dport;	/* ICMP echo: identifier towards the echoing side */
 	__u8   proto;
 	__u8   pad[3];
-};
+} __attribute__((aligned(8)));
 
 /* Canonical: the lower (address, port) first, so that both directions of a
  * connection find it with one look-up. */
@@ -216,7 +217,7 @@ struct ct_key {
 	__be16 lo_port, hi_port;
 	__u8   proto;
 	__u8   pad[3];
-};
+} __attribute__((aligned(8)));
 
 enum ct_state {
 	CT_NEW         = 1,	/* no reply seen; lives in the half-open map */

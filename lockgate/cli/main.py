@@ -19,6 +19,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "down": ("lockgate.cli.down:down", "Remove every trace of a cluster."),
     "wait": ("lockgate.cli.wait:wait", "Wait until everything saved is in force."),
     "exec": ("lockgate.cli.exec:exec_", "Run a command in a pod."),
+    "status": ("lockgate.cli.views:status", "Say how the cluster and its nodes are."),
+    "get": ("lockgate.cli.views:get", "List pods, services, endpoints, policies or nodes."),
+    "flows": ("lockgate.cli.flows:flows", "Show connections with their verdicts and rules."),
+    "explain": ("lockgate.cli.explain:explain", "Say whether FROM may reach TO, and who decides."),
+    "probe": ("lockgate.cli.probe:probe", "Try every pair of pods; compare with the policies."),
 }
 
 

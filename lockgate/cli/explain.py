@@ -1,0 +1,269 @@
+"""`lockgate explain`: what would happen, by the kernel's programs or by the specification."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import click
+import msgspec
+import yaml
+
+from lockgate.cli.common import cluster_option, fail, json_option, print_json, running
+from lockgate.cli.render import heading, paint, policies_text
+from lockgate.cli.views import load_cluster
+from lockgate.explain.engine import Engine
+from lockgate.explain.engine import explain as answer_all
+from lockgate.explain.question import (
+    Answer,
+    Direction,
+    Family,
+    Question,
+    QuestionError,
+    parse_port,
+    parse_question,
+)
+from lockgate.explain.spec import SpecEngine
+from lockgate.objects.model import Cluster, Pod
+from lockgate.standalone.state import State
+
+__all__ = ["explain", "open_engine"]
+
+_CHUNK = 10_000
+
+
+def open_engine(state: State, cluster: Cluster, kind: str) -> Engine:
+    """The engine `kernel` or `spec`."""
+    if kind == "spec":
+        return SpecEngine(cluster)
+    from lockgate.bpf.btf import Schema
+    from lockgate.explain.kernel import KernelEngine, NodePlace
+    from lockgate.paths import bpf_object
+
+    places = {
+        node: NodePlace(
+            pins=state.pins() / node,
+            netns=state.netns_path(node),
+            journal=state.node(node) / "journal.jsonl",
+        )
+        for node in cluster.nodes
+    }
+    return KernelEngine(cluster, places, Schema.from_object(bpf_object()))
+
+
+@click.command()
+@click.argument("source", metavar="FROM", required=False)
+@click.argument("target", metavar="TO", required=False)
+@click.argument("port", metavar="PORT[/PROTO]", required=False)
+@click.option("--engine", type=click.Choice(["kernel", "spec"]), default="kernel",
+              show_default=True, help="Test runs of the live programs, or the specification.")
+@click.option("--batch", metavar="FILE.jsonl|-",
+              help='Questions, one {"from","to","port","protocol"} a line; an answer a line.')
+@click.option("--family", type=click.Choice(["4", "6"]), help="Where both ends have both.")
+@json_option
+@cluster_option
+def explain(
+    source: str | None,
+    target: str | None,
+    port: str | None,
+    engine: str,
+    batch: str | None,
+    family: str | None,
+    as_json: bool,
+    cluster: str,
+) -> None:
+    """Say whether FROM may open a connection to TO, and who decides.
+
+    FROM and TO are NAMESPACE/POD, svc/NAMESPACE/NAME or an address; PROTO is tcp, udp or sctp,
+    and `icmp` instead of a port asks about a ping. Nothing is sent and nothing is recorded.
+
+    \b
+    lockgate explain shop/frontend-0 svc/shop/cart 80
+    lockgate explain shop/frontend-0 203.0.113.7 443/tcp
+    lockgate explain --batch questions.jsonl --engine spec
+
+    Exit codes: 0 allowed (--batch: all answered), 1 denied, 2 a question that cannot be asked.
+    """
+    asked = [argument for argument in (source, target, port) if argument is not None]
+    if (batch is not None and asked) or (batch is None and len(asked) != 3):
+        raise click.UsageError("give FROM, TO and PORT[/PROTO], or --batch FILE")
+    wanted: Family | None = None if family is None else 4 if family == "4" else 6
+    try:
+        if batch is not None:
+            raise SystemExit(_batch(cluster, engine, batch, wanted))
+        number, protocol = parse_port(asked[2])
+        state = running(cluster)
+        known = load_cluster(state)
+        question = Question(asked[0], asked[1], number, protocol, wanted)
+        answer = answer_all(open_engine(state, known, engine), [question])[0]
+    except (QuestionError, OSError) as error:
+        fail(str(error))
+    if answer.error is not None:
+        fail(answer.error)
+    if as_json:
+        print_json(answer.json())
+    else:
+        _print(answer, known)
+    raise SystemExit(0 if answer.verdict == "allow" else 1)
+
+
+def _batch(cluster: str, engine: str, path: str, family: Family | None) -> int:
+    state = running(cluster)
+    asker = open_engine(state, load_cluster(state), engine)
+    source: IO[bytes] = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115
+    encode = msgspec.json.Encoder().encode_lines
+    failed = False
+    with source:
+        questions = _questions(source, family)
+        while chunk := list(islice(questions, _CHUNK)):
+            answers = answer_all(asker, chunk)
+            failed = failed or any(answer.error is not None for answer in answers)
+            sys.stdout.buffer.write(encode([answer.json() for answer in answers]))
+            sys.stdout.buffer.flush()
+    return 2 if failed else 0
+
+
+def _questions(source: IO[bytes], family: Family | None) -> Iterator[Question | QuestionError]:
+    decode = msgspec.json.Decoder().decode
+    for number, line in enumerate(source, 1):
+        if not line.strip():
+            continue
+        try:
+            question = parse_question(decode(line))
+        except (msgspec.DecodeError, QuestionError) as error:
+            yield QuestionError(f"line {number}: {error}")
+            continue
+        if family is not None and question.family is None:
+            question = Question(
+                question.source, question.target, question.port, question.protocol, family
+            )
+        yield question
+
+
+# ---- For people ------------------------------------------------------------------
+
+
+def _print(answer: Answer, cluster: Cluster) -> None:
+    asked = answer.question
+    port = asked.protocol if asked.port is None else f"port {asked.port}/{asked.protocol}"
+    to = asked.target
+    if answer.backend:
+        to += f" (backend {answer.backend})"
+    elif answer.destination_ip not in ("", to):
+        to += f" ({answer.destination_ip})"
+    origin = asked.source
+    if answer.source_ip != origin:
+        origin += f" ({answer.source_ip})"
+    click.echo(f"{origin} → {to}, {port}\n")
+    if answer.verdict == "allow":
+        click.echo(paint("allow", "green", bold=True) + f"  {_why_allowed(answer)}")
+    else:
+        click.echo(paint("deny", "red", bold=True) + f"  {_why_denied(answer)}")
+    sides = SpecSides(answer, cluster)
+    click.echo("")
+    for direction in ("egress", "ingress"):
+        click.echo(f"  {direction:<8} {sides.text(direction)}")
+    hints = sides.hints()
+    if hints and answer.verdict == "deny":
+        click.echo("\n" + heading("To allow it:"))
+        click.echo("\n".join(hints))
+
+
+def _why_allowed(answer: Answer) -> str:
+    if answer.direction is None:
+        return "no policy applies"
+    return f"by {answer.direction}: {policies_text(answer.policies)}"
+
+
+def _why_denied(answer: Answer) -> str:
+    known = {
+        "no-backend": "the service has no ready backend: the connection is refused",
+        "unknown-service-port": "the service has no such port: the connection is refused",
+        "sctp-port-rewrite": "the service changes the port, which SCTP does not survive",
+        "no-route": "there is no way to the destination",
+    }
+    if answer.cause is not None:
+        return known.get(answer.cause, answer.cause)
+    return (
+        f"{answer.direction}: isolated by {policies_text(answer.policies)}, "
+        "and no rule of theirs matches"
+    )
+
+
+class SpecSides:
+    """Each direction in a line, and what would allow it. A kernel that denied a packet on its
+    way out was never asked about the way in: there the specification tells."""
+
+    def __init__(self, answer: Answer, cluster: Cluster) -> None:
+        self._answer, self._cluster = answer, cluster
+        spec = SpecEngine(cluster)
+        self._names = spec.names
+        self.sides = dict(answer.sides)
+        for attempt in spec.names.attempts(answer.question):
+            if attempt.backend != answer.backend or attempt.unserved:
+                continue
+            self._attempt = attempt
+            judged = spec.judge([(answer.question, attempt)])[0]
+            self.sides = {**judged.sides, **self.sides}
+            break
+        else:
+            self._attempt = spec.names.attempts(answer.question)[0]
+
+    def text(self, direction: Direction) -> str:
+        end = self._attempt.source if direction == "egress" else self._attempt.destination
+        side = self.sides.get(direction)
+        if end is None or end.pod is None:
+            return "not a pod of this cluster: no policy applies"
+        name = "/".join(end.pod.key)
+        if side is None:
+            return f"of {name}: not asked"
+        if not side.policies:
+            return f"of {name}: no policy applies" if side.allowed else f"of {name}: denied"
+        by = policies_text(side.policies)
+        return f"of {name}: " + (f"allowed by {by}" if side.allowed else f"isolated by {by}")
+
+    def hints(self) -> list[str]:
+        lines: list[str] = []
+        for direction in ("egress", "ingress"):
+            side = self.sides.get(direction)
+            if side is None or side.allowed or not side.policies:
+                continue
+            first = side.policies[0]
+            lines.append(
+                f"  in NetworkPolicy {first['namespace']}/{first['name']} (or one more that "
+                f"selects the pod), under spec.{direction}:"
+            )
+            text = yaml.safe_dump([self._rule(direction)], sort_keys=False)
+            lines += [f"    {line}" for line in text.splitlines()]
+        return lines
+
+    def _rule(self, direction: Direction) -> dict[str, object]:
+        attempt = self._attempt
+        peer = attempt.destination if direction == "egress" else attempt.source
+        assert peer is not None
+        if peer.pod is not None:
+            item: dict[str, object] = _selectors(peer.pod)
+        else:
+            item = {"ipBlock": {"cidr": f"{peer.ip}/{128 if ':' in peer.ip else 32}"}}
+        rule: dict[str, object] = {"to" if direction == "egress" else "from": [item]}
+        if attempt.port is not None:
+            rule["ports"] = [{"protocol": attempt.protocol, "port": attempt.port}]
+        return rule
+
+
+def _selectors(pod: Pod) -> dict[str, object]:
+    passing = ("pod-template-hash", "statefulset.kubernetes.io/", "apps.kubernetes.io/")
+    labels = {
+        key: value
+        for key, value in pod.metadata.labels.items()
+        if not key.startswith(passing) and key != "controller-revision-hash"
+    }
+    return {
+        "namespaceSelector": {
+            "matchLabels": {"kubernetes.io/metadata.name": pod.metadata.namespace}
+        },
+        "podSelector": {"matchLabels": labels} if labels else {},
+    }

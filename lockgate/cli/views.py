@@ -1,0 +1,389 @@
+"""`lockgate status` and `lockgate get`: what the cluster has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+import msgspec
+
+from lockgate.cli.common import (
+    Refused,
+    call,
+    cluster_option,
+    connect,
+    fail,
+    json_option,
+    print_json,
+    running,
+)
+from lockgate.cli.render import table
+from lockgate.objects.model import (
+    Cluster,
+    EndpointSlice,
+    Namespace,
+    NetworkPolicy,
+    Node,
+    Pod,
+    Service,
+)
+from lockgate.standalone.state import State
+
+__all__ = [
+    "endpoint_rows",
+    "get",
+    "load_cluster",
+    "node_rows",
+    "pod_rows",
+    "service_rows",
+    "status",
+]
+
+Row = dict[str, Any]
+_TYPES: dict[str, Any] = {
+    "namespaces": list[Namespace],
+    "nodes": list[Node],
+    "pods": list[Pod],
+    "services": list[Service],
+    "endpoints": list[EndpointSlice],
+    "policies": list[NetworkPolicy],
+}
+
+
+def load_cluster(state: State) -> Cluster:
+    """All objects of a running cluster. Exits with a sentence when it does not answer."""
+    found: dict[str, list[Any]] = {}
+    try:
+        connection = connect(state.control)
+        try:
+            for kind, type_ in _TYPES.items():
+                connection.request("GET", f"/v1/objects/{kind}")
+                response = connection.getresponse()
+                text = response.read()
+                if response.status >= 400:
+                    fail(f"cannot read {kind} of cluster {state.cluster}: {text.decode()}")
+                found[kind] = msgspec.json.decode(text, type=type_)
+        finally:
+            connection.close()
+    except (OSError, msgspec.MsgspecError) as error:
+        fail(f"cannot read the objects of cluster {state.cluster!r}: {error}")
+
+    def by_name(kind: str) -> dict[tuple[str, str], Any]:
+        return {(one.metadata.namespace, one.metadata.name): one for one in found[kind]}
+
+    return Cluster(
+        namespaces={one.metadata.name: one for one in found["namespaces"]},
+        nodes={one.metadata.name: one for one in found["nodes"]},
+        pods=by_name("pods"),
+        services=by_name("services"),
+        slices=by_name("endpoints"),
+        policies=by_name("policies"),
+    )
+
+
+# ---- What is shown of each kind --------------------------------------------------
+
+
+def pod_rows(cluster: Cluster) -> list[Row]:
+    return [
+        {
+            "namespace": pod.metadata.namespace,
+            "name": pod.metadata.name,
+            "node": pod.spec.node_name,
+            "ips": pod.ips,
+            "labels": pod.metadata.labels,
+            "phase": pod.status.phase,
+            "ready": pod.ready,
+            "reason": pod.status.reason or pod.status.message or None,
+        }
+        for _, pod in sorted(cluster.pods.items())
+    ]
+
+
+def _address(ip: str, port: int | None) -> str:
+    text = f"[{ip}]" if ":" in ip else ip
+    return text if port is None else f"{text}:{port}"
+
+
+def endpoint_rows(cluster: Cluster) -> list[Row]:
+    """One row per slice."""
+    return [
+        {
+            "namespace": key[0],
+            "name": key[1],
+            "service": one.service,
+            "addressType": one.address_type,
+            "ports": [
+                {"name": p.name, "port": p.port, "protocol": p.protocol} for p in one.ports
+            ],
+            "endpoints": [
+                {
+                    "addresses": endpoint.addresses,
+                    "ready": endpoint.conditions.ready is not False,
+                    "node": endpoint.node_name,
+                    "pod": endpoint.target_ref.name if endpoint.target_ref else None,
+                }
+                for endpoint in one.endpoints
+            ],
+        }
+        for key, one in sorted(cluster.slices.items())
+    ]
+
+
+def service_rows(cluster: Cluster) -> list[Row]:
+    backends: dict[tuple[str, str], list[str]] = {}
+    for (namespace, _), one in sorted(cluster.slices.items()):
+        backends.setdefault((namespace, one.service), []).extend(
+            _address(address, port.port)
+            for port in one.ports
+            for endpoint in one.endpoints
+            if endpoint.conditions.ready is not False
+            for address in endpoint.addresses[:1]
+        )
+    return [
+        {
+            "namespace": key[0],
+            "name": key[1],
+            "type": service.spec.type,
+            "clusterIPs": service.cluster_ips or (
+                [] if service.spec.type == "ExternalName" else ["None"]
+            ),
+            "ports": [
+                {
+                    "name": p.name,
+                    "port": p.port,
+                    "protocol": p.protocol,
+                    "targetPort": p.target_port,
+                }
+                for p in service.spec.ports
+            ],
+            "selector": service.spec.selector,
+            "backends": backends.get(key, []),
+        }
+        for key, service in sorted(cluster.services.items())
+    ]
+
+
+def policy_rows(cluster: Cluster) -> list[Row]:
+    rows = []
+    for key, policy in sorted(cluster.policies.items()):
+        spec = msgspec.to_builtins(policy.spec)
+        types = policy.spec.policy_types or (
+            ["Ingress", "Egress"] if policy.spec.egress else ["Ingress"]
+        )
+        rows.append(
+            {
+                "namespace": key[0],
+                "name": key[1],
+                "podSelector": spec.get("podSelector", {}),
+                "policyTypes": list(types),
+                "ingress": spec.get("ingress", []),
+                "egress": spec.get("egress", []),
+            }
+        )
+    return rows
+
+
+def node_rows(cluster: Cluster) -> list[Row]:
+    return [
+        {
+            "name": name,
+            "addresses": [a.address for a in node.status.addresses if a.type == "InternalIP"],
+            "podCIDRs": node.spec.pod_cidrs or ([node.spec.pod_cidr] if node.spec.pod_cidr else []),
+            "pods": sum(pod.spec.node_name == name for pod in cluster.pods.values()),
+        }
+        for name, node in sorted(cluster.nodes.items())
+    ]
+
+
+_ROWS: dict[str, Callable[[Cluster], list[Row]]] = {
+    "pods": pod_rows,
+    "services": service_rows,
+    "endpoints": endpoint_rows,
+    "policies": policy_rows,
+    "nodes": node_rows,
+}
+
+
+# ---- As tables -------------------------------------------------------------------
+
+
+def _few(items: list[str], wide: bool, most: int = 2) -> str:
+    if wide or len(items) <= most:
+        return ", ".join(items) or "-"
+    return f"{', '.join(items[:most])} + {len(items) - most} more"
+
+
+def _selector(selector: Row) -> str:
+    pairs = [f"{k}={v}" for k, v in selector.get("matchLabels", {}).items()]
+    pairs += [
+        f"{one['key']} {one['operator']}"
+        + (f" ({','.join(one['values'])})" if one.get("values") else "")
+        for one in selector.get("matchExpressions", [])
+    ]
+    return ", ".join(pairs) or "all pods"
+
+
+def _ports(ports: list[Row]) -> str:
+    return ", ".join(f"{p['port']}/{p['protocol']}" for p in ports) or "-"
+
+
+def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
+    """A table of what `get` shows."""
+    if kind == "nodes":
+        head = ["NODE", "ADDRESSES", "POD CIDRS", "PODS"]
+        lines = [
+            [r["name"], _few(r["addresses"], True), _few(r["podCIDRs"], True), str(r["pods"])]
+            for r in rows
+        ]
+        return table(head, lines, cut=not wide)
+    head = ["NAMESPACE", "NAME"]
+    keys = [[r["namespace"], r["name"]] for r in rows]
+    if kind == "pods":
+        head += ["NODE", "STATUS", "READY", "ADDRESSES"] + (["LABELS"] if wide else [])
+        rest = [
+            [
+                r["node"] or "-",
+                r["phase"] or "Pending",
+                "yes" if r["ready"] else "no",
+                _few(r["ips"], True),
+                *([",".join(f"{k}={v}" for k, v in r["labels"].items()) or "-"] if wide else []),
+            ]
+            for r in rows
+        ]
+    elif kind == "services":
+        head += ["TYPE", "ADDRESSES", "PORTS", "BACKENDS"]
+        rest = [
+            [
+                r["type"],
+                _few(r["clusterIPs"], wide, 1 if not wide else 2),
+                _ports(r["ports"]),
+                _few(r["backends"], wide),
+            ]
+            for r in rows
+        ]
+    elif kind == "endpoints":
+        head += ["SERVICE", "PORTS", "ENDPOINTS"]
+        rest = [
+            [
+                r["service"],
+                _ports(r["ports"]),
+                _few(
+                    [
+                        e["addresses"][0] + ("" if e["ready"] else " (not ready)")
+                        for e in r["endpoints"]
+                    ],
+                    wide,
+                ),
+            ]
+            for r in rows
+        ]
+    else:
+        head += ["SELECTS", "TYPES", "INGRESS RULES", "EGRESS RULES"]
+        rest = [
+            [
+                _selector(r["podSelector"]),
+                ",".join(r["policyTypes"]),
+                str(len(r["ingress"])),
+                str(len(r["egress"])),
+            ]
+            for r in rows
+        ]
+    return table(head, [[*a, *b] for a, b in zip(keys, rest, strict=True)], cut=not wide)
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(list(_ROWS)))
+@click.option("-n", "--namespace", help="Only objects of this namespace.")
+@click.option("-o", "output", type=click.Choice(["wide", "json"]), help="More columns, or JSON.")
+@json_option
+@cluster_option
+def get(kind: str, namespace: str | None, output: str | None, as_json: bool, cluster: str) -> None:
+    """List objects as the agents know them.
+
+    Exit codes: 0 listed (perhaps none), 2 no such cluster.
+    """
+    known = load_cluster(running(cluster))
+    rows = _ROWS[kind](known)
+    if namespace and kind != "nodes":
+        rows = [row for row in rows if row["namespace"] == namespace]
+    if as_json or output == "json":
+        print_json(rows)
+    elif rows:
+        click.echo(as_table(kind, rows, wide=output == "wide"))
+    else:
+        click.echo(f"no {kind}" + (f" in namespace {namespace}" if namespace else ""), err=True)
+
+
+@click.command()
+@json_option
+@cluster_option
+def status(as_json: bool, cluster: str) -> None:
+    """Say how the cluster and each of its nodes is.
+
+    Exit codes: 0 all is well, 1 something is not in force or not ready, 2 no such cluster.
+    """
+    state = running(cluster)
+    try:
+        found = call(state.control, "GET", "/v1/status")
+    except (OSError, Refused) as error:
+        fail(f"cluster {cluster!r} does not answer: {error}")
+    for node in found["nodes"]:
+        for role, path in (
+            ("agentStatus", state.agent(node["name"])),
+            ("observerStatus", state.observer(node["name"])),
+        ):
+            try:
+                node[role] = call(path, "GET", "/v1/status", timeout=5)
+            except (OSError, Refused, ValueError) as error:
+                node[role] = {"error": str(error)}
+    well = not (found["reasons"] or found["errors"] or found["notReady"])
+    if as_json:
+        print_json(found)
+    else:
+        _print_status(found)
+    raise SystemExit(0 if well else 1)
+
+
+def _print_status(found: Row) -> None:
+    pods = found["pods"]
+    click.echo(
+        f"cluster {found['cluster']} ({found['phase']}), revision {found['revision']}, "
+        f"from {found['folder']}"
+    )
+    click.echo(
+        f"pods: {pods['total']}, {pods['ready']} ready, {pods['running']} running, "
+        f"{pods['failed']} failed"
+    )
+    lines = []
+    for node in found["nodes"]:
+        agent, observer = node.get("agent") or {}, node["observerStatus"]
+        lines.append(
+            [
+                node["name"],
+                _process(agent),
+                str(node["applied"]),
+                str(node["agentStatus"].get("epoch", "-")),
+                _process(node.get("observer") or {}),
+                str(observer.get("events", "-")),
+                str(observer.get("lost", "-")),
+            ]
+        )
+    head = ["NODE", "AGENT", "REVISION", "EPOCH", "OBSERVER", "EVENTS", "LOST"]
+    click.echo(table(head, lines))
+    for title, texts in (
+        ("error", found["errors"]),
+        ("not in force", found["reasons"]),
+        ("not ready", found["notReady"]),
+        ("warning", found["warnings"]),
+    ):
+        for text in texts:
+            click.echo(f"{title}: {text}")
+
+
+def _process(child: Row) -> str:
+    if not child.get("up"):
+        return "down"
+    restarts = child.get("restarts", 0)
+    return "up" + (f", {restarts} restarts" if restarts else "")

@@ -120,7 +120,7 @@ class Child:
                 )
             code = await self._process.wait()
             self._restarts += 1
-            self._error = f"exit code {code}: {self._last_line()}"
+            self._error = f"killed by signal {-code}" if code < 0 else self._last_line()
             died(self)
             if time.monotonic() - began > _HEALTHY:
                 pause = _FIRST_PAUSE

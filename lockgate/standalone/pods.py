@@ -161,17 +161,17 @@ class PodRunner:
                 log=state.pod_log(*pod.key),
                 on_status=self._on_status,
             )
-            if pod.spec.host_network:
-                ips = self._cluster.node_addresses(self.node)
-            else:
-                answer = await self._cluster.agent(
-                    self.node,
-                    "POST",
-                    "/v1/endpoints",
-                    {"uid": pod.metadata.uid, "netns": str(self.process.netns_path)},
-                )
-                ips = answer["ips"]
-            self._status(ips=[ip.partition("/")[0] for ip in ips])
+        if pod.spec.host_network:
+            ips = self._cluster.node_addresses(self.node)
+        else:
+            answer = await self._cluster.agent(
+                self.node,
+                "POST",
+                "/v1/endpoints",
+                {"uid": pod.metadata.uid, "netns": str(self.process.netns_path)},
+            )
+            ips = answer["ips"]
+        self._status(ips=[ip.partition("/")[0] for ip in ips])
         await self._cluster.known_everywhere()
         await self.process.go()
 

@@ -1,0 +1,113 @@
+"""The folder of manifests: events to states, and errors that change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from lockgate.kube.folder import Folder, Update
+
+
+def namespace(name: str) -> str:
+    return f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n"
+
+
+def names(update: Update) -> list[str]:
+    return sorted(item.metadata.name for item in update.objects)
+
+
+async def until(updates: AsyncIterator[Update], wanted: list[str], errors: int = 0) -> Update:
+    """The first update with these objects and that many errors."""
+    async with asyncio.timeout(5):
+        async for update in updates:
+            if names(update) == wanted and len(update.errors) == errors:
+                return update
+    raise AssertionError("the folder came to its end")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "a.yaml").write_text(namespace("a"))
+    (tmp_path / "notes.txt").write_text("not: [a manifest")
+    (tmp_path / ".hidden.yaml").write_text("not: [a manifest")
+    return tmp_path
+
+
+async def test_every_way_to_save_is_seen(home: Path) -> None:
+    with Folder(home) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        (home / "b.yaml").write_text(namespace("b"))
+        await until(updates, ["a", "b"])
+        (home / "b.yaml").write_text(namespace("c"))
+        await until(updates, ["a", "c"])
+        (home / ".b.swp").write_text(namespace("d"))
+        os.rename(home / ".b.swp", home / "b.yaml")
+        await until(updates, ["a", "d"])
+        os.rename(home / "b.yaml", home / "e.yml")
+        await until(updates, ["a", "d"])
+        (home / "e.yml").unlink()
+        await until(updates, ["a"])
+        (home / "sub").mkdir()
+        (home / "sub" / "f.json").write_text(
+            '{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"f"}}'
+        )
+        await until(updates, ["a", "f"])
+
+
+async def test_a_broken_file_is_named_and_everything_stays(home: Path) -> None:
+    with Folder(home) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        (home / "b.yaml").write_text("apiVersion: v1\nkind: Namespace\nmetadata: {name: 7}\n")
+        update = await until(updates, ["a"], errors=1)
+        assert "b.yaml, document 1" in update.errors[0]
+        assert "metadata.name" in update.errors[0]
+        # A right change of another file waits until the whole is right again.
+        (home / "a.yaml").write_text(namespace("new"))
+        await until(updates, ["a"], errors=1)
+        (home / "b.yaml").write_text(namespace("b"))
+        await until(updates, ["b", "new"])
+
+
+async def test_two_files_with_one_name_are_an_error(home: Path) -> None:
+    (home / "b.yaml").write_text(namespace("a"))
+    with Folder(home) as folder:
+        assert len(folder.refresh(first=True).errors) == 1
+
+
+async def test_an_editor_that_moves_the_file_away_first_removes_nothing(home: Path) -> None:
+    with Folder(home) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        os.rename(home / "a.yaml", home / "a.yaml~")
+        (home / "a.yaml").write_text(namespace("a2"))
+        (home / "a.yaml~").unlink()
+        async with asyncio.timeout(5):
+            assert names(await anext(updates)) == ["a2"]
+
+
+async def test_one_file_is_a_source_too(home: Path) -> None:
+    with Folder(home / "a.yaml") as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        (home / "b.yaml").write_text(namespace("b"))
+        (home / "a.yaml").write_text(namespace("c"))
+        await until(updates, ["c"])
+
+
+async def test_refresh_sees_what_was_saved_before_any_event(home: Path) -> None:
+    with Folder(home) as folder:
+        first = folder.refresh(first=True)
+        (home / "b.yaml").write_text(namespace("b"))
+        assert names(folder.refresh()) == ["a", "b"]
+        assert names(first) == ["a"]
+
+
+def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        Folder(tmp_path / "nothing")

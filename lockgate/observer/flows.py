@@ -183,7 +183,7 @@ class FlowLog:
             mask &= ported & (events["dport"] == wanted.port)
         if wanted.since is not None:
             offset = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-            mask &= events["time"] >= np.uint64(max(0, wanted.since - offset))
+            mask &= events["time"] >= np.uint64(min(max(0, wanted.since - offset), 2**63 - 1))
         either: tuple[tuple[str | None, Callable[[Records, str], Mask]], ...] = (
             (wanted.namespace, self.journal.in_namespace),
             (wanted.pod, self.journal.is_pod),

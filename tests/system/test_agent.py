@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import shutil
@@ -17,11 +18,15 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from scapy.layers.inet import IP, TCP
 
 from lockgate.agent.journal import Reader
 from lockgate.bpf import links as bpf_links
+from lockgate.bpf.btf import Schema
+from lockgate.bpf.maps import ArrayMap
 from lockgate.net import cgroup, namespaces
 from lockgate.net.links import Net
+from lockgate.paths import bpf_object
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -108,7 +113,7 @@ class Node:
             "control": str(self.folder / "control.sock"),
             "cgroup": str(self.cgroup),
             "underlay": "underlay",
-            "outside": "",
+            "outside": "outside",
             "serviceCidrs": ["10.96.0.0/16", "fd96::/112"],
         }
         path = self.state / "config.json"
@@ -171,13 +176,13 @@ class Bed:
         self.nodes = {name: Node(name, folder, self.cluster) for name in NODES}
         self.pods: list[str] = []
 
-    def exchange(self, source: str, address: str, port: int = 8080) -> str:
+    def exchange(self, source: str, address: str, port: int = 8080, patience: float = 5.0) -> str:
         """Connect from a pod or node namespace by TCP: "ok", "timeout" or "refused"."""
         with namespaces.inside(namespaces.path_of(f"lg-{self.cluster}-{source}")):
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             client = socket.socket(family)
         with client:
-            client.settimeout(0.6)
+            client.settimeout(patience)
             try:
                 client.connect((address, port))
                 return client.recv(64).decode()
@@ -259,7 +264,7 @@ async def bed(tmp_path: Path) -> AsyncIterator[Bed]:
     bed.supervisor.put(*objects)
     paths = {name: namespaces.create(node.netns) for name, node in bed.nodes.items()}
     try:
-        join(paths)
+        join(paths, namespaces.create(f"lg-{bed.cluster}-outside"))
         for node in bed.nodes.values():
             cgroup.create(node.cgroup)
             await node.start()
@@ -280,8 +285,8 @@ async def bed(tmp_path: Path) -> AsyncIterator[Bed]:
         await runner.cleanup()
 
 
-def join(paths: dict[str, Path]) -> None:
-    """A cable between the two nodes."""
+def join(paths: dict[str, Path], outside: Path) -> None:
+    """A cable between the two nodes, and one from each to the world, which knows no pods."""
 
     def work() -> None:
         with namespaces.inside(paths["one"]), Net() as net:
@@ -301,6 +306,25 @@ def join(paths: dict[str, Path]) -> None:
                 net._ip.link("set", index=index, state="up")
                 net._add_address(index, f"{v4}/24")
                 net._add_address(index, f"{v6}/64")
+        for number, path in enumerate(paths.values(), 1):
+            with namespaces.inside(path), Net() as net:
+                other = os.open(outside, os.O_RDONLY)
+                net._ip.link(
+                    "add",
+                    ifname="outside",
+                    kind="veth",
+                    peer={"ifname": f"node{number}", "net_ns_fd": other},
+                )
+                os.close(other)
+            for place, name, host in ((outside, f"node{number}", 1), (path, "outside", 2)):
+                with namespaces.inside(place), Net() as net:
+                    index = net.links()[name]
+                    net._ip.link("set", index=index, state="up")
+                    net._add_address(index, f"198.18.{number}.{host}/24")
+                    net._add_address(index, f"fd18:{number}::{host}/64")
+                    if host == 2:
+                        net.route("0.0.0.0/0", index, gateway=f"198.18.{number}.1")
+                        net.route("::/0", index, gateway=f"fd18:{number}::1")
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -327,8 +351,9 @@ async def test_pods_are_wired_judged_and_kept_through_a_crash(bed: Bed) -> None:
     )
     await bed.supervisor.wait(revision, "one", "two")
 
-    async def reach(source: str, index: int = 0) -> str:
-        return await asyncio.to_thread(bed.exchange, source, server["ips"][index])
+    async def reach(source: str, index: int = 0, patience: float = 5.0) -> str:
+        address = server["ips"][index]
+        return await asyncio.to_thread(bed.exchange, source, address, 8080, patience)
 
     for index in (0, 1):
         assert await reach("client", index) == "server", "local pod"
@@ -341,20 +366,20 @@ async def test_pods_are_wired_judged_and_kept_through_a_crash(bed: Bed) -> None:
     )
     await bed.supervisor.wait(revision, "one", "two")
     for index in (0, 1):
-        assert await reach("client", index) == "timeout"
+        assert await reach("client", index, 0.6) == "timeout"
         assert await reach("far", index) == "server"
         assert await reach("one", index) == "server"
 
     # Without an agent the kernel goes on; the next agent takes over without moving anything.
     before = (await one.call("GET", "/v1/status"))[1]
     await one.kill()
-    assert await reach("client") == "timeout" and await reach("far") == "server"
+    assert await reach("client", 0, 0.6) == "timeout" and await reach("far") == "server"
     await one.start()
     await until(lambda: caught_up(one, revision))
     after = (await one.call("GET", "/v1/status"))[1]
     assert after["epoch"] == before["epoch"], "nothing differs, so nothing moves"
     assert after["endpoints"] == before["endpoints"]
-    assert await reach("client") == "timeout" and await reach("far") == "server"
+    assert await reach("client", 0, 0.6) == "timeout" and await reach("far") == "server"
     assert await one.add("server") == server
 
     revision = bed.supervisor.put(policy("only-far", []), verb="DELETED")
@@ -377,3 +402,104 @@ async def test_pods_are_wired_judged_and_kept_through_a_crash(bed: Bed) -> None:
 async def caught_up(node: Node, revision: int) -> bool:
     status = (await node.call("GET", "/v1/status"))[1]
     return bool(status["applied"] >= revision)
+
+
+async def test_services_hops_and_dry_runs(bed: Bed) -> None:
+    one, two = bed.nodes["one"], bed.nodes["two"]
+    server, far = pod("server", "one", app="server"), pod("far", "two", app="far")
+    bed.supervisor.put(server, far)
+    ips, far_ips = (await one.add("server"))["ips"], (await two.add("far"))["ips"]
+    bed.serve("server")
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {
+            "clusterIP": "10.96.0.7",
+            "clusterIPs": ["10.96.0.7"],
+            "selector": {"app": "server"},
+            "ports": [{"port": 80, "targetPort": 8080, "protocol": "TCP"}],
+        },
+    }
+    slice_ = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": "web-1",
+            "namespace": "shop",
+            "labels": {"kubernetes.io/service-name": "web"},
+        },
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": ips[:1], "conditions": {"ready": True}}],
+        "ports": [{"port": 8080, "name": "", "protocol": "TCP"}],
+    }
+    revision = bed.supervisor.put(
+        with_ips(server, ips), with_ips(far, far_ips), service, slice_, verb="MODIFIED"
+    )
+    await bed.supervisor.wait(revision, "one", "two")
+    assert await asyncio.to_thread(bed.exchange, "far", "10.96.0.7", 80) == "server"
+
+    def hops(node: Node) -> list[Any]:
+        with ArrayMap.open(str(node.pins / "hops"), schema.dtype("hop")) as table:
+            return [table[8]]
+
+    schema = Schema.from_object(bpf_object())
+    await until(lambda: all(int(row["flags"]) == 1 and any(row["dmac"]) for row in hops(two)))
+
+    bed.serve("outside")
+    for address in ("198.18.2.1", "fd18:2::1", "198.18.1.1", "fd18:1::1"):
+        answer = await asyncio.to_thread(bed.exchange, "far", address)
+        assert answer == "outside", f"the world at {address}, near and behind the gateway"
+
+    # A SYN from the far pod, asked and not sent.
+    syn = bytes(IP(src=far_ips[0], dst=ips[0]) / TCP(sport=4000, dport=8080, flags="S"))
+    status, answer = await one.call(
+        "POST",
+        "/v1/dryrun",
+        {
+            "packets": [
+                {
+                    "at": "from_net",
+                    "packet": base64.b64encode(bytes(12) + b"\x08\x00" + syn).decode(),
+                },
+                {"at": "from_net", "packet": "AAAA"},
+            ]
+        },
+    )
+    assert status == 200
+    assert answer["answers"][0]["verdict"] == 1 and answer["answers"][0]["targetKind"] == 1
+    assert "error" in answer["answers"][1]
+
+
+@pytest.mark.parametrize(
+    ("uid", "netns", "status", "text"),
+    [
+        ("x", "/nowhere", 400, "no network namespace /nowhere"),
+        ("far", "/proc/self/ns/net", 409, "spec.nodeName is 'two', not one"),
+    ],
+)
+async def test_errors_of_one_pod_are_told_and_change_nothing(
+    bed: Bed, uid: str, netns: str, status: int, text: str
+) -> None:
+    one = bed.nodes["one"]
+    bed.supervisor.put(pod("far", "two"))
+    found, answer = await one.call("POST", "/v1/endpoints", {"uid": uid, "netns": netns})
+    assert found == status and text in answer["error"]
+    assert (await one.call("GET", "/v1/status"))[1]["endpoints"] == []
+
+
+async def test_a_pod_that_went_while_no_agent_ran_is_given_back(bed: Bed) -> None:
+    one = bed.nodes["one"]
+    bed.supervisor.put(pod("server", "one"))
+    lease = await one.add("server")
+    await one.kill()
+    namespaces.delete(f"lg-{bed.cluster}-server")
+
+    def sever() -> None:
+        with namespaces.inside(namespaces.path_of(one.netns)), Net() as net:
+            net.remove_link(65536 + lease["slot"])
+
+    await asyncio.to_thread(sever)
+    await one.start()
+    assert (await one.call("GET", "/v1/status"))[1]["endpoints"] == []
+    assert not [n for n in bpf_links.links_in(str(one.pins / "links")) if n.startswith("from_pod")]

@@ -23,6 +23,7 @@ from lockgate.explain.question import (
     Family,
     Question,
     QuestionError,
+    Side,
     parse_port,
     parse_question,
 )
@@ -162,6 +163,8 @@ def _print(answer: Answer, cluster: Cluster) -> None:
         click.echo(paint("allow", "green", bold=True) + f"  {_why_allowed(answer)}")
     else:
         click.echo(paint("deny", "red", bold=True) + f"  {_why_denied(answer)}")
+    if answer.cause is not None:
+        return
     sides = SpecSides(answer, cluster)
     click.echo("")
     for direction in ("egress", "ingress"):
@@ -231,14 +234,26 @@ class SpecSides:
             side = self.sides.get(direction)
             if side is None or side.allowed or not side.policies:
                 continue
-            first = side.policies[0]
             lines.append(
-                f"  in NetworkPolicy {first['namespace']}/{first['name']} (or one more that "
-                f"selects the pod), under spec.{direction}:"
+                f"  in NetworkPolicy {self._closest(side)} (or one more that selects the pod), "
+                f"under spec.{direction}:"
             )
             text = yaml.safe_dump([self._rule(direction)], sort_keys=False)
             lines += [f"    {line}" for line in text.splitlines()]
         return lines
+
+    def _closest(self, side: Side) -> str:
+        """The policy whose selector says most: it is about this pod rather than about many."""
+
+        def terms(key: tuple[str, str]) -> int:
+            policy = self._cluster.policies.get(key)
+            if policy is None:
+                return 0
+            selector = policy.spec.pod_selector
+            return len(selector.match_labels) + len(selector.match_expressions)
+
+        keys = [(one["namespace"], one["name"]) for one in side.policies]
+        return "/".join(max(keys, key=terms))
 
     def _rule(self, direction: Direction) -> dict[str, object]:
         attempt = self._attempt

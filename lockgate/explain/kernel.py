@@ -18,7 +18,14 @@ import numpy as np
 
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import ArrayMap, HashMap
-from lockgate.bpf.syscall import TestRun, obj_get, prog_test_run, skb_context
+from lockgate.bpf.syscall import (
+    TestRun,
+    link_info,
+    obj_get,
+    prog_fd_by_id,
+    prog_test_run,
+    skb_context,
+)
 from lockgate.explain.names import Attempt, Names
 from lockgate.explain.packet import addresses_of, first_packet
 from lockgate.explain.question import Answer, Direction, Question, QuestionError, Side
@@ -243,7 +250,7 @@ class _Node:
             undo.callback(self.close)
             try:
                 for program in ("from_pod", "to_pod", "from_net"):
-                    self._programs[program] = obj_get(str(place.pins / "progs" / program))
+                    self._programs[program] = _attached(place.pins / "links", program)
                 with HashMap.open(str(place.pins / "link_roles"), "<u4", "<u4") as roles:
                     links, kinds = roles.items()
             except OSError as error:
@@ -259,7 +266,8 @@ class _Node:
 
     def close(self) -> None:
         for fd in self._programs.values():
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
         self._programs.clear()
 
     def refresh(self) -> None:
@@ -319,6 +327,19 @@ class _Node:
             self._journal.refresh()
             found = self._journal.reasons.get(reason)
         return None if found is None else found.policies
+
+
+def _attached(links: Path, program: str) -> int:
+    """Descriptor of the program that is attached now, by one of its pinned links; where none is
+    (a node without pods), no question needs it, and the answer is -1. Raises OSError."""
+    for link in sorted(links.iterdir()):
+        if link.name.rpartition("-")[0] == program:
+            fd = obj_get(str(link))
+            try:
+                return prog_fd_by_id(link_info(fd).prog_id)
+            finally:
+                os.close(fd)
+    return -1
 
 
 def _address(value: Any) -> bytes:

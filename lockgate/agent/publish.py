@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,10 @@ class Publisher:
         self._backend_key = schema.dtype("backend_key")
         self._endpoint = schema.dtype("endpoint")
         self._endpoint_view = schema.dtype("endpoint_view")
+        # The grace period after each move of the epoch passes beside other work; the first is
+        # for a predecessor's last move.
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="grace")
+        self._grace = self._waiter.submit(wait_grace)
         self.read_back()
 
     @property
@@ -170,8 +175,9 @@ class Publisher:
             return False
         following = epoch + 1 if epoch < _MAX_EPOCH else 2
         idle = following & 1
-        # Whoever reads the idle view began before the last move of the epoch.
-        wait_grace()
+        # Whoever reads the idle view began before the last move of the epoch; by now they have
+        # mostly finished.
+        self._grace.result()
         self._certain = False
         self._write_image(idle, wanted.image)
         self._peers.write(idle, *wanted.peers)
@@ -179,6 +185,7 @@ class Publisher:
         self._backends.write(idle, *wanted.backends)
         self._write_endpoints(idle, wanted.endpoints)
         self._dp.state.view["epoch"][0] = following
+        self._grace = self._waiter.submit(wait_grace)
         # Slots that are no longer wanted: from here on their packets are refused, not unjudged.
         mine = self._dp.endpoints.view
         stale = (mine["id"] != 0) & (wanted.endpoints["id"] == 0)

@@ -252,8 +252,8 @@ class SpecSides:
             selector = policy.spec.pod_selector
             return len(selector.match_labels) + len(selector.match_expressions)
 
-        keys = [(one["namespace"], one["name"]) for one in side.policies]
-        return "/".join(max(keys, key=terms))
+        closest = max(((one["namespace"], one["name"]) for one in side.policies), key=terms)
+        return "/".join(closest)
 
     def _rule(self, direction: Direction) -> dict[str, object]:
         attempt = self._attempt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlencode
 
@@ -15,6 +17,8 @@ from lockgate.cli.render import flow_line
 from lockgate.standalone.state import State
 
 __all__ = ["flows", "nodes_of", "recent"]
+
+_AGAIN = 0.5  # seconds between attempts to reach an observer that went away
 
 
 def nodes_of(state: State) -> list[str]:
@@ -89,15 +93,28 @@ def _follow(state: State, query: dict[str, str], as_json: bool) -> None:
     arrived: queue.Queue[dict[str, Any] | Exception | str] = queue.Queue(10_000)
 
     def read(node: str) -> None:
-        url = f"/v1/flows?{urlencode(query | {'follow': '1'})}"
-        try:
-            for record in lines_of(state.observer(node), url):
-                arrived.put(record)
-            arrived.put(f"the observer of node {node} ended")
-        except Refused as error:
-            arrived.put(error)
-        except (OSError, ValueError) as error:
-            arrived.put(f"the observer of node {node} does not answer: {error}")
+        asked, last = query | {"follow": "1"}, ""
+        reached = True
+        while state.node(node).exists():
+            shown = last
+            if shown:  # an observer that came back: go on after what was shown
+                asked = {k: v for k, v in asked.items() if k != "limit"} | {"since": last}
+            try:
+                for record in lines_of(state.observer(node), f"/v1/flows?{urlencode(asked)}"):
+                    reached = True
+                    moment = str(record.get("time", ""))
+                    if not moment or moment > shown:
+                        last = max(last, moment)
+                        arrived.put(record)
+            except Refused as error:
+                arrived.put(error)
+                return
+            except (OSError, ValueError, HTTPException):
+                pass
+            if reached:
+                arrived.put(f"the observer of node {node} went away: waiting for it")
+            reached = False
+            time.sleep(_AGAIN)
 
     readers = [threading.Thread(target=read, args=(n,), daemon=True) for n in nodes_of(state)]
     for reader in readers:

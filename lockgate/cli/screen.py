@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from lockgate.cli.common import running
@@ -10,35 +12,69 @@ from lockgate.cli.probe import Summary, differences_text, matrix, measure
 from lockgate.cli.render import flow_line, heading
 from lockgate.cli.views import as_table, load_cluster, node_rows, pod_rows, service_rows
 
-__all__ = ["show"]
+__all__ = ["everything", "show"]
 
 
 def show(cluster_name: str) -> bool:
     """Prints it all; True when everything measured is as the specification says."""
     state = running(cluster_name)
     cluster = load_cluster(state)
-    for title, text in (
-        ("Nodes", as_table("nodes", node_rows(cluster))),
-        ("Pods", as_table("pods", pod_rows(cluster))),
-        ("Services", as_table("services", service_rows(cluster))),
+    for title, command, text in (
+        ("Nodes", "get nodes", as_table("nodes", node_rows(cluster))),
+        ("Pods", "get pods", as_table("pods", pod_rows(cluster))),
+        ("Services and their backends", "get services",
+         as_table("services", service_rows(cluster))),
     ):
         if text:
-            click.echo(f"\n{heading(title)}\n\n{text}")
-    click.echo(f"\n{heading('Who may talk to whom, measured with real connections')}\n")
+            click.echo(f"{_title(title, command)}{text}")
+    click.echo(_title("Who may talk to whom, measured with real connections", "probe"), nl=False)
     summary = measure(state, cluster)
-    click.echo(matrix(summary))
-    click.echo(f"\n{differences_text(summary)}")
-    records, complaints = recent(state, {"verdict": "deny", "limit": "5"})
+    click.echo(f"{matrix(summary)}\n\n{differences_text(summary)}")
+    records, complaints = recent(state, {"verdict": "deny", "limit": "2000"})
     if records:
-        click.echo(f"\n{heading('The last denied connections')}\n")
-        for record in records:
+        title = "The last denied connections, and the policies that denied them"
+        click.echo(_title(title, "flows --verdict deny"), nl=False)
+        for record in _various(records, 8):
             click.echo(flow_line(record))
     for complaint in complaints:
         click.echo(f"lockgate: {complaint}", err=True)
-    click.echo(f"\n{heading('What to try next')}\n")
+    click.echo(_title("What to try next, in another terminal", ""), nl=False)
     for command, meaning in _next_steps(summary, cluster_name):
-        click.echo(f"  {command:<58} {meaning}")
+        click.echo(f"  # {meaning}\n  {command}")
     return summary.good
+
+
+def everything(cluster_name: str) -> tuple[dict[str, Any], bool]:
+    """The same as one object, and whether everything measured is as the specification says."""
+    state = running(cluster_name)
+    cluster = load_cluster(state)
+    summary = measure(state, cluster, progress=False)
+    records, complaints = recent(state, {"verdict": "deny", "limit": "10"})
+    return {
+        "nodes": node_rows(cluster),
+        "pods": pod_rows(cluster),
+        "services": service_rows(cluster),
+        "probe": [check.json() for check in summary.checks],
+        "denied": records,
+        "complaints": summary.complaints + complaints,
+    }, summary.good
+
+
+def _title(title: str, command: str) -> str:
+    text = f"── {title}" + (f": lockgate {command}" if command else "")
+    return f"\n{heading(text)}\n\n"
+
+
+def _various(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The last record of each pair of source and deciding policies, the newest pairs."""
+    last: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        policies = tuple((p["namespace"], p["name"]) for p in record["policies"])
+        source = record["source"]
+        key = (source.get("namespace"), source.get("pod"), record["cause"], policies)
+        last.pop(key, None)
+        last[key] = record
+    return list(last.values())[-most:]
 
 
 def _next_steps(summary: Summary, cluster_name: str) -> list[tuple[str, str]]:
@@ -59,5 +95,5 @@ def _next_steps(summary: Summary, cluster_name: str) -> list[tuple[str, str]]:
     return [
         *steps,
         (f"lockgate flows{option} -f --verdict deny", "denials as they happen"),
-        (f"lockgate probe{option}", "measure again, after you changed a policy"),
+        (f"lockgate probe{option}", "measure again, after you changed a policy and saved it"),
     ]

@@ -105,7 +105,7 @@ def explain(
     if answer.error is not None:
         fail(answer.error)
     if as_json:
-        print_json(answer.json())
+        print_json([answer.json()])
     else:
         _print(answer, known)
     raise SystemExit(0 if answer.verdict == "allow" else 1)

@@ -126,6 +126,15 @@ static __always_inline int load_header(struct __sk_buff *skb, __u32 at, void *to
 	return bpf_skb_load_bytes(skb, at, to, size);
 }
 
+/* Copy a header of the upper layer. By the IP header's count it must be all
+ * there: what lies beyond is padding of the frame, which the receiver cuts off. */
+static __always_inline int load_l4(struct __sk_buff *skb, struct packet *p, void *to, const __u32 size)
+{
+	if (!skb->gso_size && p->l4 + size > ETH_HLEN + p->length)
+		return -1;
+	return load_header(skb, p->l4, to, size);
+}
+
 /* Ports, flags and ICMP identity at p->l4, into the tuple with the protocol. */
 static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, __u8 proto)
 {
@@ -134,25 +143,23 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, __u
 	if (proto == IPPROTO_TCP) {
 		struct l4_head tcp;
 
-		if (load_header(skb, p->l4, &tcp, sizeof(tcp)))
-			return GIVE_UP(p, CAUSE_MALFORMED);
-		if (tcp.more[8] < 0x50)	/* data offset below 5 words */
-			return GIVE_UP(p, CAUSE_MALFORMED);
+		if (load_l4(skb, p, &tcp, sizeof(tcp)) || tcp.more[8] < 0x50)	/* data offset below 5 words */
+			goto malformed;
 		sport = tcp.sport;
 		dport = tcp.dport;
 		p->tcp_flags = tcp.more[9];
 	} else if (proto == IPPROTO_UDP || proto == IPPROTO_SCTP) {
 		struct icmp_head head;	/* eight bytes, ports first */
 
-		if (load_header(skb, p->l4, &head, sizeof(head)))
-			return GIVE_UP(p, CAUSE_MALFORMED);
+		if (load_l4(skb, p, &head, sizeof(head)))
+			goto malformed;
 		sport = ((struct l4_head *)&head)->sport;
 		dport = ((struct l4_head *)&head)->dport;
 	} else if (proto == (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6)) {
 		struct icmp_head icmp;
 
-		if (load_header(skb, p->l4, &icmp, sizeof(icmp)))
-			return GIVE_UP(p, CAUSE_MALFORMED);
+		if (load_l4(skb, p, &icmp, sizeof(icmp)))
+			goto malformed;
 		p->icmp_type = icmp.type;
 		p->icmp_code = icmp.code;
 		if (icmp.type == (p->family == 4 ? ICMP_ECHO : ICMP6_ECHO))
@@ -164,6 +171,9 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, __u
 	}
 	set_ends(&p->wire, sport, dport, proto);
 	return 0;
+malformed:
+	set_ends(&p->wire, 0, 0, proto);
+	return GIVE_UP(p, CAUSE_MALFORMED);
 }
 
 /* The packet that an ICMP error speaks of, as its sender saw it. An inner

@@ -50,21 +50,43 @@ from tests.bytecode.world import (
 )
 
 A, B, C = 0, 1, 2  # slots of the local pods
-NAMES = "a b c remote far node host world unroutable svc masq".split()
+NAMES = ["a", "b", "c", "remote", "far", "node", "host", "world", "unroutable", "svc", "masq"]
 ADDRESSES = {
     4: dict(
         zip(
             NAMES,
-            "10.0.1.2 10.0.1.3 10.0.1.4 10.0.2.2 10.0.3.2 192.0.2.2 192.0.2.1 198.51.100.7 "
-            "203.0.113.1 10.96.0.1 192.0.2.1".split(),
+            [
+                "10.0.1.2",
+                "10.0.1.3",
+                "10.0.1.4",
+                "10.0.2.2",
+                "10.0.3.2",
+                "192.0.2.2",
+                "192.0.2.1",
+                "198.51.100.7",
+                "203.0.113.1",
+                "10.96.0.1",
+                "192.0.2.1",
+            ],
             strict=True,
         )
     ),
     6: dict(
         zip(
             NAMES,
-            "fd00:1::2 fd00:1::3 fd00:1::4 fd00:2::2 fd00:3::2 fd00:ff::2 fd00:ff::1 "
-            "2001:db8::7 2001:db8:dead::1 fd00:96::1 fd00:ff::1".split(),
+            [
+                "fd00:1::2",
+                "fd00:1::3",
+                "fd00:1::4",
+                "fd00:2::2",
+                "fd00:3::2",
+                "fd00:ff::2",
+                "fd00:ff::1",
+                "2001:db8::7",
+                "2001:db8:dead::1",
+                "fd00:96::1",
+                "fd00:ff::1",
+            ],
             strict=True,
         )
     ),

@@ -12,11 +12,11 @@ from scapy.layers.inet6 import IPv6
 from scapy.packet import Raw
 
 from tests.bytecode.goldens import (
-    A,
     ADDRESSES,
-    B,
     FAMILIES,
     IDS,
+    A,
+    B,
     Golden,
     allowed,
     answer4,

@@ -191,8 +191,8 @@ def _why_denied(answer: Answer) -> str:
     if answer.cause is not None:
         return known.get(answer.cause, answer.cause)
     return (
-        f"{answer.direction}: isolated by {policies_text(answer.policies)}, "
-        "and no rule of theirs matches"
+        f"{answer.direction}: isolated by {policies_text(answer.policies)}:\n"
+        "      no rule of theirs matches"
     )
 
 

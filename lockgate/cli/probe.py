@@ -373,8 +373,8 @@ def differences_text(summary: Summary) -> str:
         lines.append(heading(f"{len(found)} differ from the specification:"))
         for check in found:
             lines.append(
-                f"  {'/'.join(check.source.key)} → {check.target} {check.address} "
-                f"port {check.port}/{check.protocol}: {check.difference}"
+                f"  {'/'.join(check.source.key)} → {check.target} ({check.address}) "
+                f"port {check.port}/{check.protocol}:\n    {check.difference}"
             )
     elif not summary.complaints:
         lines.append("Every one is as the specification says.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ __all__ = [
     "paint",
     "policies_text",
     "table",
+    "wrapped",
 ]
 
 WIDTH = 100
@@ -42,18 +44,36 @@ def _width() -> int:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, cut: bool = True) -> str:
-    """Columns by their widest cell, two spaces apart. `cut` shortens lines to the screen."""
+    """Columns by their widest cell, two spaces apart; a cell may have several lines. `cut`
+    shortens lines to the screen."""
     if not rows:
         return ""
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    split = [list(head)]
+    for row in rows:
+        cells = [cell.split("\n") for cell in row]
+        split += [list(line) for line in zip_longest(*cells, fillvalue="")]
+    widths = [max(len(line[i]) for line in split) for i in range(len(head))]
     lines = []
-    for line in [head, *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        text = "  ".join(cells).rstrip()
+    for line in split:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text = "  ".join(padded).rstrip()
         if cut and len(text) > _width():
             text = text[: _width() - 1] + "…"
         lines.append(text)
     return "\n".join([heading(lines[0]), *lines[1:]])
+
+
+def wrapped(items: Sequence[str], width: int, separator: str = ", ") -> str:
+    """Items one after the other, on as many lines as they need."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + len(separator) + len(item) <= width:
+            lines[-1] += separator + item
+        else:
+            if lines:
+                lines[-1] += separator.rstrip()
+            lines.append(item)
+    return "\n".join(lines)
 
 
 def columns(items: Sequence[str], *, indent: int = 2) -> str:
@@ -92,7 +112,7 @@ def policies_text(policies: Sequence[Mapping[str, Any]]) -> str:
 
 
 def flow_line(record: Mapping[str, Any]) -> str:
-    """One flow record as a line."""
+    """One flow record as a line; who decided comes below it when both do not fit beside."""
     if record.get("type") == "missed":
         return f"… {record['count']} records missed: they came faster than they were read"
     allowed = record["verdict"] == "allow"
@@ -107,8 +127,12 @@ def flow_line(record: Mapping[str, Any]) -> str:
     elif record.get("cause") and record["cause"] != "policy":
         why = f"  {record['cause']}"
     service = record.get("service")
-    via = f"  (service {service['namespace']}/{service['name']})" if service else ""
-    return (
-        f"{record['time'][11:23]}  {verdict}  {direction:<7}  {end_name(record['source'])} → "
-        f"{end_name(record['destination'])}  {protocol}{why}{via}"
+    via = f" (service {service['namespace']}/{service['name']})" if service else ""
+    what = (
+        f"  {direction:<7}  {end_name(record['source'])} → {end_name(record['destination'])}{via}"
+        f"  {protocol}"
     )
+    time = record["time"][11:23]
+    if why and len(time) + len("  allow") + len(what) + len(why) > _width():
+        why = "\n" + " " * len(time) + "  " + why.replace(" ", " " * 5, 1)
+    return f"{time}  {verdict}{what}{why}"

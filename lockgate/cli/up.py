@@ -25,15 +25,6 @@ from lockgate.standalone.state import State
 
 __all__ = ["up"]
 
-# What is shown once the cluster stands: command line, heading.
-TOUR = (
-    ("get nodes", "Nodes"),
-    ("get pods", "Pods"),
-    ("get services", "Services"),
-    ("probe", "Who may talk to whom: real connections, compared with the specification"),
-    ("flows --verdict deny --limit 10", "The last denied flows, and the rule that denied them"),
-)
-
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, path_type=Path))
@@ -61,6 +52,8 @@ def up(
     ends with Ctrl-C, and everything it made is removed.
     """
     need_root()
+    from lockgate.cli.screen import everything, show
+
     _need_features()
     _check_manifests(folder)
     state = State(cluster)
@@ -70,14 +63,19 @@ def up(
     try:
         status = _until_ready(state, supervisor, timeout, quiet=as_json)
         late = [*status["reasons"], *(f"pod {name} is not ready" for name in status["notReady"])]
-        if as_json:
-            print_json(status)
-        else:
+        if not as_json:
             _greet(status, cluster, late)
         code = 1 if late else 0
         if detach:
+            if as_json:
+                print_json(status)
             sys.exit(code)
-        code = max(code, _tour(cluster, once, as_json))
+        if as_json:
+            rest, good = everything(cluster)
+            print_json({"status": status, **rest})
+        else:
+            good = show(cluster)
+        code = code if good else 1
         if not once:
             if not as_json:
                 click.echo("\nThe cluster runs until Ctrl-C.")
@@ -208,39 +206,6 @@ def _greet(status: dict[str, Any], cluster: str, late: list[str]) -> None:
         f"Cluster {cluster}: {len(status['nodes'])} nodes, {count['ready']} of"
         f" {count['total']} pods ready, watching {status['folder']}"
     )
-
-
-def _tour(cluster: str, once: bool, as_json: bool) -> int:
-    """Shows the cluster by the commands that a user would call; 1 if one of them failed."""
-    from lockgate.cli.main import COMMANDS, cli
-
-    if as_json and not once:
-        return 0
-    worst = 0
-    for line, heading in TOUR:
-        words = line.split()
-        if words[0] not in COMMANDS:
-            continue
-        if not as_json:
-            click.echo(f"\n── {heading}: lockgate {line}\n")
-        arguments = [*words, "--cluster", cluster, *(["--json"] if as_json else [])]
-        try:
-            cli.main(arguments, prog_name="lockgate", standalone_mode=False)
-        except SystemExit as left:
-            worst = max(worst, 1 if left.code else 0)
-        except click.ClickException as error:
-            error.show()
-            worst = 1
-    if not as_json:
-        name = "" if cluster == "default" else f" --cluster {cluster}"
-        click.echo(
-            "\nTry, in another terminal:\n"
-            f"  lockgate flows -f{name}\n"
-            f"  lockgate explain FROM TO PORT{name}\n"
-            f"  lockgate exec{name} NAMESPACE/POD -- curl -sm1 SERVICE\n"
-            "  change a policy in the folder and save it"
-        )
-    return worst
 
 
 def _stop(state: State, supervisor: subprocess.Popen[bytes], quiet: bool) -> None:

@@ -18,7 +18,7 @@ from lockgate.cli.common import (
     print_json,
     running,
 )
-from lockgate.cli.render import table
+from lockgate.cli.render import table, wrapped
 from lockgate.objects.model import (
     Cluster,
     EndpointSlice,
@@ -209,12 +209,6 @@ _ROWS: dict[str, Callable[[Cluster], list[Row]]] = {
 # ---- As tables -------------------------------------------------------------------
 
 
-def _few(items: list[str], wide: bool, most: int = 2) -> str:
-    if wide or len(items) <= most:
-        return ", ".join(items) or "-"
-    return f"{', '.join(items[:most])} + {len(items) - most} more"
-
-
 def _selector(selector: Row) -> str:
     pairs = [f"{k}={v}" for k, v in selector.get("matchLabels", {}).items()]
     pairs += [
@@ -225,16 +219,12 @@ def _selector(selector: Row) -> str:
     return ", ".join(pairs) or "all pods"
 
 
-def _ports(ports: list[Row]) -> str:
-    return ", ".join(f"{p['port']}/{p['protocol']}" for p in ports) or "-"
-
-
 def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
     """A table of what `get` shows."""
     if kind == "nodes":
         head = ["NODE", "ADDRESSES", "POD CIDRS", "PODS"]
         lines = [
-            [r["name"], _few(r["addresses"], True), _few(r["podCIDRs"], True), str(r["pods"])]
+            [r["name"], ", ".join(r["addresses"]) or "-", ", ".join(r["podCIDRs"]) or "-", str(r["pods"])]
             for r in rows
         ]
         return table(head, lines, cut=not wide)
@@ -247,7 +237,7 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
                 r["node"] or "-",
                 r["phase"] or "Pending",
                 "yes" if r["ready"] else "no",
-                _few(r["ips"], True),
+                ", ".join(r["ips"]) or "-",
                 *([",".join(f"{k}={v}" for k, v in r["labels"].items()) or "-"] if wide else []),
             ]
             for r in rows
@@ -257,9 +247,9 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
         rest = [
             [
                 r["type"],
-                _few(r["clusterIPs"], wide, 1 if not wide else 2),
-                _ports(r["ports"]),
-                _few(r["backends"], wide),
+                "\n".join(r["clusterIPs"]) or "-",
+                wrapped([f"{p['port']}/{p['protocol']}" for p in r["ports"]], 20) or "-",
+                wrapped(list(dict.fromkeys(r["backends"])), 16 if not wide else 200) or "none",
             ]
             for r in rows
         ]
@@ -268,14 +258,14 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
         rest = [
             [
                 r["service"],
-                _ports(r["ports"]),
-                _few(
+                wrapped([f"{p['port']}/{p['protocol']}" for p in r["ports"]], 20) or "-",
+                wrapped(
                     [
                         e["addresses"][0] + ("" if e["ready"] else " (not ready)")
                         for e in r["endpoints"]
                     ],
-                    wide,
-                ),
+                    30 if not wide else 200,
+                ) or "none",
             ]
             for r in rows
         ]

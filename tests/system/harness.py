@@ -179,9 +179,9 @@ class Cluster:
         self, *arguments: str, check: bool = True, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """The command line of this cluster, as a user would run it."""
+        command = (sys.executable, "-m", "lockgate.cli.main")
         done = subprocess.run(
-            [sys.executable, "-m", "lockgate.cli.main", arguments[0], "--cluster", self.name]
-            + list(arguments[1:]),
+            [*command, arguments[0], "--cluster", self.name, *arguments[1:]],
             cwd=ROOT,
             text=True,
             capture_output=True,

@@ -7,10 +7,10 @@ has moved; the figure is from the rename that saves the file to the later of the
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -86,8 +86,12 @@ def save(folder: Path, step: int) -> float:
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv
-    pods, steps = (100, 30) if quick else (1000, 300)
+    parser = argparse.ArgumentParser(prog="bench.publish")
+    parser.add_argument("--quick", action="store_true", help="30 changes, 100 pods")
+    parser.add_argument("--pods", type=int, help="pods that the cluster has (1,000)")
+    options = parser.parse_args()
+    pods = options.pods or (100 if options.quick else 1000)
+    steps = 30 if options.quick else 300
     times: list[float] = []
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="lockgate-bench-"))
@@ -97,7 +101,7 @@ def main() -> None:
         )
         save(folder, 0)
         stack.callback(run, *LOCKGATE, "down", "--cluster", CLUSTER)
-        run(*LOCKGATE, "up", str(folder), "--detach", "--cluster", CLUSTER)
+        run(*LOCKGATE, "up", str(folder), "--detach", "--timeout", "900", "--cluster", CLUSTER)
         run(*LOCKGATE, "wait", "--cluster", CLUSTER)
         record = Schema.from_object(bpf_object()).dtype("node_state")
         pins = State(CLUSTER).pins()

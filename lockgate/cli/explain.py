@@ -59,10 +59,18 @@ def open_engine(state: State, cluster: Cluster, kind: str) -> Engine:
 @click.argument("source", metavar="FROM", required=False)
 @click.argument("target", metavar="TO", required=False)
 @click.argument("port", metavar="PORT[/PROTO]", required=False)
-@click.option("--engine", type=click.Choice(["kernel", "spec"]), default="kernel",
-              show_default=True, help="Test runs of the live programs, or the specification.")
-@click.option("--batch", metavar="FILE.jsonl|-",
-              help='Questions, one {"from","to","port","protocol"} a line; an answer a line.')
+@click.option(
+    "--engine",
+    type=click.Choice(["kernel", "spec"]),
+    default="kernel",
+    show_default=True,
+    help="Test runs of the live programs, or the specification.",
+)
+@click.option(
+    "--batch",
+    metavar="FILE.jsonl|-",
+    help='Questions, one {"from","to","port","protocol"} a line; an answer a line.',
+)
 @click.option("--family", type=click.Choice(["4", "6"]), help="Where both ends have both.")
 @json_option
 @cluster_option

@@ -135,7 +135,9 @@ def _plan(cluster: Cluster, namespace: str | None, family: Family | None) -> lis
     pods = [
         pod
         for _, pod in sorted(cluster.pods.items())
-        if not pod.finished and not pod.spec.host_network and pod.ips
+        if not pod.finished
+        and not pod.spec.host_network
+        and pod.ips
         and pod.status.phase == "Running"
     ]
     spec = SpecEngine(cluster)
@@ -148,8 +150,14 @@ def _plan(cluster: Cluster, namespace: str | None, family: Family | None) -> lis
                 if port.protocol in ("TCP", "UDP"):
                     column = f"{workload(pod)}:{port.container_port}/{port.protocol}"
                     targets += [
-                        (name, pod.metadata.namespace, column, ip, port.container_port,
-                         port.protocol)
+                        (
+                            name,
+                            pod.metadata.namespace,
+                            column,
+                            ip,
+                            port.container_port,
+                            port.protocol,
+                        )
                         for ip in pod.ips
                     ]
     for (space, name), service in sorted(cluster.services.items()):
@@ -241,9 +249,7 @@ async def _try(
                 where = await asyncio.to_thread(
                     call, state.control, "GET", f"/v1/exec?pod={quote(name)}"
                 )
-                targets = [
-                    Target(c.protocol.lower(), c.address, c.port, timeout) for c in mine
-                ]
+                targets = [Target(c.protocol.lower(), c.address, c.port, timeout) for c in mine]
                 results = probe_each(
                     targets,
                     netns=Path(where["netns"]),
@@ -277,6 +283,7 @@ def measure(
     if progress and sys.stderr.isatty():
         bar = click.progressbar(length=len(checks), label="Probing", file=sys.stderr)
     with bar as shown:
+
         def advance(count: int) -> None:
             if shown is not None:
                 shown.update(count)
@@ -305,9 +312,7 @@ def measure(
                 )
             except QuestionError:
                 continue
-        summary.complaints += asyncio.run(
-            _try(state, once_more, timeout * _RETRY, lambda _: None)
-        )
+        summary.complaints += asyncio.run(_try(state, once_more, timeout * _RETRY, lambda _: None))
         summary.checks = [c for c in checks if id(c) not in kept] + once_more
     return summary
 
@@ -384,8 +389,13 @@ def differences_text(summary: Summary) -> str:
 
 @click.command()
 @click.option("-n", "--namespace", help="Only pairs with an end in this namespace.")
-@click.option("--timeout", type=click.FloatRange(0.05, 60), default=1.0, show_default=True,
-              help="Seconds until silence means denied.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.05, 60),
+    default=1.0,
+    show_default=True,
+    help="Seconds until silence means denied.",
+)
 @click.option("--family", type=click.Choice(["4", "6"]), help="Only this address family.")
 @json_option
 @cluster_option

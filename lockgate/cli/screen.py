@@ -22,8 +22,11 @@ def show(cluster_name: str) -> bool:
     for title, command, text in (
         ("Nodes", "get nodes", as_table("nodes", node_rows(cluster))),
         ("Pods", "get pods", as_table("pods", pod_rows(cluster))),
-        ("Services and their backends", "get services",
-         as_table("services", service_rows(cluster))),
+        (
+            "Services and their backends",
+            "get services",
+            as_table("services", service_rows(cluster)),
+        ),
     ):
         if text:
             click.echo(f"{_title(title, command)}{text}")

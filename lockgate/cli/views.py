@@ -114,9 +114,7 @@ def endpoint_rows(cluster: Cluster) -> list[Row]:
             "name": key[1],
             "service": one.service,
             "addressType": one.address_type,
-            "ports": [
-                {"name": p.name, "port": p.port, "protocol": p.protocol} for p in one.ports
-            ],
+            "ports": [{"name": p.name, "port": p.port, "protocol": p.protocol} for p in one.ports],
             "endpoints": [
                 {
                     "addresses": endpoint.addresses,
@@ -146,9 +144,8 @@ def service_rows(cluster: Cluster) -> list[Row]:
             "namespace": key[0],
             "name": key[1],
             "type": service.spec.type,
-            "clusterIPs": service.cluster_ips or (
-                [] if service.spec.type == "ExternalName" else ["None"]
-            ),
+            "clusterIPs": service.cluster_ips
+            or ([] if service.spec.type == "ExternalName" else ["None"]),
             "ports": [
                 {
                     "name": p.name,
@@ -224,7 +221,12 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
     if kind == "nodes":
         head = ["NODE", "ADDRESSES", "POD CIDRS", "PODS"]
         lines = [
-            [r["name"], ", ".join(r["addresses"]) or "-", ", ".join(r["podCIDRs"]) or "-", str(r["pods"])]
+            [
+                r["name"],
+                ", ".join(r["addresses"]) or "-",
+                ", ".join(r["podCIDRs"]) or "-",
+                str(r["pods"]),
+            ]
             for r in rows
         ]
         return table(head, lines, cut=not wide)
@@ -265,7 +267,8 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
                         for e in r["endpoints"]
                     ],
                     30 if not wide else 200,
-                ) or "none",
+                )
+                or "none",
             ]
             for r in rows
         ]

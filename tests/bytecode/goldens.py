@@ -50,46 +50,33 @@ from tests.bytecode.world import (
 )
 
 A, B, C = 0, 1, 2  # slots of the local pods
-NAMES = ["a", "b", "c", "remote", "far", "node", "host", "world", "unroutable", "svc", "masq"]
-ADDRESSES = {
-    4: dict(
-        zip(
-            NAMES,
-            [
-                "10.0.1.2",
-                "10.0.1.3",
-                "10.0.1.4",
-                "10.0.2.2",
-                "10.0.3.2",
-                "192.0.2.2",
-                "192.0.2.1",
-                "198.51.100.7",
-                "203.0.113.1",
-                "10.96.0.1",
-                "192.0.2.1",
-            ],
-            strict=True,
-        )
-    ),
-    6: dict(
-        zip(
-            NAMES,
-            [
-                "fd00:1::2",
-                "fd00:1::3",
-                "fd00:1::4",
-                "fd00:2::2",
-                "fd00:3::2",
-                "fd00:ff::2",
-                "fd00:ff::1",
-                "2001:db8::7",
-                "2001:db8:dead::1",
-                "fd00:96::1",
-                "fd00:ff::1",
-            ],
-            strict=True,
-        )
-    ),
+ADDRESSES: dict[int, dict[str, str]] = {
+    4: {
+        "a": "10.0.1.2",
+        "b": "10.0.1.3",
+        "c": "10.0.1.4",
+        "remote": "10.0.2.2",
+        "far": "10.0.3.2",
+        "node": "192.0.2.2",
+        "host": "192.0.2.1",
+        "world": "198.51.100.7",
+        "unroutable": "203.0.113.1",
+        "svc": "10.96.0.1",
+        "masq": "192.0.2.1",
+    },
+    6: {
+        "a": "fd00:1::2",
+        "b": "fd00:1::3",
+        "c": "fd00:1::4",
+        "remote": "fd00:2::2",
+        "far": "fd00:3::2",
+        "node": "fd00:ff::2",
+        "host": "fd00:ff::1",
+        "world": "2001:db8::7",
+        "unroutable": "2001:db8:dead::1",
+        "svc": "fd00:96::1",
+        "masq": "fd00:ff::1",
+    },
 }
 FAMILIES = (4, 6)
 HOP_DMAC, HOP_SMAC = "02:00:00:00:00:01", "02:00:00:00:00:02"

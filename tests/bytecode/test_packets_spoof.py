@@ -266,7 +266,7 @@ def test_a_malformed_packet_shows_nothing_of_the_one_before(world):
     frame = bytes(from_pod(A) / ip(4, "a", "b") / syn())[:36]
     [event] = world.run("from_pod", frame, at_pod(A)).events
     shown = {name: event[name] for name in ("saddr", "daddr", "sport", "dport", "proto", "length")}
-    assert shown == dict(saddr="::", daddr="::", sport=0, dport=0, proto=0, length=40)
+    assert shown == {"saddr": "::", "daddr": "::", "sport": 0, "dport": 0, "proto": 0, "length": 40}
 
 
 # ---- Fragments -----------------------------------------------------------------------
@@ -278,7 +278,7 @@ def pieces(f: int, source: str, target: str, number: int = 99, proto: int = 17):
     known = ADDRESSES[f]
     source, target = known.get(source, source), known.get(target, target)
     if f == 4:
-        head = dict(src=source, dst=target, id=number, proto=proto)
+        head = {"src": source, "dst": target, "id": number, "proto": proto}
         return (
             IP(**head, flags="MF") / Raw(whole_[:48]),
             IP(**head, frag=6) / Raw(whole_[48:]),
@@ -367,7 +367,7 @@ def test_a_later_fragment_to_a_refused_service_gets_no_answer(world, family):
         l4 = bytes(Tcp(dport=90) if proto == 6 else Udp(dport=90, len=64)) + bytes(40)
         l4 = l4[: len(l4) // 8 * 8]
         if family == 4:
-            head = dict(src=known["a"], dst=known["svc"], id=5, proto=proto)
+            head = {"src": known["a"], "dst": known["svc"], "id": 5, "proto": proto}
             first, later = IP(**head, flags="MF") / Raw(l4), IP(**head, frag=9) / Raw(bytes(40))
         else:
             head = IPv6(src=known["a"], dst=known["svc"])

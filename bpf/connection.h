@@ -73,7 +73,8 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 	if (!admit(p, &flags))
 		return p->cause == CAUSE_NOT_READY ? drop(skb, p) : deny(skb, p);
 	tell_verdicts(skb, p);
-	p->target = p->place == PLACE_TO_POD ? target_of(TO_LOCAL, p->slot) : p->dst_target;
+	p->target = p->place == PLACE_TO_POD ? target_of(TO_LOCAL, p->slot)
+					     : way_to(p->dst_target, &p->now.daddr);
 	if (p->dry)
 		return forward(skb, p);
 	if (masquerades(p))
@@ -83,7 +84,8 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 		p->fresh.src_endpoint = p->src_endpoint;
 		p->fresh.dst_endpoint = p->dst_endpoint;
 		p->fresh.target[0] = p->target;
-		p->fresh.target[1] = p->place == PLACE_TO_POD ? target_of(TO_HOST, 0) : p->src_target;
+		p->fresh.target[1] = p->place == PLACE_TO_POD ? target_of(TO_HOST, 0)
+							      : way_to(p->src_target, &p->wire.saddr);
 		ct_begin(p, &p->now);
 	}
 	if (flags & CT_NAT_ORIGIN) {
@@ -143,8 +145,8 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 		return ENDS;
 	}
 	if (target_kind(ct->target[1]) != TO_HOST) {
-		ct->target[0] = p->dst_target;
-		ct->target[1] = p->src_target;
+		ct->target[0] = way_to(p->dst_target, &p->tuple.daddr);
+		ct->target[1] = way_to(p->src_target, &p->tuple.saddr);
 	}
 	ct->epoch = p->epoch;
 	return STANDS;

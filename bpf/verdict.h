@@ -64,12 +64,22 @@ static __noinline int find_end(struct packet *p, const struct addr *addr, struct
 			return 0;
 		}
 	}
-	struct route_key key = { .prefixlen = 128, .addr = *addr };
-	__u32 *hop = bpf_map_lookup_elem(&routes, &key);
-
 	end->class = cidr_class(p->epoch, addr);
-	end->target = hop ? target_of(TO_HOP, *hop) : TO_NOWHERE;
+	end->target = TO_NOWHERE;
 	return 0;
+}
+
+/* Where packets to an end go: the peer it is, or where routes say the world is.
+ * Apart from the verdict, which does not need it. */
+static __always_inline __u32 way_to(__u32 target, const struct addr *addr)
+{
+	struct route_key key = { .prefixlen = 128, .addr = *addr };
+	__u32 *hop;
+
+	if (target != TO_NOWHERE)
+		return target;
+	hop = bpf_map_lookup_elem(&routes, &key);
+	return hop ? target_of(TO_HOP, *hop) : TO_NOWHERE;
 }
 
 /* Equivalence class of the destination port; 0 for a protocol without ports. */

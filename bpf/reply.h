@@ -115,7 +115,10 @@ static __noinline int icmp_error(struct __sk_buff *skb, struct packet *p, __u32 
 {
 	struct tuple *t = &p->wire;
 
-	if (p->fragment == FRAG_LATER || p->icmp_error)
+	if (p->fragment == FRAG_LATER)
+		return -1;
+	/* p->icmp_error is clear when the error is related to nothing. */
+	if (t->proto == (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) && is_icmp_error(p->family, p->icmp_type))
 		return -1;
 	if (p->family == 4) {
 		struct icmp4_reply *r = (void *)p->bytes;

@@ -73,7 +73,7 @@ static __noinline int service_begin(struct packet *p, __u8 *flags)
 	if (!flags)
 		return NOT_A_SERVICE;
 	if (!view) {
-		if (!has_ports(p->wire.proto) || !service_find(p, &p->wire, true))
+		if (!service_find(p, &p->wire, true))
 			return NOT_A_SERVICE;
 		GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
 		return REFUSED;

@@ -247,6 +247,38 @@ def ways(f: int) -> Iterator[Golden]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_ping_of_a_service_stays_on_the_node(world, family):
+    """The address is a service's for every protocol: no such packet leaves for the world."""
+    f = family
+    sent = ip(f, "a", "svc") / echo(f)
+    check(
+        world,
+        Golden(
+            "",
+            "from_pod",
+            from_pod(A) / sent,
+            at_pod(A),
+            REDIRECT,
+            to_pod(A) / answer4(ip(f, "svc", "a") / unreachable(f, sent, 28 if f == 4 else 48)),
+            dropped("unknown-service-port"),
+        ),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", ["svc", "remote"])
+def test_an_error_is_never_answered_by_an_error(world, family, target):
+    """RFC 1122 3.2.2, RFC 4443 2.4: also when it is related to nothing."""
+    f = family
+    world.publish(base())
+    error = unreachable(f, ip(f, target, "a") / udp(1, 2))
+    frame = from_pod(A) / ip(f, "a", target, ttl=1) / error
+    outcome = send(world, "from_pod", frame, at_pod(A), DROP)
+    cause = {"svc": "unknown-service-port", "remote": "ttl-exceeded"}[target]
+    assert outcome.events[-1]["cause"] == cause
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @table(ways(4))
 def test_ways(world, golden, family):
     wanted = next(g for g in ways(family) if g.name == golden.name)

@@ -23,6 +23,7 @@ __all__ = [
     "fail",
     "json_option",
     "need_root",
+    "not_ready",
     "print_json",
     "running",
     "stream",
@@ -136,3 +137,9 @@ def stream(path: Path, url: str, *, timeout: float | None = None) -> Iterator[An
 
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def not_ready(status: dict[str, Any]) -> list[str]:
+    """The pods of a status that are not ready, with the reason where it is known."""
+    why = status.get("waitingFor", {})
+    return [f"{pod}: {why[pod]}" if pod in why else pod for pod in status["notReady"]]

@@ -19,6 +19,7 @@ from lockgate.cli.common import (
     fail,
     json_option,
     need_root,
+    not_ready,
     print_json,
 )
 from lockgate.standalone.state import State
@@ -62,7 +63,7 @@ def up(
     code = 0
     try:
         status = _until_ready(state, supervisor, timeout, quiet=as_json)
-        late = [*status["reasons"], *(f"pod {name} is not ready" for name in status["notReady"])]
+        late = [*status["reasons"], *(f"pod is not ready: {text}" for text in not_ready(status))]
         if not as_json:
             _greet(status, cluster, late)
         code = 1 if late else 0

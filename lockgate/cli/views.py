@@ -15,6 +15,7 @@ from lockgate.cli.common import (
     connect,
     fail,
     json_option,
+    not_ready,
     print_json,
     running,
 )
@@ -368,7 +369,7 @@ def _print_status(found: Row) -> None:
     for title, texts in (
         ("error", found["errors"]),
         ("not in force", found["reasons"]),
-        ("not ready", found["notReady"]),
+        ("not ready", not_ready(found)),
         ("warning", found["warnings"]),
     ):
         for text in texts:

@@ -158,6 +158,7 @@ class _Api:
                     "failed": sum(pod.status.phase == "Failed" for pod in pods),
                 },
                 "notReady": supervisor.not_ready(),
+                "waitingFor": supervisor.waiting_for(),
                 "reasons": supervisor.reasons(store.revision),
                 "errors": supervisor.update.errors,
                 "warnings": [*supervisor.update.warnings, *supervisor.plan.warnings],

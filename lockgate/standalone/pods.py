@@ -62,6 +62,8 @@ class PodRunner:
         self._slots = slots
         self._up: set[str] = set()
         self._running = False
+        self._exits: dict[str, int] = {}
+        self._complaints: dict[str, str] = {}
         self._probed: dict[str, bool] = {c.name: False for c in probed_container(pod)}
         self._life = asyncio.create_task(self._live(), name=f"pod {pod.metadata.name}")
         self._probes: list[asyncio.Task[None]] = []
@@ -78,6 +80,19 @@ class PodRunner:
     def settled(self) -> bool:
         """Whether it has come as far as it can without waiting for anything but itself."""
         return self._running or self.pod.finished or bool(self.problem)
+
+    @property
+    def waiting_for(self) -> str:
+        """Why a running pod is not ready, as far as is known."""
+        for container in self.pod.spec.containers:
+            if container.name in self._up:
+                continue
+            if (code := self._exits.get(container.name)) is not None:
+                return f"container {container.name}: {_ending(container, code)}"
+        for name, complaint in self._complaints.items():
+            if not self._probed[name]:
+                return f"container {name}: readiness probe: {complaint}"
+        return ""
 
     def relabel(self, wanted: Pod) -> None:
         """Takes over what may change in a living pod: labels, annotations, owners."""
@@ -216,6 +231,7 @@ class PodRunner:
             self._up.add(status.container)
         elif status.event == "exited":
             self._up.discard(status.container)
+            self._exits[status.container] = status.value
         else:
             return
         if self._running:
@@ -234,6 +250,7 @@ class PodRunner:
         while True:
             complaint = await readiness.check(self.pod, container, probe, netns)
             good, bad = (0, bad + 1) if complaint else (good + 1, 0)
+            self._complaints[container.name] = complaint
             before = self._probed[container.name]
             if not before and good >= probe.success_threshold:
                 self._probed[container.name] = True
@@ -274,3 +291,12 @@ class PodRunner:
     def _set(self, pod: Pod) -> None:
         self.pod = pod
         self._cluster.changed(self)
+
+
+def _ending(container: Container, code: int) -> str:
+    command = container.command[0] if container.command else ""
+    if code == 127 and command:
+        return f"command {command} was not found"
+    if code == 126 and command:
+        return f"command {command} cannot be run"
+    return f"it ended by signal {code - 128}" if code > 128 else f"it ended with exit code {code}"

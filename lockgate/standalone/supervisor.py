@@ -310,7 +310,7 @@ class Supervisor:
         for (namespace, name), runner in self.runners.items():
             if runner.problem:
                 reasons.append(f"pod {namespace}/{name}: {runner.problem}")
-            elif runner.stopping:
+            elif runner.stopping or runner in self._ending:
                 reasons.append(f"pod {namespace}/{name}: it is being ended")
             elif not runner.settled:
                 reasons.append(f"pod {namespace}/{name}: it is being started")
@@ -323,6 +323,11 @@ class Supervisor:
             for key, pod in self.store.objects["Pod"].items()
             if isinstance(pod, Pod) and not pod.ready and pod.status.phase != "Succeeded"
         ]
+
+    def waiting_for(self) -> dict[str, str]:
+        """Why pods are not ready, where it is known."""
+        found = {"/".join(key): runner.waiting_for for key, runner in self.runners.items()}
+        return {name: found[name] for name in self.not_ready() if found.get(name)}
 
     async def wait(self, timeout: float) -> list[str]:
         """Waits until everything that is saved now is in force; else the reasons why not."""
@@ -343,7 +348,8 @@ class Supervisor:
 
     def _under_way(self) -> bool:
         return bool(self.store.behind(self.store.revision)) or any(
-            runner.stopping or not runner.settled for runner in self.runners.values()
+            runner.stopping or runner in self._ending or not runner.settled
+            for runner in self.runners.values()
         )
 
 

@@ -330,7 +330,7 @@ def through_service(rng: random.Random, cluster: Cluster, packet: spec.Packet) -
 
 
 def reuse_address(rng: random.Random, cluster: Cluster) -> None:
-    """A pod that goes has given its addresses to one that comes."""
+    """Two pods claim the same addresses; mostly one of them is going away."""
     by_node: dict[str, list[Pod]] = {}
     for pod in cluster.pods.values():
         if not pod.spec.host_network and not pod.metadata.deletion_timestamp:
@@ -340,7 +340,9 @@ def reuse_address(rng: random.Random, cluster: Cluster) -> None:
         return
     going, coming = rng.sample(pods, 2)
     but = msgspec.structs.replace
-    metadata = but(going.metadata, deletion_timestamp="2026-01-01T00:00:00Z")
+    metadata = going.metadata
+    if rng.random() < 0.7:
+        metadata = but(metadata, deletion_timestamp="2026-01-01T00:00:00Z")
     cluster.pods[going.key] = but(going, metadata=metadata, status=coming.status)
 
 

@@ -228,13 +228,9 @@ class Agent:
             self._hop_nodes = cluster.nodes
         self.journal.cluster = cluster
         tables = compile_node(cluster, self.config.node, self._ids, self._tables)
-        ids = {
-            pod.metadata.uid: self.journal.endpoint(pod)
-            for pod in cluster.pods.values()
-            if self.endpoints.slot(pod.metadata.uid) in tables.endpoints
-        }
+        records = self.endpoints.records(tables.endpoints, self.journal.endpoint)
         self.journal.commit()
-        moved = self.publisher.publish(tables, self.endpoints.records(ids))
+        moved = self.publisher.publish(tables, records)
         for text in set(tables.errors) - set(self._errors.get("objects", ())):
             log.warning("%s", text)
         self._errors["objects"] = tables.errors

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable, Container
 
 import msgspec
 
 from lockgate.agent.datapath import Datapath
+from lockgate.agent.encode import EndpointRecord
 from lockgate.agent.ipam import Ipam, Lease
-from lockgate.agent.publish import EndpointRecord
 from lockgate.net.links import IFINDEX_BASE, Net, PodLink
 from lockgate.objects.model import Cluster, Pod, PodIP
 
@@ -31,6 +32,9 @@ class Endpoints:
         # Pods as last seen, so that one whose object went is judged until its DEL, and with
         # their addresses, which the object tells only later.
         self._pods: dict[str, tuple[Pod, Pod]] = {}
+        # What `overlay` and `records` made last, and of what.
+        self._overlaid: tuple[object, object, dict[tuple[str, str], Pod]] | None = None
+        self._records: dict[str, tuple[Lease, EndpointRecord]] = {}
 
     def slot(self, uid: str) -> int | None:
         """Slot of a pod that has a lease."""
@@ -39,7 +43,14 @@ class Endpoints:
 
     def overlay(self, cluster: Cluster) -> Cluster:
         """The cluster as this node has to judge it: local pods bear the addresses of their
-        leases at once, and stay until DEL."""
+        leases at once, and stay until DEL. The same pods and leases give the same dict."""
+        last = self._overlaid
+        if last is None or last[0] is not cluster.pods or last[1] is not self._ipam.leases:
+            pods = self._overlay(cluster)
+            self._overlaid = last = cluster.pods, self._ipam.leases, pods
+        return msgspec.structs.replace(cluster, pods=last[2])
+
+    def _overlay(self, cluster: Cluster) -> dict[tuple[str, str], Pod]:
         pods = dict(cluster.pods)
         by_uid = {
             pod.metadata.uid: pod for pod in pods.values() if pod.metadata.uid in self._ipam.leases
@@ -57,18 +68,32 @@ class Endpoints:
                 known = pod, with_addresses(pod, lease)
                 self._pods[uid] = known
             pods[pod.key] = known[1]
-        return msgspec.structs.replace(cluster, pods=pods)
+        return pods
 
-    def records(self, ids: dict[str, int]) -> dict[int, EndpointRecord]:
-        """What the publisher needs, by slot, of pods whose endpoint id is known."""
-        found = {}
+    def records(
+        self, slots: Container[int], number: Callable[[Pod], int]
+    ) -> dict[int, EndpointRecord]:
+        """What the publisher needs of the pods in `slots`; `number` is a pod's endpoint id.
+        A record that stays the same stays the same object."""
+        before, self._records = self._records, {}
         for uid, lease in self._ipam.leases.items():
-            if uid in ids:
+            if lease.slot not in slots or uid not in self._pods:
+                continue
+            own = number(self._pods[uid][1])
+            known = before.get(uid)
+            if (
+                known is None
+                or known[0] is not lease
+                or known[1].id != own
+                or known[1].mtu != self.mtu
+            ):
                 link = self._link(lease)
-                found[lease.slot] = EndpointRecord(
-                    ids[uid], link.pod_mac, link.host_mac, self.mtu, lease.ips
+                known = (
+                    lease,
+                    EndpointRecord(own, link.pod_mac, link.host_mac, self.mtu, lease.ips),
                 )
-        return found
+            self._records[uid] = known
+        return {lease.slot: record for lease, record in self._records.values()}
 
     def wired(self, lease: Lease, net: Net) -> bool:
         """Is the pod's link there, with its programs?"""

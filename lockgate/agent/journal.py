@@ -34,6 +34,8 @@ class Journal:
         never went live."""
         self.path = path
         self._endpoints: dict[str, tuple[int, dict[str, Any]]] = {}
+        # The objects that were asked for last: pods don't change, so they cost nothing again.
+        self._seen: dict[str, tuple[Pod, int]] = {}
         self._reasons: dict[tuple[str, str, tuple[Rule, ...]], int] = {}
         self._services: dict[tuple[str, str, str, str, int], tuple[int, str]] = {}
         self._last = {"endpoint": 0, "reason": 0, "service": 0}
@@ -63,6 +65,15 @@ class Journal:
 
     def endpoint(self, pod: Pod) -> int:
         """Id of the pod with this uid."""
+        meta = pod.metadata
+        seen = self._seen.get(meta.uid)
+        if seen is not None and seen[0] is pod:
+            return seen[1]
+        number = self._endpoint(pod)
+        self._seen[meta.uid] = pod, number
+        return number
+
+    def _endpoint(self, pod: Pod) -> int:
         meta = pod.metadata
         facts: dict[str, Any] = {
             "uid": meta.uid,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lockgate.compile.cidr import Block, pack
 from lockgate.compile.labels import PodSelector, Subjects
@@ -21,7 +23,7 @@ from lockgate.compile.policy import (
     parse,
     write_set,
 )
-from lockgate.compile.services import compile_services
+from lockgate.compile.services import Services, compile_services
 from lockgate.compile.tables import (
     NO_SLOT,
     PEER_HOST,
@@ -40,20 +42,59 @@ from lockgate.objects.model import Cluster, Pod
 __all__ = ["compile_node"]
 
 
+#: What policies can tell pods apart by: labels (as a subject) and named ports.
+Profile = tuple[int, tuple[tuple[PortName, int], ...]]
+SetKey = tuple[tuple[int, ...], tuple[int | None, ...]]
+Compiled = tuple[Half, Half, int]
+
+
 @dataclass(slots=True)
 class PodFacts:
     """What the compiler asks of a pod, read once per object."""
 
     pod: Pod
-    subject: int
+    profile: Profile
     addresses: tuple[bytes, ...]
-    ports: dict[PortName, int]
     member: bool
     errors: tuple[str, ...]
 
 
-SetKey = tuple[tuple[int, ...], tuple[int | None, ...]]
-Compiled = tuple[Half, Half, int]
+@dataclass(slots=True)
+class People:
+    """The pods of a compilation, as far as no policy is concerned."""
+
+    #: Facts of the pods that count: not finished, not on the host's network.
+    members: list[PodFacts]
+    #: Those of this node.
+    local: list[PodFacts]
+    #: Who has an address, and for each the pod's id and, by kind, where it is.
+    owners: dict[bytes, PodFacts]
+    endpoints: NDArray[np.int64]
+    #: For each local pod the position of its first address in `owners`; -1 if another has it.
+    own: list[int]
+    errors: list[str]
+    claims: list[str]
+    #: Different profiles, in the order of the pods.
+    profiles: list[Profile]
+    local_profiles: list[Profile]
+
+
+@dataclass(slots=True)
+class Spots:
+    """Addresses that nothing can tell apart are on one spot: a profile and CIDR blocks."""
+
+    #: Profile and blocks, in the order of the addresses.
+    spots: list[tuple[Profile, frozenset[int]]]
+    #: For each of the owners' addresses its spot.
+    of: NDArray[np.intp]
+
+
+@dataclass(slots=True)
+class Peers:
+    """The peers that are pods: as records, one per owner, and as a dict."""
+
+    records: NDArray[np.int64]
+    views: dict[bytes, PeerView]
 
 
 @dataclass(slots=True)
@@ -65,10 +106,17 @@ class Cache:
     subjects: Subjects = field(default_factory=Subjects)
     pods: dict[int, PodFacts] = field(default_factory=dict)
     policies: dict[int, Parsed] = field(default_factory=dict)
+    people: People | None = None
+    spots: Spots | None = None
+    peers: Peers | None = None
+    services: Services | None = None
     frame: object = None
     ports: Ports | None = None
     addresses: Addresses | None = None
     sets: dict[SetKey, Compiled] = field(default_factory=dict)
+
+
+# ---- Pods ----------------------------------------------------------------------------
 
 
 def _read_pod(pod: Pod, subjects: Subjects) -> PodFacts:
@@ -88,61 +136,49 @@ def _read_pod(pod: Pod, subjects: Subjects) -> PodFacts:
                 ports.setdefault((port.name, PORT_TABLE[port.protocol]), port.container_port)
     return PodFacts(
         pod=pod,
-        subject=subjects.number(namespace, pod.metadata.labels),
+        profile=(subjects.number(namespace, pod.metadata.labels), tuple(sorted(ports.items()))),
         addresses=tuple(dict.fromkeys(addresses)),
-        ports=ports,
         member=not pod.finished and not pod.spec.host_network,
         errors=tuple(errors),
     )
 
 
-def _read_pods(cluster: Cluster, before: Cache, cache: Cache) -> list[PodFacts]:
-    """Facts of the pods that count: not finished, not on the host's network."""
+def _read_people(cluster: Cluster, node: str, before: Cache, cache: Cache) -> People:
+    """Who is there; the same object as before if the pods are."""
+    people = before.people
+    numbers = list(map(id, cluster.pods.values()))
+    if people is not None and list(before.pods) == numbers:
+        cache.pods = before.pods
+        return people
     old, new, subjects = before.pods, cache.pods, cache.subjects
     members: list[PodFacts] = []
-    for pod in cluster.pods.values():
-        key = id(pod)
-        facts = old.get(key)
-        if facts is None or facts.pod is not pod:
+    for number, pod in zip(numbers, cluster.pods.values(), strict=True):
+        facts = old.get(number)
+        if facts is None:
             facts = _read_pod(pod, subjects)
-        new[key] = facts
+        new[number] = facts
         if facts.member:
             members.append(facts)
-    return members
-
-
-def _read_policies(cluster: Cluster, before: Cache, cache: Cache) -> list[Parsed]:
-    """All policies as values, by (namespace, name)."""
-    parsed: list[Parsed] = []
-    for _, policy in sorted(cluster.policies.items()):
-        key = id(policy)
-        known = before.policies.get(key)
-        if known is None or known.policy is not policy:
-            known = parse(policy)
-        cache.policies[key] = known
-        parsed.append(known)
-    return parsed
-
-
-def _in_force(
-    policies: list[Parsed], local: list[PodFacts], subjects: Subjects
-) -> tuple[list[Parsed], dict[int, tuple[int, ...]]]:
-    """The policies that select a pod of this node, and by subject the positions of its own."""
-    here = 0
-    for number in {facts.subject for facts in local}:
-        here |= 1 << number
-    force: list[Parsed] = []
-    of_subject: dict[int, list[int]] = {facts.subject: [] for facts in local}
-    for policy in policies:
-        selected = subjects.match(policy.subject) & here
-        if selected:
-            position = len(force)
-            force.append(policy)
-            while selected:
-                low = selected & -selected
-                of_subject[low.bit_length() - 1].append(position)
-                selected ^= low
-    return force, {subject: tuple(own) for subject, own in of_subject.items()}
+    local = [facts for facts in members if facts.pod.spec.node_name == node]
+    claims: list[str] = []
+    owners = _claims(members, claims)
+    positions = {address: position for position, address in enumerate(owners)}
+    return People(
+        members=members,
+        local=local,
+        owners=owners,
+        endpoints=np.array([cache.ids.endpoint(f.pod) for f in owners.values()], np.int64),
+        own=[
+            positions[facts.addresses[0]]
+            if facts.addresses and owners[facts.addresses[0]] is facts
+            else -1
+            for facts in local
+        ],
+        errors=[error for facts in members for error in facts.errors],
+        claims=claims,
+        profiles=list(dict.fromkeys(facts.profile for facts in members)),
+        local_profiles=list(dict.fromkeys(facts.profile for facts in local)),
+    )
 
 
 def _claims(members: list[PodFacts], errors: list[str]) -> dict[bytes, PodFacts]:
@@ -167,34 +203,149 @@ def _precedence(facts: PodFacts) -> tuple[bool, tuple[str, str]]:
     return facts.pod.metadata.deletion_timestamp is not None, facts.pod.key
 
 
+def _spots(people: People, addresses: Addresses, before: Cache) -> Spots:
+    if (
+        before.spots is not None
+        and people is before.people
+        and addresses.same_regions(before.addresses)
+    ):
+        return before.spots
+    known: dict[tuple[Profile, frozenset[int]], int] = {}
+    of = [
+        known.setdefault((facts.profile, addresses.blocks_at(address)), len(known))
+        for address, facts in people.owners.items()
+    ]
+    return Spots(list(known), np.array(of, np.intp))
+
+
+def _peers(people: People, classes: NDArray[np.int64], node: str, ids: Ids, before: Cache) -> Peers:
+    """The peers that are pods; `classes` are those of the owners' addresses."""
+    nodes = {facts.pod.spec.node_name for facts in people.members}
+    hops = {name: ids.hop(name) or 0 for name in nodes}
+    kinds, targets = [], []
+    for facts in people.owners.values():
+        where = facts.pod.spec.node_name
+        if where == node:
+            slot = ids.slot(facts.pod.metadata.uid)
+            kinds.append(PEER_LOCAL)
+            targets.append(NO_SLOT if slot is None else slot)
+        else:
+            kinds.append(PEER_REMOTE)
+            targets.append(hops[where])
+    records = np.empty((len(people.owners), 4), np.int64)
+    records[:, 0], records[:, 1] = classes, people.endpoints
+    records[:, 2], records[:, 3] = kinds, targets
+    last = before.peers
+    if last is None or people is not before.people:
+        views = dict(zip(people.owners, map(PeerView._make, records.tolist()), strict=True))
+        return Peers(records, views)
+    different = np.flatnonzero((records != last.records).any(axis=1))
+    if not len(different):
+        return last
+    views = dict(last.views)
+    owners = list(people.owners)
+    for position, record in zip(different.tolist(), records[different].tolist(), strict=True):
+        views[owners[position]] = PeerView._make(record)
+    return Peers(records, views)
+
+
+def _nodes(
+    cluster: Cluster,
+    node: str,
+    ids: Ids,
+    addresses: Addresses,
+    pods: Mapping[bytes, PeerView],
+    errors: list[str],
+) -> dict[bytes, PeerView]:
+    """The peers that are nodes. An address that a pod has as well is the node's."""
+    found: dict[bytes, PeerView] = {}
+    for name, object_ in sorted(cluster.nodes.items()):
+        for entry in object_.status.addresses:
+            if entry.type != "InternalIP":
+                continue
+            try:
+                address = pack(entry.address)
+            except ValueError as error:
+                errors.append(f"Node {name}: status.addresses: {error}")
+                continue
+            if address in pods or address in found:
+                errors.append(f"Node {name}: status.addresses: {entry.address} is in use")
+                if address in found:
+                    continue
+            cls = addresses.classify(address, addresses.outside)
+            if name == node:
+                found[address] = PeerView(cls, 0, PEER_HOST, 0)
+            else:
+                found[address] = PeerView(cls, 0, PEER_NODE, ids.hop(name) or 0)
+    return found
+
+
+# ---- Policies ------------------------------------------------------------------------
+
+
+def _read_policies(cluster: Cluster, before: Cache, cache: Cache) -> list[Parsed]:
+    """All policies as values, by (namespace, name)."""
+    parsed: list[Parsed] = []
+    for _, policy in sorted(cluster.policies.items()):
+        key = id(policy)
+        known = before.policies.get(key)
+        if known is None or known.policy is not policy:
+            known = parse(policy)
+        cache.policies[key] = known
+        parsed.append(known)
+    return parsed
+
+
+def _in_force(
+    policies: list[Parsed], local: list[Profile], subjects: Subjects
+) -> tuple[list[Parsed], dict[int, tuple[int, ...]]]:
+    """The policies that select a pod of this node, and by subject the positions of its own."""
+    here = 0
+    of_subject: dict[int, list[int]] = {}
+    for number, _ in local:
+        here |= 1 << number
+        of_subject[number] = []
+    force: list[Parsed] = []
+    for policy in policies:
+        selected = subjects.match(policy.subject) & here
+        if selected:
+            position = len(force)
+            force.append(policy)
+            while selected:
+                low = selected & -selected
+                of_subject[low.bit_length() - 1].append(position)
+                selected ^= low
+    return force, {subject: tuple(own) for subject, own in of_subject.items()}
+
+
+# ---- All of it -----------------------------------------------------------------------
+
+
 def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None = None) -> Tables:
     """The tables of `node`. Pure but for `ids`; equal input gives an equal image.
 
-    `previous` is an earlier result for the same node and `ids`; it only saves time.
+    `previous` is an earlier result for the same node and `ids`; it only saves time. Tables that
+    did not change are the same objects as in there.
     Objects that can't be read are reported in `errors` and match nothing.
     OverflowError: the policies don't fit the image.
     """
     before = previous.cache if previous is not None else None
     if not isinstance(before, Cache) or before.ids is not ids:
-        before = Cache(ids)
+        before, previous = Cache(ids), None
     cache = Cache(ids, subjects=before.subjects)
     if len(cache.subjects) > 2 * len(cluster.pods) + 1000:
         # Most labels it knows are gone: begin anew.
-        before = Cache(ids)
+        before, previous = Cache(ids), None
         cache = Cache(ids)
-    errors: list[str] = []
 
     # Who is there, and which policies are in force here.
-    members = _read_pods(cluster, before, cache)
+    people = cache.people = _read_people(cluster, node, before, cache)
     policies = _read_policies(cluster, before, cache)
     subjects = cache.subjects
     subjects.set_namespaces(cluster.namespaces)
-    local = [facts for facts in members if facts.pod.spec.node_name == node]
-    force, of_subject = _in_force(policies, local, subjects)
-    for facts in members:
-        errors.extend(facts.errors)
-    for policy in policies:
-        errors.extend(policy.errors)
+    force, of_subject = _in_force(policies, people.local_profiles, subjects)
+    errors = people.errors + [error for policy in policies for error in policy.errors]
+    errors += people.claims
 
     # What the rules tell apart.
     selectors: dict[PodSelector, None] = {}
@@ -213,22 +364,19 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
         for rule in policy.egress:
             egress_names.update(rule.names)
     names = sorted(egress_names)
-    for facts in members if names else ():
-        for name in names:
-            number = facts.ports.get(name)
-            if number is not None:
-                ranges.add((name[1], number, number))
+    if names:
+        for _, named in people.profiles:
+            ranges.update((name[1], n, n) for name, n in named if name in egress_names)
 
     # Policy sets of the local pods.
     sets: dict[SetKey, PolicySet] = {}
-    set_of: list[SetKey] = []
-    for facts in local:
-        positions = of_subject[facts.subject]
-        own = tuple(force[n] for n in positions)
-        own_names = [n for policy in own for n in policy.ingress_names]
-        numbers = {name: facts.ports.get(name) for name in own_names}
+    set_of: dict[Profile, SetKey] = {}
+    for profile in people.local_profiles:
+        own = tuple(force[n] for n in of_subject[profile[0]])
+        own_ports = dict(profile[1])
+        numbers = {name: own_ports.get(name) for policy in own for name in policy.ingress_names}
         key = (tuple(id(p.policy) for p in own), tuple(numbers.values()))
-        set_of.append(key)
+        set_of[profile] = key
         if key not in sets:
             sets[key] = PolicySet(own, numbers)
             ranges.update((t, n, n) for (_, t), n in numbers.items() if n is not None)
@@ -236,41 +384,20 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
     # Addresses → classes.
     addresses = Addresses(list(selectors), names, list(blocks), subjects, before.addresses)
     cache.addresses = addresses
-    owners = _claims(members, errors)
-    kinds = {id(facts): addresses.kind(facts.subject, facts.ports) for facts in members}
-    peers: dict[bytes, PeerView] = {}
-    for address, facts in owners.items():
-        pod = facts.pod
-        if pod.spec.node_name == node:
-            slot = ids.slot(pod.metadata.uid)
-            kind, target = PEER_LOCAL, NO_SLOT if slot is None else slot
-        else:
-            kind, target = PEER_REMOTE, ids.hop(pod.spec.node_name) or 0
-        cls = addresses.classify(address, kinds[id(facts)])
-        peers[address] = PeerView(cls, ids.endpoint(pod), kind, target)
-    for name_of_node, object_ in sorted(cluster.nodes.items()):
-        for entry in object_.status.addresses:
-            if entry.type != "InternalIP":
-                continue
-            try:
-                address = pack(entry.address)
-            except ValueError as error:
-                errors.append(f"Node {name_of_node}: status.addresses: {error}")
-                continue
-            if address in peers:
-                errors.append(f"Node {name_of_node}: status.addresses: {entry.address} is in use")
-                if peers[address].kind in (PEER_HOST, PEER_NODE):
-                    continue
-            cls = addresses.classify(address, addresses.outside)
-            if name_of_node == node:
-                peers[address] = PeerView(cls, 0, PEER_HOST, 0)
-            else:
-                peers[address] = PeerView(cls, 0, PEER_NODE, ids.hop(name_of_node) or 0)
+    kinds = {profile: addresses.kind(profile[0], dict(profile[1])) for profile in people.profiles}
+    spots = cache.spots = _spots(people, addresses, before)
+    of_spot = [addresses.class_of(kinds[profile], members) for profile, members in spots.spots]
+    classes = np.array(of_spot, np.int64)[spots.of]
+    pods = cache.peers = _peers(people, classes, node, ids, before)
+    of_nodes = _nodes(cluster, node, ids, addresses, pods.views, errors)
+    peers = {**pods.views, **of_nodes}
+    if previous is not None and peers == previous.peers:
+        peers = previous.peers
     own_classes = [
         peers[facts.addresses[0]].cls
-        if facts.addresses and owners[facts.addresses[0]] is facts
-        else addresses.classify(b"\0" * 16, kinds[id(facts)])
-        for facts in local
+        if position >= 0
+        else addresses.classify(b"\0" * 16, kinds[facts.profile])
+        for facts, position in zip(people.local, people.own, strict=True)
     ]
     addresses.close()
 
@@ -282,7 +409,11 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
     frame = addresses.frame(), ports.ranges
     known = before.sets if frame == before.frame else {}
     cache.frame = frame
+    tables = Tables(np.zeros(0, np.uint64), peers=peers, errors=errors, cache=cache)
     builder = Builder(ports.table + addresses.trie)
+    cache.services = compile_services(cluster, ids, people, peers, builder, before.services)
+    errors += cache.services.errors
+    tables.services, tables.backends = cache.services.views, cache.services.backends
     both = Frame(addresses, ports)
     written: dict[SetKey, tuple[int, int, int]] = {}
     for key, policy_set in sets.items():
@@ -291,16 +422,10 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
             compiled = compile_set(policy_set, both, ids)
         cache.sets[key] = compiled
         written[key] = (*write_set(builder, compiled[:2]), compiled[2])
-    endpoints: dict[int, EndpointView] = {}
-    for facts, key, cls in zip(local, set_of, own_classes, strict=True):
+    for facts, cls in zip(people.local, own_classes, strict=True):
         slot = ids.slot(facts.pod.metadata.uid)
         if slot is not None:
-            rows, columns, isolated = written[key]
-            endpoints[slot] = EndpointView(rows, columns, cls, isolated)
-
-    tables = Tables(
-        np.zeros(0, np.uint64), peers=peers, endpoints=endpoints, errors=errors, cache=cache
-    )
-    compile_services(cluster, ids, peers, builder, tables)
+            rows, columns, isolated = written[set_of[facts.profile]]
+            tables.endpoints[slot] = EndpointView(rows, columns, cls, isolated)
     tables.image = builder.image()
     return tables

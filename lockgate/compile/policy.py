@@ -12,7 +12,7 @@ The steps, each a function below:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ PortRange = tuple[int, int, int]
 #: (name, protocol's port table)
 PortName = tuple[str, int]
 Indices = NDArray[np.intp]
+_NOWHERE: frozenset[int] = frozenset()
 NOTHING: Indices = np.zeros(0, dtype=np.intp)
 
 
@@ -220,7 +221,7 @@ class Addresses:
     def _class(self, kind: int, members: frozenset[int]) -> int:
         return self._classes.setdefault((kind, members), len(self._classes))
 
-    def kind(self, subject: int, ports: dict[PortName, int]) -> int:
+    def kind(self, subject: int, ports: Mapping[PortName, int]) -> int:
         """The kind of a pod, by its subject and its named ports."""
         numbers = self._no_numbers
         if self.names and ports:
@@ -229,12 +230,23 @@ class Addresses:
 
     def classify(self, address: bytes, kind: int) -> int:
         """The class of an address that has this kind; new classes appear as they are met."""
+        return self._class(kind, self.blocks_at(address))
+
+    def class_of(self, kind: int, blocks: frozenset[int]) -> int:
+        """The class of addresses of this kind in these blocks, as `classify`."""
+        return self._class(kind, blocks)
+
+    def blocks_at(self, address: bytes) -> frozenset[int]:
+        """Numbers of the blocks that contain the address."""
         if not self.blocks:
-            return self._class(kind, frozenset())
+            return _NOWHERE
         number = int.from_bytes(address, "big")
         v4 = number >> 32 == 0xFFFF
-        members = self._regions[4].at(number & 0xFFFF_FFFF) if v4 else self._regions[6].at(number)
-        return self._class(kind, members)
+        return self._regions[4].at(number & 0xFFFF_FFFF) if v4 else self._regions[6].at(number)
+
+    def same_regions(self, other: Addresses | None) -> bool:
+        """Does `blocks_at` answer the same there?"""
+        return other is not None and other._regions is self._regions
 
     def frame(self) -> Hashable:
         """Equal frames mean equal classes under equal numbers."""

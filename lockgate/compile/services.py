@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from lockgate.compile.cidr import pack
 from lockgate.compile.tables import (
@@ -14,11 +15,10 @@ from lockgate.compile.tables import (
     Ids,
     PeerView,
     ServiceView,
-    Tables,
 )
 from lockgate.objects.model import Cluster, EndpointSlice, Service, ServicePort
 
-__all__ = ["compile_services"]
+__all__ = ["Services", "compile_services"]
 
 MAX_BACKENDS = 0xFFFF
 #: address, __be16 port; then little-endian __u16 flags, __u32 endpoint id
@@ -66,40 +66,101 @@ def _backends(
     return sorted(found)
 
 
+@dataclass(slots=True)
+class Entry:
+    """What the kernel looks up: a service's address, with or without a port, and its backends."""
+
+    key: tuple[bytes, int, int]
+    id: int
+    words: bytes
+    count: int
+
+
+@dataclass(slots=True)
+class Services:
+    """The services of a compilation. `people` and `of` are what they were made of."""
+
+    people: object
+    of: list[object]
+    entries: list[Entry]
+    backends: set[tuple[bytes, int, int, int]]
+    errors: list[str]
+    #: Where the backend lists begin, and the views that point there.
+    start: int = -1
+    views: dict[tuple[bytes, int, int], ServiceView] = field(default_factory=dict)
+
+
 def compile_services(
-    cluster: Cluster, ids: Ids, peers: Mapping[bytes, PeerView], builder: Builder, tables: Tables
-) -> None:
-    """Fill `tables.services` and `tables.backends`, put the backend lists into the image."""
+    cluster: Cluster,
+    ids: Ids,
+    people: object,
+    peers: Mapping[bytes, PeerView],
+    builder: Builder,
+    before: Services | None,
+) -> Services:
+    """Puts the backend lists into the image. `people` is the same object as long as the pods
+    behind `peers` are the same, `before` the result of the compilation before."""
+    of: list[object] = [*cluster.services.values(), *cluster.slices.values()]
+    of += cluster.nodes.values()
+    if before is not None and before.people is people and _same(before.of, of):
+        result = before
+    else:
+        result = _read(cluster, ids, people, of, peers)
+    start = builder.words
+    places = [builder.add(entry.words) if entry.words else 0 for entry in result.entries]
+    if result.start != start:
+        views = {
+            entry.key: ServiceView(entry.id, at, entry.count, SVC_PRESENT)
+            for entry, at in zip(result.entries, places, strict=True)
+        }
+        result = replace(result, start=start, views=views)
+    return result
+
+
+def _same(one: list[object], other: list[object]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _read(
+    cluster: Cluster,
+    ids: Ids,
+    people: object,
+    of: list[object],
+    peers: Mapping[bytes, PeerView],
+) -> Services:
     slices: dict[tuple[str, str], list[EndpointSlice]] = defaultdict(list)
     for slice_ in cluster.slices.values():
         if slice_.service:
             slices[slice_.metadata.namespace, slice_.service].append(slice_)
+    result = Services(people, of, [], set(), [])
+    seen: set[tuple[bytes, int, int]] = set()
     owners: dict[bytes, str] = {}
     for (namespace, name), service in sorted(cluster.services.items()):
         for ip in service.cluster_ips:
             try:
                 address = pack(ip)
             except ValueError as error:
-                tables.errors.append(f"Service {namespace}/{name}: spec.clusterIPs: {error}")
+                result.errors.append(f"Service {namespace}/{name}: spec.clusterIPs: {error}")
                 continue
             if address in owners:
-                tables.errors.append(
+                result.errors.append(
                     f"Service {namespace}/{name}: spec.clusterIPs: {ip} is taken by"
                     f" Service {owners[address]}"
                 )
                 continue
             owners[address] = f"{namespace}/{name}"
-            tables.services[address, 0, 0] = ServiceView(0, 0, 0, SVC_PRESENT)
+            result.entries.append(Entry((address, 0, 0), 0, b"", 0))
             for port in service.spec.ports:
                 protocol = PROTOCOL_NUMBER[port.protocol]
                 key = (address, port.port, protocol)
-                if key in tables.services:
+                if key in seen:
                     continue
+                seen.add(key)
                 number = ids.service(namespace, name, port.name, port.protocol, port.port)
                 own = slices.get((namespace, name), [])
-                chosen = _backends(service, port, ":" not in ip, own, tables.errors)
+                chosen = _backends(service, port, ":" not in ip, own, result.errors)
                 if len(chosen) > MAX_BACKENDS:
-                    tables.errors.append(
+                    result.errors.append(
                         f"Service {namespace}/{name}: {len(chosen)} backends, the first"
                         f" {MAX_BACKENDS} serve"
                     )
@@ -109,8 +170,8 @@ def compile_services(
                     + _FLAGS_ENDPOINT.pack(0, peers[backend].endpoint if backend in peers else 0)
                     for backend, target in chosen
                 )
-                at = builder.add(words) if words else 0
-                tables.services[key] = ServiceView(number, at, len(chosen), SVC_PRESENT)
-                tables.backends.update(
+                result.entries.append(Entry(key, number, words, len(chosen)))
+                result.backends.update(
                     (backend, number, target, protocol) for backend, target in chosen
                 )
+    return result

@@ -130,6 +130,11 @@ class Builder:
         self._words = len(head) // 8
         self._known: dict[bytes, int] = {}
 
+    @property
+    def words(self) -> int:
+        """How long it is already."""
+        return self._words
+
     def add(self, words: bytes) -> int:
         """The word at which `words` (a multiple of 8 bytes) stands in the image."""
         at = self._known.get(words)

@@ -23,6 +23,15 @@ _STRUCTS: dict[str, Any] = {
     "EndpointSlice": model.EndpointSlice,
     "NetworkPolicy": model.NetworkPolicy,
 }
+#: Kind → field of Cluster, and whether its keys have a namespace.
+_FIELDS = {
+    "Namespace": ("namespaces", False),
+    "Node": ("nodes", False),
+    "Pod": ("pods", True),
+    "Service": ("services", True),
+    "EndpointSlice": ("slices", True),
+    "NetworkPolicy": ("policies", True),
+}
 _LINE_MAX = 16 << 20
 
 
@@ -98,35 +107,22 @@ def _excerpt(line: _Line) -> str:
 
 
 def apply(cluster: Cluster, transaction: Transaction) -> Cluster:
-    """The cluster after a transaction; the one before is left as it was."""
-    if transaction.complete:
-        after = Cluster()
-    else:
-        after = Cluster(
-            dict(cluster.namespaces),
-            dict(cluster.nodes),
-            dict(cluster.pods),
-            dict(cluster.services),
-            dict(cluster.slices),
-            dict(cluster.policies),
-        )
-    tables: dict[str, tuple[dict[Any, Any], bool]] = {
-        "Namespace": (after.namespaces, False),
-        "Node": (after.nodes, False),
-        "Pod": (after.pods, True),
-        "Service": (after.services, True),
-        "EndpointSlice": (after.slices, True),
-        "NetworkPolicy": (after.policies, True),
-    }
+    """The cluster after a transaction; the one before is left as it was, and shares with it
+    the dicts of kinds that did not change."""
+    before = Cluster() if transaction.complete else cluster
+    changed: dict[str, dict[Any, Any]] = {}
     for change in transaction.changes:
         meta = change.object.metadata
-        table, namespaced = tables[change.object.kind]
+        field, namespaced = _FIELDS[change.object.kind]
+        table = changed.get(field)
+        if table is None:
+            table = changed[field] = dict(getattr(before, field))
         key = (meta.namespace, meta.name) if namespaced else meta.name
         if change.verb == "DELETED":
             table.pop(key, None)
         else:
             table[key] = change.object
-    return after
+    return msgspec.structs.replace(before, **changed)
 
 
 async def report(socket: Path, node: str, revision: int, error: str = "") -> None:

@@ -172,7 +172,8 @@ static int probe_all(struct attempt *attempts, size_t count, size_t limit)
 				if (attempts[i].size)
 					conclude_ok(&attempts[i]);
 				else
-					conclude(&attempts[i], "timeout", "");
+					conclude(&attempts[i], "timeout", attempts[i].tcp &&
+						 attempts[i].connected ? "connected" : "");
 				running--;
 				wait = 0;
 			} else if (attempts[i].due - now < wait) {

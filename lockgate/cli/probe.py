@@ -28,6 +28,7 @@ from lockgate.standalone.state import State
 __all__ = ["Check", "Summary", "differences_text", "matrix", "measure", "probe", "workload"]
 
 _AT_ONCE = 6  # pods that probe at the same time
+_SHOWN = 10  # unanswered connections that are listed
 _RETRY = 3  # times the timeout, for what differed
 
 
@@ -52,14 +53,29 @@ class Check:
         """allow, deny, or unknown where nobody would have answered anyway."""
         if self.result is None:
             return "unknown"
-        reached = self.result.result == "ok" or (
-            self.result.result in ("refused", "error") and not self.refusal
-        )
-        if reached:
+        if self.result.result == "ok" or (self._shows_a_way and not self.refusal):
             return "allow"
         if self.result.result == "timeout" and not self.certain and self.expected != "deny":
             return "unknown"
         return "deny"
+
+    @property
+    def _shows_a_way(self) -> bool:
+        """Whether it did not work, but the packets went there and back."""
+        assert self.result
+        return self.result.result in ("refused", "error") or self.result.detail == "connected"
+
+    @property
+    def unanswered(self) -> str | None:
+        """What is odd although the policies are in force: a server that does not serve."""
+        if self.result is None or self.measured != "allow" or self.result.result == "ok":
+            return None
+        return f"allowed, but nothing answered ({self._what})" if self.certain else None
+
+    @property
+    def _what(self) -> str:
+        assert self.result
+        return f"{self.result.result} {self.result.detail}".rstrip()
 
     @property
     def refusal(self) -> bool:
@@ -68,20 +84,16 @@ class Check:
 
     @property
     def difference(self) -> str | None:
-        """What is wrong, or None."""
+        """What is not as the specification says, or None."""
         result, measured = self.result, self.measured
         if result is None:
             return "was not tried"
         if measured == "unknown":
             return None
         if self.expected != "either" and measured != self.expected:
-            detail = f" {result.detail}" if result.detail else ""
-            return f"expected {self.expected}, measured {measured} ({result.result}{detail})"
-        if measured == "allow" and self.certain:
-            if result.result != "ok":
-                return f"allowed, but nothing answered ({result.result} {result.detail})".rstrip()
-            if self.backends.get(result.detail) != "allow":
-                return f"answered by {result.detail!r}, expected {_any(self.backends)}"
+            return f"expected {self.expected}, measured {measured} ({self._what})"
+        if result.result == "ok" and self.certain and self.backends.get(result.detail) != "allow":
+            return f"answered by {result.detail!r}, expected {_any(self.backends)}"
         return None
 
     def json(self) -> dict[str, Any]:
@@ -101,6 +113,7 @@ class Check:
             "policy": answer["policy"],
             "rule": answer["rule"],
             "difference": self.difference,
+            "unanswered": self.unanswered,
         }
 
 
@@ -289,7 +302,7 @@ def measure(
                 shown.update(count)
 
         summary.complaints = asyncio.run(_try(state, checks, timeout, advance))
-    again = summary.differences
+    again = [check for check in checks if check.difference or check.unanswered]
     if again:
         fresh = load_cluster(state)
         spec = SpecEngine(fresh)
@@ -344,7 +357,9 @@ def matrix(summary: Summary) -> str:
             marks = "".join("  " + _mark(cells.get(column, [])) for column in block)
             lines.append(f"{label:<{side}}  {marks}")
         lines.append("")
-    lines.append("● allowed   · denied   ◐ some of each   ? nobody to answer   ✗ differs")
+    lines.append(
+        "● allowed   · denied   ◐ some of each   ? nobody to answer   ○ no answer   ✗ differs"
+    )
     return "\n".join(lines)
 
 
@@ -353,6 +368,8 @@ def _mark(checks: list[Check]) -> str:
         return " "
     if any(check.difference for check in checks):
         return paint("✗", "red", bold=True)
+    if any(check.unanswered for check in checks):
+        return paint("○", "yellow")
     # A pod always reaches itself; that hides what is asked when there are others.
     others = [check for check in checks if "/".join(check.source.key) != check.target]
     measured = {check.measured for check in others or checks} - {"unknown"}
@@ -361,6 +378,13 @@ def _mark(checks: list[Check]) -> str:
     if measured == {"deny"}:
         return paint("·", "red")
     return paint("◐", "yellow") if measured else "?"
+
+
+def _told(check: Check, what: str | None) -> str:
+    return (
+        f"  {'/'.join(check.source.key)} → {check.target} ({check.address}) "
+        f"port {check.port}/{check.protocol}:\n    {what}"
+    )
 
 
 def differences_text(summary: Summary) -> str:
@@ -376,13 +400,15 @@ def differences_text(summary: Summary) -> str:
     found = summary.differences
     if found:
         lines.append(heading(f"{len(found)} differ from the specification:"))
-        for check in found:
-            lines.append(
-                f"  {'/'.join(check.source.key)} → {check.target} ({check.address}) "
-                f"port {check.port}/{check.protocol}:\n    {check.difference}"
-            )
+        lines += [_told(check, check.difference) for check in found]
     elif not summary.complaints:
         lines.append("Every one is as the specification says.")
+    silent = [check for check in checks if check.unanswered]
+    if silent:
+        lines.append(heading(f"{len(silent)} were allowed, but the server did not answer:"))
+        lines += [_told(check, check.unanswered) for check in silent[:_SHOWN]]
+        if len(silent) > _SHOWN:
+            lines.append(f"  … and {len(silent) - _SHOWN} more (--json has all)")
     lines += [f"  {complaint}" for complaint in summary.complaints]
     return "\n".join(lines)
 
@@ -406,6 +432,8 @@ def probe(
 
     Each pod connects to each declared port (TCP and UDP) of each pod and service, from inside
     its own namespaces. What happens is compared with what the policies mean.
+
+    A server that is allowed to be reached and does not answer is shown, but is no difference.
 
     Exit codes: 0 all as specified, 1 something differs, 2 no such cluster.
     """

@@ -321,7 +321,8 @@ class Target:
 @dataclass(frozen=True)
 class ProbeResult:
     """`detail`: the first line of the answer when ok (a pod's own server answers
-    with its name), the errno's name on "error"."""
+    with its name), the errno's name on "error", "connected" on the "timeout" of a TCP
+    server that accepted and then said nothing."""
 
     result: Result
     detail: str = ""

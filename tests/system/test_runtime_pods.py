@@ -128,7 +128,7 @@ def test_a_silent_server_is_a_timeout_not_ok() -> None:
                     [found] = await runtime.probe([target], netns=pod.netns_path)
                     if found.result != "refused":
                         break
-            assert found == ProbeResult("timeout")
+            assert found == ProbeResult("timeout", "connected")
 
     within(10, scenario())
 

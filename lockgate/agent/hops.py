@@ -83,7 +83,7 @@ class Hops:
         self._service_cidrs = service_cidrs
         self._written: dict[int, Hop] = {}
         self._kernel: dict[str, tuple[int, str]] = {}
-        self._blackholes = False
+        self._no_services = False
         self.numbers: dict[str, int] = {}
         self.errors: list[str] = []
         self._old = {
@@ -240,10 +240,10 @@ class Hops:
 
     def _write_kernel(self, net: Net, cluster: Cluster, links: Links) -> None:
         """Routes of the node's own stack: other nodes' pods, and no way for services."""
-        if not self._blackholes:
+        if not self._no_services:
             for cidr in self._service_cidrs:
-                net.route(cidr, kind="blackhole")
-            self._blackholes = True
+                net.route(cidr, kind="unreachable")
+            self._no_services = True
         if links.underlay is None:
             return
         index = int(links.underlay["index"])

@@ -242,7 +242,7 @@ class Net:
         source: str | None = None,
         kind: str = "unicast",
     ) -> None:
-        """Set the route to a block; `kind` may be "blackhole"."""
+        """Set the route to a block; `kind` may be "unreachable" (senders are told: EHOSTUNREACH)."""
         request: dict[str, Any] = {"dst": destination, "family": _family(destination)}
         if kind != "unicast":
             request["type"] = kind

@@ -1,0 +1,277 @@
+"""Service addresses in real traffic: at the socket, per packet, and when backends come and go."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.system.harness import Cluster, Place, manifest, until
+from tests.system.test_traffic import echo, echo_reply, echo_socket, family_number, udp
+
+# name: (who asks, by socket hooks?). A bare place is in no cgroup of the node: what it sends is
+# translated packet by packet.
+CLIENTS = ["pod", "bare", "node"]
+SERVICES = {"local": "b", "remote": "c"}
+KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+
+
+def client_of(cluster: Cluster, who: str) -> Place:
+    if who == "node":
+        return cluster.node("node-1")
+    pod = cluster.pod("traffic/a")
+    return cluster.bare(pod) if who == "bare" else pod
+
+
+def ask(near: socket.socket) -> bytes:
+    """A line to a pod's own server, and its answer: the pod's name."""
+    near.sendall(b"who are you?\n")
+    return near.recv(1000).split()[0]
+
+
+# ---- Connecting --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("who", CLIENTS)
+def test_a_connection_to_a_service_reaches_a_backend_and_shows_the_service(
+    traffic: Cluster, who: str, service: str, kind: str, family: int
+) -> None:
+    address = traffic.service_ip(f"traffic/{service}", family)
+    with client_of(traffic, who).socket(family_number(family), KINDS[kind]) as near:
+        near.connect((address, 80))
+        assert near.getpeername()[:2] == (address, 80)
+        assert ask(near) == SERVICES[service].encode()
+        assert near.getpeername()[:2] == (address, 80)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", CLIENTS)
+def test_an_ipv6_socket_reaches_an_ipv4_service_by_its_mapped_address(
+    traffic: Cluster, who: str, kind: str
+) -> None:
+    address = f"::ffff:{traffic.service_ip('traffic/remote', 4)}"
+    with client_of(traffic, who).socket(socket.AF_INET6, KINDS[kind]) as near:
+        near.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        near.connect((address, 80))
+        assert near.getpeername()[:2] == (address, 80)
+        assert ask(near) == b"c"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("mapped", [False, True], ids=["plain", "mapped"])
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("who", CLIENTS)
+def test_answers_to_an_unconnected_socket_come_from_the_service(
+    traffic: Cluster, who: str, family: int, mapped: bool, service: str
+) -> None:
+    if mapped and family == 6:
+        pytest.skip("only IPv4 addresses are mapped")
+    address = traffic.service_ip(f"traffic/{service}", family)
+    address = f"::ffff:{address}" if mapped else address
+    with client_of(traffic, who).socket(
+        family_number(6 if mapped else family), socket.SOCK_DGRAM
+    ) as near:
+        near.sendto(b"who?\n", (address, 80))
+        answer, sender = near.recvfrom(1000)
+        assert answer.split()[0] == SERVICES[service].encode()
+        assert sender[:2] == (address, 80)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", ["pod", "bare"])
+def test_a_pod_reaches_itself_through_its_service(
+    traffic: Cluster, who: str, kind: str, family: int
+) -> None:
+    address = traffic.service_ip("traffic/self", family)
+    with client_of(traffic, who).socket(family_number(family), KINDS[kind]) as near:
+        near.connect((address, 80))
+        assert ask(near) == b"a"
+        assert near.getpeername()[:2] == (address, 80)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", CLIENTS)
+def test_a_service_without_backends_refuses_at_once(
+    traffic: Cluster, who: str, kind: str, family: int
+) -> None:
+    address = traffic.service_ip("traffic/empty", family)
+    with client_of(traffic, who).socket(family_number(family), KINDS[kind]) as near:
+        with pytest.raises(ConnectionRefusedError):
+            near.connect((address, 80))
+            ask(near)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_datagram_to_a_service_without_backends_is_refused(traffic: Cluster, family: int) -> None:
+    address = traffic.service_ip("traffic/empty", family)
+    with udp(traffic.pod("traffic/a"), family) as near, pytest.raises(ConnectionRefusedError):
+        near.sendto(b"x", (address, 80))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", CLIENTS)
+def test_a_port_that_the_service_does_not_have_is_refused(
+    traffic: Cluster, who: str, kind: str, family: int
+) -> None:
+    address = traffic.service_ip("traffic/local", family)
+    with client_of(traffic, who).socket(family_number(family), KINDS[kind]) as near:
+        with pytest.raises(OSError) as caught:
+            near.connect((address, 81))
+            ask(near)
+    # A node's own process meets the node's route to services: nobody reads a reset there.
+    expected = errno.EHOSTUNREACH if who == "node" else errno.ECONNREFUSED
+    assert caught.value.errno == expected, caught.value
+    if who != "node":
+        causes = {f["cause"] for f in until(lambda: flows_to(traffic, address, 81), "a record")}
+        assert causes == {"unknown-service-port"}
+
+
+def flows_to(cluster: Cluster, address: str, port: int) -> list[dict[str, Any]]:
+    return [
+        flow
+        for flow in cluster.flows()
+        if flow["destination"]["ip"] == address and flow["destination"]["port"] == port
+    ]
+
+
+def test_the_flow_log_names_the_service_that_was_asked(traffic: Cluster) -> None:
+    for who in ("pod", "bare"):
+        with client_of(traffic, who).socket() as near:
+            near.connect((traffic.service_ip("traffic/remote"), 80))
+            port = near.getsockname()[1]
+            ask(near)
+        found = until(
+            lambda port=port: [f for f in traffic.flows() if f["source"]["port"] == port],
+            f"a record of port {port}",
+        )
+        named = [f["service"] for f in found if f["node"] == "node-1"]
+        assert named
+        assert all((s["namespace"], s["name"]) == ("traffic", "remote") for s in named)
+
+
+# ---- Backends that come and go -----------------------------------------------------------------
+
+
+def moving(backend: str) -> list[str]:
+    """Pods m1 and m2, of which one is the service's backend."""
+    documents = []
+    for name, node in (("m1", "node-1"), ("m2", "node-2")):
+        ports = [{"containerPort": 8080, "protocol": p} for p in ("TCP", "UDP")]
+        spec = {"nodeName": node, "containers": [{"name": "main", "ports": ports}]}
+        role = "serving" if name == backend else "idle"
+        documents.append(manifest("Pod", "traffic", name, spec, role=role))
+    spec = {
+        "selector": {"role": "serving"},
+        "ipFamilyPolicy": "PreferDualStack",
+        "ports": [
+            {"name": p.lower(), "port": 80, "protocol": p, "targetPort": 8080}
+            for p in ("TCP", "UDP")
+        ],
+    }
+    return [*documents, manifest("Service", "traffic", "moving", spec)]
+
+
+@pytest.fixture
+def moved(traffic: Cluster) -> Iterator[Cluster]:
+    traffic.save("moving.yaml", *moving("m1"))
+    until(lambda: backends(traffic) == ["m1"], "m1 serves")
+    yield traffic
+    traffic.save("moving.yaml")
+
+
+def backends(cluster: Cluster) -> list[str]:
+    return sorted(
+        {
+            endpoint["targetRef"]["name"]
+            for one in cluster.objects("endpoints")
+            if one["metadata"].get("labels", {}).get("kubernetes.io/service-name") == "moving"
+            for endpoint in one["endpoints"]
+            if endpoint.get("conditions", {}).get("ready", True)
+        }
+    )
+
+
+@pytest.mark.parametrize("end", ["relabelled", "deleted"])
+def test_udp_clients_follow_when_their_backend_goes(moved: Cluster, end: str) -> None:
+    """Connected and unconnected ones, at the socket and per packet, of both families."""
+    clients = []
+    for family in (4, 6):
+        address = moved.service_ip("traffic/moving", family), 80
+        for who in CLIENTS:
+            # No hook sees what a connected socket of the node itself sends.
+            for is_connected in (True, False) if who != "node" else (False,):
+                near = client_of(moved, who).socket(family_number(family), socket.SOCK_DGRAM)
+                if is_connected:
+                    near.connect(address)
+                clients.append((near, address, f"{who} IPv{family} connected={is_connected}"))
+
+    def asked(near: socket.socket, address: tuple[str, int]) -> tuple[bytes, tuple[str, int]]:
+        near.sendto(b"who?\n", address) if not has_peer(near) else near.send(b"who?\n")
+        answer, sender = near.recvfrom(1000)
+        return answer.split()[0], sender[:2]
+
+    assert [asked(near, address) for near, address, _ in clients] == [
+        (b"m1", address) for _, address, _ in clients
+    ]
+    documents = moving("m2")
+    moved.save("moving.yaml", *(documents if end == "relabelled" else documents[1:]))
+    until(lambda: backends(moved) == ["m2"], "m2 serves")
+    moved.wait()
+    wrong = []
+    for near, address, what in clients:
+        near.settimeout(1)
+        try:
+            if (got := asked(near, address)) != (b"m2", address):
+                wrong.append((what, got))
+        except OSError as error:
+            wrong.append((what, error))
+        near.close()
+    assert not wrong
+
+
+def has_peer(near: socket.socket) -> bool:
+    try:
+        near.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_tcp_connection_to_a_backend_that_left_the_service_goes_on(moved: Cluster) -> None:
+    """As with kube-proxy: a backend that is no longer ready keeps what it has."""
+    for who in ("pod", "bare"):
+        moved.save("moving.yaml", *moving("m1"))
+        until(lambda: backends(moved) == ["m1"], "m1 serves")
+        with client_of(moved, who).socket() as near:
+            near.connect((moved.service_ip("traffic/moving"), 80))
+            assert ask(near) == b"m1"
+            moved.save("moving.yaml", *moving("m2"))
+            until(lambda: backends(moved) == ["m2"], "m2 serves")
+            assert near.getpeername()[0] == moved.service_ip("traffic/moving")
+
+
+def test_a_ping_to_a_service_goes_nowhere_and_its_record_says_so(traffic: Cluster) -> None:
+    address = traffic.service_ip("traffic/local")
+    with echo_socket(traffic.pod("traffic/a"), 4) as near:
+        near.sendto(echo(4, 99, b"x"), (address, 0))
+        found = until(
+            lambda: [
+                flow
+                for flow in traffic.flows("node-1", cause="unknown-service-port")
+                if flow["destination"]["ip"] == address and flow["protocol"] == "ICMP"
+            ],
+            "a record of the echo request",
+        )
+        assert {flow["verdict"] for flow in found} == {"deny"}
+        near.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            echo_reply(near, 4, 99)

@@ -2,7 +2,7 @@
 
     python -m bench.run [NAME…] [--json] [--quick]
 
-Names: packet verdict events publish net; none means all. Each runs in a process of its
+Names: packet verdict events sweep publish net; none means all. Each runs in a process of its
 own, with a network namespace of its own, and removes what it made. Exit code 1 if one failed.
 """
 
@@ -20,6 +20,7 @@ NAMES = {
     "packet": "ns per packet of the program at the pod, over an empty program",
     "verdict": "ns per verdict at 10, 1,000 and 10,000 rules; share of a first packet",
     "events": "events a second, written on one core, decoded on the other",
+    "sweep": "one sweep over 500,000 connections, and what a packet notices of it",
     "publish": "saved policy file to enforced, 1,000 pods known",
     "net": "pod to pod: throughput, latency, connections; bare veth, bridge and Lockgate",
 }

@@ -26,7 +26,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     bpffs: str = "/sys/fs/bpf"
     object: str = ""  # "" = the one that was built or installed
     mtu: int = 0  # of pods; 0 = the underlay's
-    sweep_seconds: float = 10.0
+    sweep_seconds: float = 30
 
     @property
     def object_path(self) -> Path:

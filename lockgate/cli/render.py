@@ -120,19 +120,26 @@ def flow_line(record: Mapping[str, Any]) -> str:
     direction = record["direction"] or "-"
     flags = record.get("tcpFlags")
     protocol = record["protocol"] + (f" {','.join(flags)}" if flags and flags != ["SYN"] else "")
-    why = ""
+    notes = []
     if record["policies"]:
         by = "by" if allowed else "isolated by"
-        why = f"  {by} {policies_text(record['policies'])}"
+        notes.append(f"{by} {policies_text(record['policies'])}")
     elif record.get("cause") and record["cause"] != "policy":
-        why = f"  {record['cause']}"
-    service = record.get("service")
-    via = f" (service {service['namespace']}/{service['name']})" if service else ""
+        notes.append(record["cause"])
+    if service := record.get("service"):
+        notes.append(f"(service {service['namespace']}/{service['name']})")
+    time = record["time"][11:23]
     what = (
-        f"  {direction:<7}  {end_name(record['source'])} → {end_name(record['destination'])}{via}"
+        f"{direction:<7}  {end_name(record['source'])} → {end_name(record['destination'])}"
         f"  {protocol}"
     )
-    time = record["time"][11:23]
-    if why and len(time) + len("  allow") + len(what) + len(why) > _width():
-        why = "\n" + " " * len(time) + "  " + why.replace(" ", " " * 5, 1)
-    return f"{time}  {verdict}{what}{why}"
+    beside = "  ".join(["", *notes])
+    if len(f"{time}  allow  {what}{beside}") > _width():
+        room = _width() - len(time) - 9
+        beside = "".join(f"\n{' ' * (len(time) + 9)}{x}" for x in _lines(notes, room))
+    return f"{time}  {verdict}  {what}{beside}"
+
+
+def _lines(notes: list[str], room: int) -> list[str]:
+    together = "  ".join(notes)
+    return [together] if len(together) <= room else notes

@@ -24,6 +24,7 @@ Mask = npt.NDArray[np.bool_]
 IFINDEX_BASE = 65536
 _PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132, "ICMP": 1, "ICMPV6": 58}
 _PROTOCOL_NAMES = {6: "TCP", 17: "UDP", 132: "SCTP", 1: "ICMP", 58: "ICMPv6"}
+_CLOCK_SET = 10_000_000  # ns: a clock that moved so far was set; less is jitter of reading it
 _FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
 _VERDICTS = {"deny": 0, "allow": 1}
 _DIRECTIONS = {"ingress": 1, "egress": 2}
@@ -130,6 +131,7 @@ class FlowLog:
         self._heads: Records | None = None
         self._head_size = head_size
         self._interfaces: dict[int, str] = {}
+        self._clock = 0
 
     @property
     def first(self) -> int:
@@ -162,7 +164,7 @@ class FlowLog:
         chosen = np.flatnonzero(self._passes(events, wanted))
         if wanted.limit is not None:
             chosen = chosen[max(0, len(chosen) - wanted.limit) :]
-        offset = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        offset = self._offset()
         return [self._record(events[i], int(positions[i]), offset) for i in chosen]
 
     # ---- Inside -------------------------------------------------------------------
@@ -182,7 +184,7 @@ class FlowLog:
             ported = (events["proto"] != 1) & (events["proto"] != 58)
             mask &= ported & (events["dport"] == wanted.port)
         if wanted.since is not None:
-            offset = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            offset = self._offset()
             mask &= events["time"] >= np.uint64(min(max(0, wanted.since - offset), 2**63 - 1))
         either: tuple[tuple[str | None, Callable[[Records, str], Mask]], ...] = (
             (wanted.namespace, self.journal.in_namespace),
@@ -194,6 +196,14 @@ class FlowLog:
         if wanted.policy is not None:
             mask &= np.isin(events["reason"], self.journal.reasons_of(wanted.policy))
         return mask
+
+    def _offset(self) -> int:
+        """From the kernel's clock to the time of day. Kept while the clock is not set, so that a
+        record has the same time whenever it is asked for."""
+        offset = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        if abs(offset - self._clock) > _CLOCK_SET:
+            self._clock = offset
+        return self._clock
 
     def _record(self, event: Any, position: int, offset: int) -> dict[str, Any]:
         proto = int(event["proto"])

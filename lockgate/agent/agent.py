@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,7 +22,7 @@ from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.endpoints import Endpoints, namespace_exists
 from lockgate.agent.hops import Hops, internal_ips, pod_cidrs
-from lockgate.agent.ipam import Ipam
+from lockgate.agent.ipam import Ipam, Lease, PoolExhausted
 from lockgate.agent.journal import Journal
 from lockgate.agent.publish import Publisher
 from lockgate.agent.sweep import sweep
@@ -47,6 +48,15 @@ class EndpointError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+@dataclass(slots=True)
+class _Add:
+    """A CNI ADD that waits for its turn."""
+
+    uid: str
+    netns: str
+    answer: asyncio.Future[dict[str, Any]]
 
 
 class _Ids:
@@ -88,6 +98,8 @@ class Agent:
         self._uids: set[str] = set()
         self._waiting: set[str] = set()
         self._gone: set[str] = set()
+        self._adds: list[_Add] = []
+        self._adder: asyncio.Task[None] | None = None
         self._cards: dict[str, int] = {}
         self._hop_nodes: dict[str, Node] | None = None
         self._tables: Tables | None = None
@@ -173,8 +185,9 @@ class Agent:
             self._reported = -1
         self._stream_errors = transaction.errors
         async with self._seen:
+            if self._cluster is None or cluster.pods is not self._cluster.pods:
+                self._uids = {pod.metadata.uid for pod in cluster.pods.values()}
             self._cluster, self._revision = cluster, transaction.revision
-            self._uids = {pod.metadata.uid for pod in cluster.pods.values()}
             self._seen.notify_all()
         self._changed.set()
 
@@ -295,41 +308,97 @@ class Agent:
             self._gone.discard(uid)
         if gone:
             raise EndpointError(409, f"pod {uid} was deleted meanwhile")
-        async with self._turn:
-            return await self._work(self._add, uid, netns)
+        one = _Add(uid, netns, asyncio.get_running_loop().create_future())
+        self._adds.append(one)
+        if self._adder is None:
+            self._adder = asyncio.create_task(self._add_waiting())
+        return await one.answer
 
-    def _add(self, uid: str, netns: str) -> dict[str, Any]:
+    async def _add_waiting(self) -> None:
+        """All that wait when their turn comes, with one change of the tables."""
+        try:
+            while self._adds:
+                async with self._turn:
+                    batch, self._adds = self._adds, []
+                    try:
+                        answers = await self._work(
+                            self._add, [(one.uid, one.netns) for one in batch]
+                        )
+                    except Exception as error:
+                        answers = [error for _ in batch]
+                for one, answer in zip(batch, answers, strict=True):
+                    if one.answer.done():
+                        continue  # who asked has gone
+                    if isinstance(answer, Exception):
+                        one.answer.set_exception(answer)
+                    else:
+                        one.answer.set_result(answer)
+        finally:
+            self._adder = None
+
+    def _add(self, batch: list[tuple[str, str]]) -> list[dict[str, Any] | Exception]:
+        """The answer, or what kept it from being made, for each of `batch` (uid, namespace)."""
         assert self._cluster is not None
-        pod = next((p for p in self._cluster.pods.values() if p.metadata.uid == uid), None)
+        pods = {pod.metadata.uid: pod for pod in self._cluster.pods.values()}
+        before = dict(self.ipam.leases)
+        answers: list[dict[str, Any] | Exception] = []
+        try:
+            with self.ipam.together():
+                leases = [self._lease(uid, netns, pods.get(uid)) for uid, netns in batch]
+            if any(isinstance(lease, Lease) for lease in leases):
+                self._publish()
+        except Exception as error:
+            self._give_back(set(self.ipam.leases) - set(before))
+            return [error for _ in batch]
+        with Net() as net:
+            for (uid, _), lease in zip(batch, leases, strict=True):
+                if isinstance(lease, Lease):
+                    try:
+                        answers.append(self._wire(lease, before.get(uid) != lease, net))
+                        before[uid] = lease
+                    except Exception as error:
+                        if uid not in before:
+                            self._give_back({uid})
+                        answers.append(error)
+                else:
+                    answers.append(lease)
+        return answers
+
+    def _lease(self, uid: str, netns: str, pod: Pod | None) -> Lease | Exception:
+        assert self._cluster is not None
         me = self._cluster.nodes.get(self.config.node)
         if pod is None:
-            raise EndpointError(409, f"pod {uid} was deleted meanwhile")
+            return EndpointError(409, f"pod {uid} was deleted meanwhile")
         title = f"Pod {'/'.join(pod.key)}"
         if pod.spec.node_name != self.config.node:
-            raise EndpointError(
+            return EndpointError(
                 409, f"{title}: spec.nodeName is {pod.spec.node_name!r}, not {self.config.node}"
             )
         if me is None:
-            raise EndpointError(503, f"{title}: there is no Node {self.config.node} yet")
+            return EndpointError(503, f"{title}: there is no Node {self.config.node} yet")
         self.ipam.set_pools(pod_cidrs(me))
-        before = self.ipam.leases.get(uid)
-        lease = self.ipam.acquire(uid, netns)
-        with Net() as net:
-            try:
-                self._publish()
-                if before != lease or not self.endpoints.wired(lease, net):
-                    self.endpoints.wire(lease, net, tuple(internal_ips(me)))
-            except BaseException:
-                if before is None:
-                    self.endpoints.unwire(lease.slot, net)
-                    self.ipam.release(uid)
-                    self._changed_soon()
-                raise
+        try:
+            return self.ipam.acquire(uid, netns)
+        except PoolExhausted as error:
+            return error
+
+    def _wire(self, lease: Lease, new: bool, net: Net) -> dict[str, Any]:
+        assert self._cluster is not None
+        if new or not self.endpoints.wired(lease, net):
+            me = self._cluster.nodes[self.config.node]
+            self.endpoints.wire(lease, net, tuple(internal_ips(me)))
+        pod = self.endpoints.pod(lease.uid)
         return {
             "ips": list(lease.ips),
             "slot": lease.slot,
-            "endpoint": self.journal.endpoint(self.endpoints.overlay(self._cluster).pods[pod.key]),
+            "endpoint": self.journal.endpoint(pod),
         }
+
+    def _give_back(self, uids: set[str]) -> None:
+        """Leases of pods that could not be wired."""
+        for uid in uids:
+            self.ipam.release(uid)
+        self._changed_soon()
 
     async def delete(self, uid: str) -> bool:
         """CNI DEL; False if there was nothing to be done."""
@@ -337,6 +406,10 @@ class Agent:
             if uid in self._waiting:
                 self._gone.add(uid)
                 self._seen.notify_all()
+        for one in [one for one in self._adds if one.uid == uid]:
+            self._adds.remove(one)
+            if not one.answer.done():
+                one.answer.set_exception(EndpointError(409, f"pod {uid} was deleted meanwhile"))
         async with self._turn:
             return await self._work(self._delete, uid)
 

@@ -41,6 +41,10 @@ class Endpoints:
         lease = self._ipam.leases.get(uid)
         return None if lease is None else lease.slot
 
+    def pod(self, uid: str) -> Pod:
+        """A pod with a lease, as the overlay has it."""
+        return self._pods[uid][1]
+
     def overlay(self, cluster: Cluster) -> Cluster:
         """The cluster as this node has to judge it: local pods bear the addresses of their
         leases at once, and stay until DEL. The same pods and leases give the same dict."""

@@ -6,9 +6,12 @@ is replaced whole (written beside, synced, renamed): it is always one state or t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ class Ipam:
     pools: list[str] = field(default_factory=list)
     leases: dict[str, Lease] = field(default_factory=dict)
     _next: dict[str, int] = field(default_factory=dict)
+    _waits: bool = False
 
     def __post_init__(self) -> None:
         """Reads the file. ValueError if it is not one of ours: it is never overwritten then."""
@@ -71,7 +75,7 @@ class Ipam:
         if not self.pools:
             raise PoolExhausted("the Node object has no spec.podCIDRs to take addresses from")
         following = dict(self._next)
-        taken = {ip_address(ip) for lease in self.leases.values() for ip in lease.ips}
+        taken = {_address(ip) for lease in self.leases.values() for ip in lease.ips}
         ips = []
         for pool in self.pools:
             network = ip_network(pool)
@@ -98,11 +102,32 @@ class Ipam:
             self._save(uid, None, dict(self._next))
         return lease
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Changes inside are on disk when the block ends, all at once; on OSError none was made."""
+        before = self.leases, self._next
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+        try:
+            if self.leases is not before[0]:
+                self._write(self.leases, self._next)
+        except OSError:
+            self.leases, self._next = before
+            raise
+
     def _save(self, uid: str, lease: Lease | None, following: dict[str, int]) -> None:
         leases = dict(self.leases)
         leases.pop(uid, None)
         if lease is not None:
             leases[uid] = lease
+        if not self._waits:
+            self._write(leases, following)
+        self.leases, self._next = leases, following
+
+    def _write(self, leases: dict[str, Lease], following: dict[str, int]) -> None:
         state = {
             "next": following,
             "endpoints": {
@@ -116,7 +141,9 @@ class Ipam:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)
-        self.leases, self._next = leases, following
+
+
+_address = lru_cache(maxsize=65536)(ip_address)
 
 
 def _usable(network: IPv4Network | IPv6Network) -> tuple[int, int]:

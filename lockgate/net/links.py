@@ -10,9 +10,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_interface
+from ipaddress import ip_interface
 from pathlib import Path
 from socket import AF_INET, AF_INET6
 from types import TracebackType
@@ -20,6 +21,7 @@ from typing import Any, Self
 
 from pyroute2 import IPRoute, NetlinkError
 
+from lockgate.net import dumps
 from lockgate.net.namespaces import inside
 
 __all__ = ["GATEWAY4", "GATEWAY6", "IFINDEX_BASE", "Net", "PodLink", "sysctl"]
@@ -99,29 +101,28 @@ class Net:
 
     def links(self) -> dict[str, int]:
         """Names → interface indices of this namespace."""
-        return {link.get_attr("IFLA_IFNAME"): link["index"] for link in self._ip.get_links()}
+        return {name: index for index, name in socket.if_nameindex()}
 
     def link(self, name: str) -> dict[str, Any] | None:
         """{"index", "mac" (bytes), "mtu", "up"} of a link, or None."""
-        for link in self._ip.get_links():
-            if link.get_attr("IFLA_IFNAME") == name:
-                mac = link.get_attr("IFLA_ADDRESS") or ""
-                return {
-                    "index": link["index"],
-                    "mac": bytes.fromhex(mac.replace(":", "")),
-                    "mtu": link.get_attr("IFLA_MTU"),
-                    "up": bool(link["flags"] & 1),
-                }
-        return None
+        index = _index(name)
+        if index is None:
+            return None
+        try:
+            (link,) = self._ip.get_links(index)
+        except NetlinkError:
+            return None  # it went just now
+        mac = link.get_attr("IFLA_ADDRESS") or ""
+        return {
+            "index": link["index"],
+            "mac": bytes.fromhex(mac.replace(":", "")),
+            "mtu": link.get_attr("IFLA_MTU"),
+            "up": bool(link["flags"] & 1),
+        }
 
     def addresses(self, ifindex: int) -> list[str]:
         """Addresses with prefix length of a link, link-local ones left out."""
-        found = []
-        for item in self._ip.get_addr(index=ifindex):
-            text = f"{item.get_attr('IFA_LOCAL') or item.get_attr('IFA_ADDRESS')}"
-            if not ip_address(text).is_link_local:
-                found.append(f"{text}/{item['prefixlen']}")
-        return found
+        return dumps.addresses(ifindex)
 
     def remove_link(self, ifindex: int) -> bool:
         """False if there was none."""
@@ -138,12 +139,13 @@ class Net:
         """Make the pair, wire both ends and bring them up. `sources` are the node's addresses,
         which its own packets to the pod bear; `attach` is called while both ends are still down,
         so that programs see the first packet. A link that has the name already is replaced."""
-        if link.name in self.links():
+        if _index(link.name) is not None:
             self.remove_link(link.ifindex)
-        with inside(netns), Net() as pod:
-            stale = pod.links().get("eth0")
+        with inside(netns):
+            stale = _index("eth0")
             if stale is not None:
-                pod.remove_link(stale)
+                with Net() as pod:
+                    pod.remove_link(stale)
         target = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with _named(f"make interface {link.name}"):
@@ -186,7 +188,7 @@ class Net:
 
     def _wire_pod(self, link: PodLink) -> None:
         _quiet("eth0")
-        index = self.links()["eth0"]
+        index = socket.if_nametoindex("eth0")
         with _named(f"wire eth0 of {link.name}"):
             self._ip.link("set", index=1, state="up")
             self._ip.link("set", index=index, state="up")
@@ -242,7 +244,7 @@ class Net:
         source: str | None = None,
         kind: str = "unicast",
     ) -> None:
-        """Set the route to a block; `kind` may be "unreachable" (senders are told: EHOSTUNREACH)."""
+        """Set the route to a block; `kind` may be "unreachable" (senders get EHOSTUNREACH)."""
         request: dict[str, Any] = {"dst": destination, "family": _family(destination)}
         if kind != "unicast":
             request["type"] = kind
@@ -266,30 +268,13 @@ class Net:
 
     def default_gateways(self, ifindex: int) -> list[str]:
         """Gateways of default routes over a link."""
-        found = []
-        for family in (AF_INET, AF_INET6):
-            for route in self._ip.get_routes(family=family):
-                if (
-                    route["dst_len"] == 0
-                    and route.get_attr("RTA_OIF") == ifindex
-                    and route.get_attr("RTA_GATEWAY")
-                    and route["type"] == 1
-                ):
-                    found.append(str(route.get_attr("RTA_GATEWAY")))
-        return found
+        return dumps.default_gateways(ifindex)
 
     # ---- Neighbours ------------------------------------------------------------------
 
     def macs(self, ifindex: int) -> dict[str, bytes]:
         """Addresses → MACs that the kernel knows on a link and does not hold to be dead."""
-        usable = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | _PERMANENT
-        found: dict[str, bytes] = {}
-        for family in (AF_INET, AF_INET6):
-            for item in self._ip.get_neighbours(family=family, ifindex=ifindex):
-                mac = item.get_attr("NDA_LLADDR")
-                if mac and item["state"] & usable:
-                    found[str(item.get_attr("NDA_DST"))] = bytes.fromhex(mac.replace(":", ""))
-        return found
+        return dumps.macs(ifindex)
 
     def ask(self, ifindex: int, address: str) -> None:
         """Have the kernel resolve a neighbour, as if a packet were to be sent (NTF_USE)."""
@@ -314,6 +299,14 @@ def _quiet(name: str) -> None:
     sysctl(f"ipv6/conf/{name}/accept_ra", 0)
     sysctl(f"ipv6/conf/{name}/router_solicitations", 0)
     sysctl(f"ipv6/conf/{name}/addr_gen_mode", 1)
+
+
+def _index(name: str) -> int | None:
+    """Index of an interface in the calling thread's namespace."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
 
 
 def _family(text: str) -> int:

@@ -1,0 +1,112 @@
+"""Reading lists of the kernel over netlink, only the part that concerns one interface.
+
+With hundreds of pods a node has thousands of addresses, routes and neighbours; the kernel
+leaves out (NETLINK_GET_STRICT_CHK, Linux 4.20) what is of other interfaces, and what it sends
+is read here without making objects of all of it. For the namespace of the calling thread.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+__all__ = ["addresses", "default_gateways", "macs"]
+
+_SOL_NETLINK, _STRICT = 270, 12
+_HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH")
+_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_ERROR, _DONE = 2, 3
+_GETADDR, _GETROUTE, _GETNEIGH = 22, 26, 30
+
+_IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
+_RTA_OIF, _RTA_GATEWAY = 4, 5
+_UNICAST = 1
+_NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
+_NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
+# REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT
+_USABLE = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
+
+
+def addresses(ifindex: int) -> list[str]:
+    """Addresses with prefix length of an interface, link-local ones left out."""
+    found = []
+    for body in _dump(_GETADDR, _IFADDR.pack(0, 0, 0, 0, ifindex)):
+        _, length, _, _, index = _IFADDR.unpack_from(body)
+        own = _attributes(body, _IFADDR.size)
+        raw = own.get(_IFA_LOCAL) or own.get(_IFA_ADDRESS)
+        if index == ifindex and raw is not None and not ip_address(raw).is_link_local:
+            found.append(f"{ip_address(raw)}/{length}")
+    return found
+
+
+def default_gateways(ifindex: int) -> list[str]:
+    """Gateways of the default routes over an interface."""
+    found = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
+        for body in _dump(_GETROUTE, request + _number(_RTA_OIF, ifindex)):
+            length, kind = body[1], body[7]
+            own = _attributes(body, _ROUTE.size)
+            gateway, card = own.get(_RTA_GATEWAY), own.get(_RTA_OIF, b"")
+            of_card = int.from_bytes(card, "little") == ifindex
+            if length == 0 and kind == _UNICAST and gateway and of_card:
+                found.append(str(ip_address(gateway)))
+    return found
+
+
+def macs(ifindex: int) -> dict[str, bytes]:
+    """Addresses → MACs that the kernel knows on an interface and does not hold to be dead."""
+    found: dict[str, bytes] = {}
+    request = _NEIGH.pack(0, 0, 0, 0, 0) + _number(_NDA_IFINDEX, ifindex)
+    for body in _dump(_GETNEIGH, request):
+        family, index, state, _, _ = _NEIGH.unpack_from(body)
+        own = _attributes(body, _NEIGH.size)
+        address, mac = own.get(_NDA_DST), own.get(_NDA_LLADDR)
+        if family not in (socket.AF_INET, socket.AF_INET6) or index != ifindex:
+            continue
+        if address and mac and state & _USABLE:
+            found[str(ip_address(address))] = mac
+    return found
+
+
+def _number(attribute: int, value: int) -> bytes:
+    return _ATTRIBUTE.pack(8, attribute) + value.to_bytes(4, "little")
+
+
+def _dump(request: int, payload: bytes) -> Iterator[bytes]:
+    """The bodies of the kernel's messages."""
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+    with socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE) as sock:
+        sock.setsockopt(_SOL_NETLINK, _STRICT, 1)
+        sock.bind((0, 0))
+        sock.send(_HEADER.pack(_HEADER.size + len(payload), request, _DUMP, 1, 0) + payload)
+        while True:
+            data = sock.recv(1 << 18)
+            at = 0
+            while at + _HEADER.size <= len(data):
+                length, type_, _, _, _ = _HEADER.unpack_from(data, at)
+                body = data[at + _HEADER.size : at + length]
+                if type_ in (_ERROR, _DONE):
+                    code = -int.from_bytes(body[:4], "little", signed=True)
+                    if code > 0:
+                        raise OSError(code, f"netlink request {request}: {os.strerror(code)}")
+                    return
+                yield body
+                at += length + 3 & ~3
+
+
+def _attributes(body: bytes, at: int) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    while at + _ATTRIBUTE.size <= len(body):
+        length, type_ = _ATTRIBUTE.unpack_from(body, at)
+        if length < _ATTRIBUTE.size:
+            break
+        found[type_ & 0x3FFF] = body[at + _ATTRIBUTE.size : at + length]
+        at += length + 3 & ~3
+    return found

@@ -141,8 +141,13 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 		return STANDS;
 	}
 	if (!allowed) {
+		/* Kept, of an older epoch: were it forgotten, what the other end
+		 * sends next would begin a connection in its own name. Only a new
+		 * SYN of that end does. */
+		if (!reply || (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+			return ENDS;
 		ct_forget(p);
-		return ENDS;
+		return AFRESH;
 	}
 	if (target_kind(ct->target[1]) != TO_HOST) {
 		ct->target[0] = way_to(p->dst_target, &p->tuple.daddr);

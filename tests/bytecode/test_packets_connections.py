@@ -276,9 +276,26 @@ def test_a_live_connection_is_denied_when_its_policy_goes(world, family, by):
     last = outcome.events[-1]
     assert (last["cause"], last["direction"]) == ("policy", INGRESS)
     assert (last["saddr"], last["dport"]) == (ADDRESSES[family]["a"], 80)
-    assert world.tracked() == []
-    if by == "responder":  # and nothing reopens it but a packet that is allowed by itself
-        outcome = pass_(world, a_to_b(family, tcp(40000, 80, "A")), A, verdict=DROP)
+    # Nothing reopens it: what the other end says next is no connection of its own ...
+    pass_(world, b_to_a(family, tcp(80, 40000, "A")), B, verdict=DROP)
+    pass_(world, a_to_b(family, tcp(40000, 80, "A")), A, verdict=DROP)
+    pass_(world, b_to_a(family, tcp(80, 40000, "SA")), B, verdict=DROP)
+    # ... unless it opens one.
+    pass_(world, b_to_a(family, tcp(80, 40000, "S")), B)
+    pass_(world, a_to_b(family, tcp(40000, 80, "SA")), A)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_live_connection_goes_on_when_its_policy_comes_back(world, family):
+    allow = {(CLASS["a"], WEB): 6}
+    world.publish(base().isolate(B, INGRESS, allow))
+    pass_(world, a_to_b(family, syn()), A)
+    pass_(world, b_to_a(family, tcp(80, 40000, "SA")), B)
+    world.publish(base().isolate(B, INGRESS))
+    pass_(world, a_to_b(family, tcp(40000, 80, "A")), A, verdict=DROP)
+    world.publish(base().isolate(B, INGRESS, allow))
+    assert pass_(world, b_to_a(family, tcp(80, 40000, "A")), B).events == []
+    assert state(world) == ("connections", ESTABLISHED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

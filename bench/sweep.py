@@ -73,10 +73,10 @@ def main() -> None:
         quiet += [run(*established)[1] for _ in range(3000)]
         done = threading.Event()
 
-        def probe(done: threading.Event = done) -> None:
+        def probe(done: threading.Event = done, frame: tuple[int, bytes] = established) -> None:
             os.sched_setaffinity(threading.get_native_id(), {0})
             while not done.is_set():
-                beside.append(run(*established)[1])
+                beside.append(run(*frame)[1])
 
         prober = threading.Thread(target=probe)
         os.sched_setaffinity(threading.get_native_id(), {1})

@@ -79,7 +79,10 @@ static __always_inline __u32 way_to(__u32 target, const struct addr *addr)
 	if (target != TO_NOWHERE)
 		return target;
 	hop = bpf_map_lookup_elem(&routes, &key);
-	return hop ? target_of(TO_HOP, *hop) : TO_NOWHERE;
+	if (!hop)
+		return TO_NOWHERE;
+	/* No hop has number 0: it stands for this node's own addresses. */
+	return *hop ? target_of(TO_HOP, *hop) : target_of(TO_HOST, 0);
 }
 
 /* Equivalence class of the destination port; 0 for a protocol without ports. */

@@ -24,7 +24,7 @@ __all__ = ["Hop", "Hops"]
 
 log = logging.getLogger(__name__)
 
-WORLD, NOWHERE, NEAR_UNDERLAY, NEAR_OUTSIDE = 1, 2, 3, 4
+HERE, WORLD, NOWHERE, NEAR_UNDERLAY, NEAR_OUTSIDE = 0, 1, 2, 3, 4
 FIRST_NODE = 8
 _MAC, _MASQ, _DROP = 1, 2, 4
 _UNDERLAY, _OUTSIDE = 1, 2
@@ -175,7 +175,11 @@ class Hops:
                 Hop(link["index"], _MASQ, smac=link["mac"], mtu=link["mtu"]), addresses
             )
             for address in addresses:
-                routes[parse_cidr(str(ip_interface(address).network))] = number
+                interface = ip_interface(address)
+                routes[parse_cidr(str(interface.network))] = number
+                # What the node listens on besides its InternalIPs, which are peers.
+                own = parse_cidr(f"{interface.ip}/{interface.max_prefixlen}")
+                routes[own] = HERE
 
     def _world(
         self,

@@ -40,7 +40,8 @@ FOREIGN_FIREWALL = (
 def traffic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes that forward nothing themselves. Namespace `traffic` has no policies: pods
     `a` and `b` on node-1 and `c` on node-2, which answer on 8080 by their name; services
-    `local` (a backend on node-1: b), `remote` (c), `self` (a) and `empty`."""
+    `local` (a backend on node-1: b), `remote` (c), `self` (a), `empty`, and `closed` (port 9 of c,
+    where nobody listens)."""
     if need_root():
         pytest.skip("needs root")
     folder = tmp_path_factory.mktemp("traffic")
@@ -53,6 +54,7 @@ def traffic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         _service("remote", "c"),
         _service("self", "a"),
         _service("empty", "nobody"),
+        _service("closed", "c", target=9),
     ]
     (folder / "traffic.yaml").write_text("\n---\n".join(documents))
     with Cluster(folder, unique_name("tt")) as cluster:

@@ -129,6 +129,27 @@ def test_pings_of_two_pods_with_one_identifier_do_not_mix(traffic: Cluster, fami
         assert echo_reply(second, family, 77) == b"second"
 
 
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("number", [11, 12], ids=["its own", "another"])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+def test_a_pod_reaches_a_node_at_its_outside_address(
+    traffic: Cluster, kind: int, number: int, family: int
+) -> None:
+    address = f"172.31.0.{number}" if family == 4 else f"fd00:172:31::{number}"
+    pod, node = traffic.pod("traffic/a"), traffic.node(f"node-{number - 10}")
+    if kind == socket.SOCK_STREAM:
+        with connected(pod, node, address, 0) as (near, far):
+            exchange(near, far, 10_000)
+            exchange(far, near, 10_000)
+        return
+    with node.socket(family_number(family), kind) as far, udp(pod, family) as near:
+        far.bind((address, 0))
+        near.sendto(b"x" * 4000, (address, far.getsockname()[1]))
+        got, sender = far.recvfrom(65536)
+        far.sendto(got, sender)
+        assert near.recvfrom(65536)[1][0] == address
+
+
 def test_nothing_of_ours_is_in_the_nodes_firewall(traffic: Cluster) -> None:
     for node in traffic.node_names:
         place = traffic.node(node)

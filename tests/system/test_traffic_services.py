@@ -110,6 +110,34 @@ def test_a_service_without_backends_refuses_at_once(
 
 
 @pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", CLIENTS)
+def test_a_backend_that_does_not_listen_refuses(
+    traffic: Cluster, who: str, kind: str, family: int
+) -> None:
+    """The error that the backend sends finds its way back to the service's client."""
+    address = traffic.service_ip("traffic/closed", family)
+    with client_of(traffic, who).socket(family_number(family), KINDS[kind]) as near:
+        with pytest.raises(ConnectionRefusedError):
+            near.connect((address, 80))
+            ask(near)
+
+
+@pytest.mark.parametrize("service", [*SERVICES, "self"])
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("who", CLIENTS)
+def test_fragments_reach_a_service(traffic: Cluster, who: str, family: int, service: str) -> None:
+    if who == "node" and service == "self":
+        pytest.skip("only a pod can be its own backend")
+    address = traffic.service_ip(f"traffic/{service}", family)
+    with client_of(traffic, who).socket(family_number(family), socket.SOCK_DGRAM) as near:
+        near.sendto(b"who?" * 1000, (address, 80))
+        answer, sender = near.recvfrom(65536)
+        assert answer.split()[0] == {**SERVICES, "self": "a"}[service].encode()
+        assert sender[:2] == (address, 80)
+
+
+@pytest.mark.parametrize("family", [4, 6])
 def test_a_datagram_to_a_service_without_backends_is_refused(traffic: Cluster, family: int) -> None:
     address = traffic.service_ip("traffic/empty", family)
     with udp(traffic.pod("traffic/a"), family) as near, pytest.raises(ConnectionRefusedError):

@@ -65,6 +65,7 @@ while (line := wire.recv(64)):
         continue
     socket.send_fds(wire, [b"0"], [made.fileno()])
     made.close()
+    wire.send(b"closed")
 """
 
 
@@ -117,6 +118,7 @@ class Place:
         if not fds:
             number = int(answer or b"32")
             raise OSError(number, os.strerror(number))
+        self._wire.recv(16)  # the helper's copy is closed: what we close is closed
         made = socket.socket(family, kind, protocol, fileno=fds[0])
         made.settimeout(DEADLINE)
         return made

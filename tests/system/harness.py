@@ -136,10 +136,11 @@ class Place:
             timeout=60,
         )
 
-    def sysctl(self, **values: int | str) -> None:
-        """`net_ipv4_ip_forward=0` and the like: `__` stands for a dot's slash, `_` stays."""
+    def sysctl(self, **values: int) -> None:
+        """`net__ipv4__ip_forward=0` and the like: `__` stands for a slash."""
         for key, value in values.items():
-            self.run("sysctl", "-qw", f"{key.replace('__', '.')}={value}")
+            path = f"/proc/sys/{key.replace('__', '/')}"
+            self.run("sh", "-c", f"echo {value} > {path}")
 
     def close(self) -> None:
         if self._wire:

@@ -100,10 +100,7 @@ class _Api:
 
     async def applied(self, request: web.Request) -> web.Response:
         body = await request.json()
-        await self._supervisor.store.take_applied(
-            str(body["node"]), int(body["revision"]), body.get("error")
-        )
-        self._supervisor.tell()
+        await self._supervisor.applied(str(body["node"]), int(body["revision"]), body.get("error"))
         return _json({})
 
     async def wait(self, request: web.Request) -> web.Response:

@@ -83,6 +83,15 @@ class Child:
             error="" if up else self._error,
         )
 
+    @property
+    def last_error(self) -> str:
+        """Why it ended, until it `answered` again."""
+        return self._error
+
+    def answered(self) -> None:
+        """It does its work."""
+        self._error = ""
+
     def start(self, died: Callable[[Child], None]) -> None:
         """Runs it until `stop`; `died` is told of each unexpected end."""
         self._task = asyncio.create_task(self._keep(died))

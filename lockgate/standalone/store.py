@@ -125,6 +125,10 @@ class Store:
                 self.errors.pop(node, None)
             self._moved.notify_all()
 
+    def forget(self, node: str) -> None:
+        """The node's agent ended: what it had in force is known again when it answers."""
+        self.applied.pop(node, None)
+
     async def wait_applied(self, revision: int, timeout: float) -> bool:
         """Whether every node had `revision` in force, or answered with an error, in time."""
         try:

@@ -265,6 +265,8 @@ class Supervisor:
     def _start_children(self) -> None:
         def died(child: Child) -> None:
             log.error("%s of %s ended: %s", child.role, child.node, child.status.error)
+            if child.role == "agent":
+                self.store.forget(child.node)
             self.tell()
 
         for role in ("agent", "observer"):
@@ -274,6 +276,14 @@ class Supervisor:
                 child = Child(self.state, node, role, config)
                 child.start(died)
                 self.children.append(child)
+
+    async def applied(self, node: str, revision: int, error: str | None) -> None:
+        """An agent's answer to a bookmark."""
+        for child in self.children:
+            if (child.node, child.role) == (node, "agent"):
+                child.answered()
+        await self.store.take_applied(node, revision, error)
+        self.tell()
 
     async def agent(self, node: str, method: str, path: str, body: Any = None) -> Any:
         session = self._sessions.get(node)
@@ -301,7 +311,7 @@ class Supervisor:
         reasons = list(self.update.errors)
         for node in self.store.behind(revision):
             agents = [c for c in self.children if c.node == node and c.role == "agent"]
-            error = agents[0].status.error if agents else ""
+            error = agents[0].last_error if agents else ""
             what = f"ended: {error}" if error else "has not answered yet"
             reasons.append(f"node {node}: its agent {what}")
         reasons += [f"node {node}: {error}" for node, error in self.store.errors.items()]

@@ -22,13 +22,6 @@
 /* 0 removes the code that copies packets into events_raw. */
 const volatile __u32 config_capture = 1;
 
-/* Seconds without a packet after which an entry no longer counts. */
-const volatile __u32 timeout_established = 5 * 24 * 3600;
-const volatile __u32 timeout_half_open   = 60;
-const volatile __u32 timeout_closed      = 10;
-const volatile __u32 timeout_datagram    = 180;	/* UDP, ICMP and the like */
-const volatile __u32 timeout_fragment    = 30;
-
 /* Ports that masquerade may take, host order, both included: below what the
  * kernel gives to the node's own sockets (ip_local_port_range) and below NodePorts. */
 const volatile __u16 masquerade_port_min = 10000;

@@ -36,6 +36,13 @@ static __always_inline bool admit(struct packet *p, __u8 *flags)
 	p->tuple.saddr = p->wire.saddr;
 	bool allowed = judge(p, &p->tuple);
 
+	/* What this node sends to its pods never comes from a card. */
+	if (p->place == PLACE_FROM_NET &&
+	    (target_kind(p->src_target) == TO_LOCAL || target_kind(p->src_target) == TO_HOST)) {
+		p->judged = 0;
+		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
+		return false;
+	}
 	/* The pod at this hook is not published (yet, or any more) under the
 	 * address: nothing was judged for it. */
 	if ((p->place == PLACE_FROM_POD && p->src_slot != p->slot) ||
@@ -71,7 +78,7 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 		}
 	}
 	if (!admit(p, &flags))
-		return p->cause == CAUSE_NOT_READY ? drop(skb, p) : deny(skb, p);
+		return p->cause ? drop(skb, p) : deny(skb, p);
 	tell_verdicts(skb, p);
 	p->target = p->place == PLACE_TO_POD ? target_of(TO_LOCAL, p->slot)
 					     : way_to(p->dst_target, &p->now.daddr);
@@ -103,7 +110,7 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 enum again {
 	STANDS = 0,		/* the entry holds, in the new epoch too */
 	BEGINS = 1,		/* forgotten: begin a new connection with p->now */
-	ENDS   = 2,		/* denied */
+	ENDS   = 2,		/* denied, until a verdict says otherwise */
 	UNSERVED = 3,		/* its service has no backend left */
 	AFRESH   = 4,		/* an end is somebody else now: as if it were unknown */
 };
@@ -140,13 +147,13 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 		ct->epoch = p->epoch;
 		return STANDS;
 	}
+	/* The entry stays, of an old epoch: forgotten, the next packet of the
+	 * responder would begin a connection the other way round, as whose reply
+	 * the originator's packets pass. */
 	if (!allowed) {
-		/* Kept, of an older epoch: were it forgotten, what the other end
-		 * sends next would begin a connection in its own name. Only a new
-		 * SYN of that end does. */
 		if (!reply || (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 			return ENDS;
-		ct_forget(p);
+		ct_forget(p);	/* a connection of the responder's own */
 		return AFRESH;
 	}
 	if (target_kind(ct->target[1]) != TO_HOST) {
@@ -159,9 +166,24 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 
 #define UNKNOWN (-2)		/* known() finds that it is none after all */
 
+/* The translation was evicted: another, from the same port if that is free. */
+static __noinline int masquerade_again(struct packet *p)
+{
+	__u32 index = target_index(p->target);
+	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+
+	GIVE_UP(p, CAUSE_NAT_FAILED);
+	return hop && masquerade(p, hop);
+}
+
 /* A packet of a known connection. */
 static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct ct *ct)
 {
+	/* What pods of this node send never comes from a card. */
+	if (p->place == PLACE_FROM_NET && target_kind(ct->target[!p->reply]) == TO_LOCAL) {
+		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
+		return drop(skb, p);
+	}
 	if (ct->epoch != p->epoch) {
 		__u8 flags = 0;
 
@@ -182,11 +204,10 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 	if (ct->flags & (p->reply ? CT_NAT_REPLY : CT_NAT_ORIGIN)) {
 		struct nat *next = nat_find(p, &p->now);
 
-		if (!next) {
-			GIVE_UP(p, CAUSE_NAT_FAILED);
+		if (next)
+			p->now = next->to;
+		else if (p->reply || !masquerade_again(p))
 			return drop(skb, p);
-		}
-		p->now = next->to;
 	}
 	ct_seen(p, ct);
 	return forward(skb, p);
@@ -213,6 +234,25 @@ static __always_inline struct ct *find_connection(struct packet *p, const struct
 	return ct;
 }
 
+/* Does the connection, found by a quote, hold in this epoch? */
+static __noinline int stands(struct packet *p, struct ct *ct)
+{
+	struct tuple *t = &p->tuple;
+
+	if (!ct)
+		return 0;
+	if (ct->epoch == p->epoch || ct->flags & CT_EXEMPT)
+		return 1;
+	if (p->reply)
+		reverse_of(t, &p->now);
+	else
+		*t = p->now;
+	int allowed = judge(p, t);
+
+	p->judged = 0;
+	return allowed && p->src_endpoint == ct->src_endpoint && p->dst_endpoint == ct->dst_endpoint;
+}
+
 /* An ICMP error about a known connection passes with it, both packets
  * translated. False: it is related to nothing; p->now is as it came. */
 static __noinline int related(struct __sk_buff *skb, struct packet *p)
@@ -226,7 +266,7 @@ static __noinline int related(struct __sk_buff *skb, struct packet *p)
 	if (same_addr(&p->wire.daddr, &t->daddr) &&
 	    (p->place != PLACE_FROM_POD || same_addr(&p->wire.saddr, &t->saddr)))
 		ct = find_connection(p, t);
-	if (!ct) {
+	if (!ct || !stands(p, ct)) {
 		p->now = p->wire;
 		p->icmp_error = 0;
 		return 0;
@@ -259,6 +299,8 @@ static __noinline int related(struct __sk_buff *skb, struct packet *p)
 /* From the parsed packet to its verdict and way out. */
 static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 {
+	if (p->fragment == FRAG_FIRST)
+		leave_ports(p);
 	if (p->icmp_error && !p->dry) {
 		int relation = related(skb, p);
 

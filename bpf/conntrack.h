@@ -31,13 +31,15 @@ static __always_inline bool ct_key_of(struct ct_key *key, const struct tuple *t)
 	return high;
 }
 
-static __always_inline __u32 ct_timeout(const struct ct *ct, __u8 proto)
+/* The sweep (lockgate/agent/sweep.py) says the same. */
+static __always_inline __s32 ct_timeout(const struct ct *ct, __u8 proto)
 {
-	if (ct->state == CT_NEW)
-		return timeout_half_open;
-	if (ct->state == CT_CLOSED)
-		return timeout_closed;
-	return proto == IPPROTO_TCP || proto == IPPROTO_SCTP ? timeout_established : timeout_datagram;
+	switch (ct->state) {
+	case CT_NEW:	 return TIMEOUT_HALF_OPEN;
+	case CT_CLOSING: return TIMEOUT_CLOSING;
+	case CT_CLOSED:	 return TIMEOUT_CLOSED;
+	}
+	return proto == IPPROTO_TCP || proto == IPPROTO_SCTP ? TIMEOUT_ESTABLISHED : TIMEOUT_DATAGRAM;
 }
 
 /* The live connection that `t` belongs to, or NULL. Sets p->reply and leaves
@@ -52,12 +54,27 @@ static __noinline struct ct *ct_find(struct packet *p, const struct tuple *t)
 		ct = bpf_map_lookup_elem(&half_open, &p->key);
 	if (!ct || p->dry)
 		return NULL;
-	if (p->now_s - ct->seen > ct_timeout(ct, t->proto))
+	if (is_past(p, ct->seen, ct_timeout(ct, t->proto)))
 		return NULL;
 	if (ct->state == CT_CLOSED && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
 		return NULL;
 	p->reply = high != !!(ct->flags & CT_ORIGIN_HI);
 	return ct;
+}
+
+/* A reset closes. We do not follow sequence numbers, so it may be a forged one
+ * that its receiver ignores: then the receiver goes on, and so does the entry.
+ * If it was true, the sender answers that with another. */
+static __always_inline void ct_reset(struct packet *p, struct ct *ct)
+{
+	const __u8 fins = CT_FIN_ORIGIN | CT_FIN_REPLY;
+
+	if (p->tcp_flags & TCP_RST) {
+		ct->state = CT_CLOSED;
+		ct->flags = p->reply ? ct->flags | CT_RST_REPLY : ct->flags & ~CT_RST_REPLY;
+	} else if (!!(ct->flags & CT_RST_REPLY) != p->reply && (ct->flags & fins) != fins) {
+		ct->state = CT_ESTABLISHED;
+	}
 }
 
 /* A packet of the connection passed: states, FIN and RST, and the move out
@@ -68,8 +85,8 @@ static __always_inline void ct_seen(struct packet *p, struct ct *ct)
 		ct->seen = p->now_s;
 	if (p->tcp_flags & TCP_FIN)
 		ct->flags |= p->reply ? CT_FIN_REPLY : CT_FIN_ORIGIN;
-	if (p->tcp_flags & TCP_RST)
-		ct->state = CT_CLOSED;
+	if (p->tcp_flags & TCP_RST || ct->state == CT_CLOSED)
+		ct_reset(p, ct);
 	else if ((ct->flags & (CT_FIN_ORIGIN | CT_FIN_REPLY)) == (CT_FIN_ORIGIN | CT_FIN_REPLY))
 		ct->state = CT_CLOSED;
 	else if (ct->flags & (CT_FIN_ORIGIN | CT_FIN_REPLY) && ct->state == CT_ESTABLISHED)

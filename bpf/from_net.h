@@ -36,6 +36,8 @@ int from_net(struct __sk_buff *skb)
 
 	if (!p)
 		return TCX_DROP;
+	if (skb->vlan_present && skb->vlan_tci & 0xfff)
+		return TCX_NEXT;	/* of another network, for a VLAN interface above */
 	if (!p->epoch ||
 	    (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)))
 		return TCX_NEXT;

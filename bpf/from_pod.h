@@ -27,6 +27,14 @@ int from_pod(struct __sk_buff *skb)
 	p->src_endpoint = ep->id;
 	if (bpf_skb_load_bytes(skb, 6, mac, 6))
 		return TCX_DROP;
+	/* The stack took a VLAN tag off the frame and would put it back on the way
+	 * out: into a network that is none of the pod's. */
+	if (skb->vlan_present) {
+		__builtin_memset(&p->wire, 0, sizeof(p->wire));
+		p->length = skb->len - ETH_HLEN;
+		GIVE_UP(p, CAUSE_UNKNOWN_ETHERTYPE);
+		return drop(skb, p);
+	}
 	if (skb->protocol == bpf_htons(ETH_P_ARP)) {
 		p->length = skb->len - ETH_HLEN;
 		return check_arp(skb, p, ep) ? drop(skb, p) : TCX_NEXT;

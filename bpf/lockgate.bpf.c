@@ -18,6 +18,7 @@ const volatile struct {
 	enum ct_state ct_state;
 	enum ct_flag ct_flag;
 	enum target_kind target_kind;
+	enum timeout timeout;
 	enum event_type event_type;
 	enum verdict verdict;
 	enum direction direction;

@@ -18,14 +18,31 @@ static __always_inline bool same_ends(const struct tuple *a, const struct tuple 
 	       a->sport == b->sport && a->dport == b->dport;
 }
 
+/* A translation is in use, and so is the way back, which may see no packets
+ * for long: both live on. Once a second. */
+static __noinline int nat_seen(struct packet *p, struct nat *found)
+{
+	struct tuple back;
+
+	if (!found)
+		return 0;
+	found->seen = p->now_s;
+	reverse_of(&back, &found->to);
+	struct nat *other = bpf_map_lookup_elem(&nat, &back);
+
+	if (other)
+		other->seen = p->now_s;
+	return 0;
+}
+
 /* What becomes of `t`, or NULL. Its lifetime is that of its use. */
 static __always_inline struct nat *nat_find(struct packet *p, const struct tuple *t)
 {
-	struct nat *nat_entry = bpf_map_lookup_elem(&nat, t);
+	struct nat *found = bpf_map_lookup_elem(&nat, t);
 
-	if (nat_entry && nat_entry->seen != p->now_s)
-		nat_entry->seen = p->now_s;
-	return nat_entry;
+	if (found && found->seen != p->now_s)
+		nat_seen(p, found);
+	return found;
 }
 
 /* From now on `from` becomes `to`. With BPF_NOEXIST: false if taken. */
@@ -145,6 +162,50 @@ static __noinline int rewrite_error(struct __sk_buff *skb, struct packet *p)
 	return 1;
 }
 
+/* Is the connection of `t` over? Then its port is free, whatever the sweep
+ * has got to. */
+static __noinline int is_over(struct packet *p, const struct tuple *t)
+{
+	struct ct_key key;
+
+	if (!t)
+		return 0;
+	ct_key_of(&key, t);
+	struct ct *ct = bpf_map_lookup_elem(&connections, &key);
+
+	if (!ct)
+		ct = bpf_map_lookup_elem(&half_open, &key);
+	return !ct || is_past(p, ct->seen, ct_timeout(ct, t->proto));
+}
+
+/* Try to translate the connection p->now to `out`, answers to which come back
+ * as p->tuple. False when another connection has that port. Global, so that
+ * the verifier walks it once and not at every try. */
+__noinline int masquerade_as(struct packet *p, const struct tuple *out)
+{
+	struct tuple back;
+
+	if (!p || !out)
+		return 0;
+	reverse_of(&back, out);
+	if (!nat_add(p, &back, &p->tuple, BPF_NOEXIST)) {
+		struct nat *taken = bpf_map_lookup_elem(&nat, &back);
+
+		if (taken && !same_ends(&taken->to, &p->tuple)) {
+			if (!is_over(p, &taken->to))
+				return 0;
+			/* Its own packets, should any come, need another port. */
+			reverse_of(&back, &taken->to);
+			bpf_map_delete_elem(&nat, &back);
+			reverse_of(&back, out);
+		}
+		nat_add(p, &back, &p->tuple, BPF_ANY);
+	}
+	nat_add(p, &p->now, out, BPF_ANY);
+	p->now = *out;
+	return 1;
+}
+
 /* Give the connection p->now (pod → world) a source address and port of the
  * node's. Leaves p->now translated; false with a cause when none is free. */
 static __noinline int masquerade(struct packet *p, const struct hop *hop)
@@ -152,37 +213,33 @@ static __noinline int masquerade(struct packet *p, const struct hop *hop)
 	__u32 span = masquerade_port_max - masquerade_port_min + 1;
 	const struct addr *source = p->family == 4 ? &hop->masq4 : &hop->masq6;
 	struct tuple *out = &p->inner;	/* free: no ICMP error begins a connection */
-	struct tuple back;
 	bool choose = p->now.proto != IPPROTO_SCTP && (p->now.sport || has_ports(p->now.proto));
 
 	if (zero_addr(source)) {
 		GIVE_UP(p, CAUSE_NO_ROUTE);
 		return 0;
 	}
-	__u32 first = bpf_get_prandom_u32();
-
+	reverse_of(&p->tuple, &p->now);
 	*out = p->now;
 	out->saddr = *source;
+
+	/* A connection whose entry was evicted, or that begins anew, keeps its port. */
+	struct nat *kept = bpf_map_lookup_elem(&nat, &p->now);
+
+	if (kept && same_addr(&kept->to.saddr, source) && same_addr(&kept->to.daddr, &out->daddr)) {
+		out->sport = kept->to.sport;
+		if (masquerade_as(p, out))
+			return 1;
+	}
+	__u32 first = bpf_get_prandom_u32();
+
 	for (int i = 0; i < MASQUERADE_TRIES; i++) {
 		if (choose)
 			out->sport = bpf_htons(masquerade_port_min + (first + i * 7919) % span);
-		reverse_of(&back, out);
-		reverse_of(&p->tuple, &p->now);
-		if (nat_add(p, &back, &p->tuple, BPF_NOEXIST)) {
-			nat_add(p, &p->now, out, BPF_ANY);
-			p->now = *out;
+		if (masquerade_as(p, out))
 			return 1;
-		}
-		/* The port stays with the same connection when it begins anew. */
 		if (!choose)
 			break;
-	}
-	struct nat *taken = bpf_map_lookup_elem(&nat, &back);
-
-	if (!choose && taken && same_ends(&taken->to, &p->tuple)) {
-		nat_add(p, &p->now, out, BPF_ANY);
-		p->now = *out;
-		return 1;
 	}
 	GIVE_UP(p, CAUSE_NAT_EXHAUSTED);
 	return 0;

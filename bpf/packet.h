@@ -169,6 +169,13 @@ static __always_inline bool has_ports(__u8 proto)
 	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
 }
 
+/* Was it last seen more than `timeout` seconds ago? Signed: another CPU may
+ * have seen it in the second after this packet's. */
+static __always_inline bool is_past(const struct packet *p, __u32 seen, __s32 timeout)
+{
+	return (__s32)(p->now_s - seen) > timeout;
+}
+
 /* The packet in hand of this CPU, cleared of what the last one left. */
 static __always_inline struct packet *packet_begin(struct __sk_buff *skb, __u32 place)
 {

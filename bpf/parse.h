@@ -71,6 +71,7 @@ static __always_inline bool is_icmp_error(__u8 family, __u8 type)
 static __noinline int skip_extensions(struct __sk_buff *skb, struct packet *p, __u32 next, __u32 at)
 {
 	struct { __u8 next, len; __be16 frag; __be32 id; } ext;
+	bool fragmented = false;
 
 	for (int i = 0; i < 8; i++) {
 		switch (next) {
@@ -89,6 +90,11 @@ static __noinline int skip_extensions(struct __sk_buff *skb, struct packet *p, _
 		if (next == IPPROTO_FRAGMENT) {
 			__u16 frag = bpf_ntohs(ext.frag);
 
+			/* A second one would make this a piece of another packet
+			 * than the one that the receiver puts together. */
+			if (fragmented)
+				return -1;
+			fragmented = true;
 			p->frag_id = ext.id;
 			if (frag & 0xfff8)
 				p->fragment = FRAG_LATER;
@@ -99,6 +105,8 @@ static __noinline int skip_extensions(struct __sk_buff *skb, struct packet *p, _
 				p->l4 = at;
 				return ext.next;
 			}
+		} else if (next == IPPROTO_ROUTING && ext.frag & bpf_htons(0xff)) {
+			return -1;	/* segments left: would travel on from where it was judged for */
 		} else if (next == IPPROTO_AH) {
 			at += (ext.len + 2) * 4;
 		} else {
@@ -235,29 +243,39 @@ static __noinline int parse_inner(struct __sk_buff *skb, struct packet *p)
 	return 0;
 }
 
-/* Later fragments take the ports of the first; the first leaves them. */
-static __noinline int parse_fragment(struct packet *p)
+static __always_inline struct frag_key *frag_key(struct packet *p)
 {
 	struct tuple *t = &p->wire;
 	struct frag_key *key = (void *)p->bytes;
-	struct frag ports = { .sport = t->sport, .dport = t->dport, .seen = p->now_s };
 
 	key->saddr = t->saddr;
 	key->daddr = t->daddr;
 	key->id = p->frag_id;
 	key->proto = t->proto;
 	key->pad[0] = key->pad[1] = key->pad[2] = 0;
-	if (p->fragment == FRAG_FIRST) {
-		if (!p->dry)
-			bpf_map_update_elem(&fragments, key, &ports, BPF_ANY);
-		return 0;
-	}
-	struct frag *first = bpf_map_lookup_elem(&fragments, key);
+	return key;
+}
 
-	if (!first || p->now_s - first->seen > timeout_fragment)
+/* Later fragments take the ports of the first. */
+static __noinline int take_ports(struct packet *p)
+{
+	struct frag *first = bpf_map_lookup_elem(&fragments, frag_key(p));
+
+	if (!first || is_past(p, first->seen, TIMEOUT_FRAGMENT))
 		return GIVE_UP(p, CAUSE_FRAGMENT_UNTRACKED);
-	t->sport = first->sport;
-	t->dport = first->dport;
+	p->wire.sport = first->sport;
+	p->wire.dport = first->dport;
+	return 0;
+}
+
+/* The first leaves them, once its source is known to be true: else one pod
+ * could say what the pieces of another's packets are. */
+static __noinline int leave_ports(struct packet *p)
+{
+	struct frag ports = { .sport = p->wire.sport, .dport = p->wire.dport, .seen = p->now_s };
+
+	if (!p->dry)
+		bpf_map_update_elem(&fragments, frag_key(p), &ports, BPF_ANY);
 	return 0;
 }
 
@@ -273,9 +291,11 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
 	__u32 frag = bpf_ntohs(ip.frag);
 
 	p->length = bpf_ntohs(ip.length);
+	if (!p->length && skb->gso_size)	/* BIG TCP */
+		p->length = skb->len - ETH_HLEN;
 	if (ip.version_ihl >> 4 != 4 || header < 20 || p->length < header)
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
-	/* A GSO packet's total length may be of one segment or all (0 for BIG TCP). */
+	/* A GSO packet's total length may be of one segment or all. */
 	if (!skb->gso_size && p->length + ETH_HLEN > skb->len)
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	map_v4(&t->saddr, ip.saddr);
@@ -303,6 +323,9 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	copy_addr(&t->saddr, &ip.saddr);
 	copy_addr(&t->daddr, &ip.daddr);
+	/* In our tables these are IPv4; on the wire they are nobody's (RFC 4942 2.2). */
+	if (is_v4(&t->saddr) || is_v4(&t->daddr))
+		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	p->ttl = ip.ttl;
 	p->l4 = ETH_HLEN + sizeof(ip);
 	if (ip.next == IPPROTO_TCP || ip.next == IPPROTO_UDP || ip.next == IPPROTO_ICMPV6)
@@ -339,8 +362,8 @@ static __noinline int parse(struct __sk_buff *skb, struct packet *p)
 	} else {
 		set_ends(&p->wire, 0, 0, proto);
 	}
-	if (!cause && p->fragment)
-		cause = parse_fragment(p);
+	if (!cause && p->fragment == FRAG_LATER)
+		cause = take_ports(p);
 	if (!cause && p->icmp_error)
 		cause = parse_inner(skb, p);
 	p->now = p->wire;

@@ -234,6 +234,7 @@ enum ct_flag {
 	CT_FIN_ORIGIN = 16,
 	CT_FIN_REPLY  = 32,
 	CT_SERVICE    = 64,	/* reached through a service; see `service` */
+	CT_RST_REPLY  = 128,	/* closed by a reset of the responder's, not the originator's */
 };
 
 /* Targets tell where packets of one direction go, without another look-up of
@@ -243,6 +244,17 @@ enum target_kind {
 	TO_LOCAL   = 1,		/* endpoint slot */
 	TO_HOP     = 2,		/* hop */
 	TO_HOST    = 3,		/* this node's stack */
+};
+
+/* Seconds without a packet after which an entry no longer counts, and the
+ * sweep takes it out. */
+enum timeout {
+	TIMEOUT_HALF_OPEN   = 60,
+	TIMEOUT_ESTABLISHED = 24 * 3600,	/* TCP, SCTP: far beyond keepalives */
+	TIMEOUT_CLOSING     = 3600,	/* the other side may still have much to say */
+	TIMEOUT_CLOSED      = 10,
+	TIMEOUT_DATAGRAM    = 180,	/* UDP, ICMP and the like */
+	TIMEOUT_FRAGMENT    = 30,
 };
 
 struct ct {

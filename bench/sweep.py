@@ -34,6 +34,7 @@ def tables(world: World) -> SimpleNamespace:
         return HashMap.of(world.object, name, dtype(key), dtype(value))
 
     return SimpleNamespace(
+        object=world.object,
         connections=table("connections", "ct_key", "ct"),
         half_open=table("half_open", "ct_key", "ct"),
         nat=table("nat", "tuple", "nat"),

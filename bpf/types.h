@@ -250,7 +250,7 @@ enum target_kind {
  * sweep takes it out. */
 enum timeout {
 	TIMEOUT_HALF_OPEN   = 60,
-	TIMEOUT_ESTABLISHED = 24 * 3600,	/* TCP, SCTP: far beyond keepalives */
+	TIMEOUT_ESTABLISHED = 5 * 24 * 3600,	/* TCP, SCTP: as Linux itself */
 	TIMEOUT_CLOSING     = 3600,	/* the other side may still have much to say */
 	TIMEOUT_CLOSED      = 10,
 	TIMEOUT_DATAGRAM    = 180,	/* UDP, ICMP and the like */

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,52 +17,63 @@ from numpy.typing import NDArray
 
 from lockgate.agent.datapath import Datapath
 from lockgate.bpf import syscall
+from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import HashMap
 
-__all__ = ["expired_connections", "expired_nat", "sweep"]
+__all__ = ["expired_connections", "expired_nat", "sweep", "timeouts"]
 
 NEW, ESTABLISHED, CLOSING, CLOSED = 1, 2, 3, 4
-TCP, UDP = 6, 17
-#: Seconds without a packet. No longer than the programs count an entry as alive.
-AGE_NEW, AGE_TCP, AGE_UDP, AGE_OTHER = 30, 8000, 120, 30
-AGE_CLOSING, AGE_CLOSED, AGE_FRAGMENT = 60, 10, 30
+ORIGIN_HI, NAT_ORIGIN, NAT_REPLY = 1, 4, 8  # enum ct_flag
+TCP, UDP, SCTP = 6, 17, 132
 
 Records = NDArray[Any]
-Expired = Callable[[Records, Records, int], NDArray[np.bool_]]
+Timeouts = Mapping[str, int]
+Expired = Callable[[Records, Records, int, Timeouts], NDArray[np.bool_]]
 
 
-def _age(seen: NDArray[Any], now: int) -> NDArray[np.int64]:
-    # A packet may have come after `now` was read.
-    return now - seen.astype(np.int64)
+def timeouts(schema: Schema) -> Timeouts:
+    """Seconds without a packet, by name: what the programs themselves go by."""
+    found = schema.enum("timeout")
+    return {name.removeprefix("TIMEOUT_").lower(): age for name, age in found.items()}
 
 
-def _quiet(proto: NDArray[Any]) -> NDArray[np.int64]:
-    return np.where(proto == TCP, AGE_TCP, np.where(proto == UDP, AGE_UDP, AGE_OTHER))
+def _age(seen: NDArray[Any], now: int) -> NDArray[np.int32]:
+    # A packet may have come after `now` was read. Signed, modulo 2^32, as the programs subtract.
+    return (np.uint32(now) - seen).astype(np.int32)
 
 
-def expired_connections(keys: Records, values: Records, now: int) -> NDArray[np.bool_]:
-    """Which entries are past the age of their state."""
+def _quiet(proto: NDArray[Any], ages: Timeouts) -> NDArray[np.int64]:
+    return np.where((proto == TCP) | (proto == SCTP), ages["established"], ages["datagram"])
+
+
+def expired_connections(
+    keys: Records, values: Records, now: int, ages: Timeouts
+) -> NDArray[np.bool_]:
+    """Which entries are past the age of their state; ct_timeout() in bpf/conntrack.h."""
     state = values["state"]
     limit = np.select(
         [state == NEW, state == CLOSING, state == CLOSED],
-        [AGE_NEW, AGE_CLOSING, AGE_CLOSED],
-        _quiet(keys["proto"]),
+        [ages["half_open"], ages["closing"], ages["closed"]],
+        _quiet(keys["proto"], ages),
     )
     return _age(values["seen"], now) > limit
 
 
-def expired_nat(keys: Records, values: Records, now: int) -> NDArray[np.bool_]:
-    """Translations live as long as the quiet connections they serve."""
-    return _age(values["seen"], now) > _quiet(keys["proto"])
+def expired_nat(keys: Records, values: Records, now: int, ages: Timeouts) -> NDArray[np.bool_]:
+    """Translations whose connection went without the sweep: the LRU evicted it."""
+    return _age(values["seen"], now) > _quiet(keys["proto"], ages)
 
 
-def expired_fragments(keys: Records, values: Records, now: int) -> NDArray[np.bool_]:
+def expired_fragments(
+    keys: Records, values: Records, now: int, ages: Timeouts
+) -> NDArray[np.bool_]:
     """Fragments that the receiver gave up long ago."""
-    return _age(values["seen"], now) > AGE_FRAGMENT
+    return _age(values["seen"], now) > ages["fragment"]
 
 
 def sweep(dp: Datapath, slice_: int = 8192) -> Iterator[int]:
     """One pass over all tables; yields the number deleted after each slice."""
+    ages = timeouts(dp.object.schema)
     tables: list[tuple[HashMap, Expired]] = [
         (dp.connections, expired_connections),
         (dp.half_open, expired_connections),
@@ -72,8 +83,48 @@ def sweep(dp: Datapath, slice_: int = 8192) -> Iterator[int]:
     for table, expired in tables:
         for keys, values in slices(table, slice_):
             now = int(time.clock_gettime(time.CLOCK_MONOTONIC))
-            dead = expired(keys, values, now)
-            yield table.delete_many(keys[dead]) if dead.any() else 0
+            dead = expired(keys, values, now, ages)
+            if not dead.any():
+                yield 0
+                continue
+            count = table.delete_many(keys[dead])
+            if expired is expired_connections:
+                over = translations(dp.nat, keys[dead], values[dead])
+                count += dp.nat.delete_many(over) if len(over) else 0
+            yield count
+
+
+def translations(nat: HashMap, keys: Records, values: Records) -> Records:
+    """Keys in `nat`, both ways, of connections that are over: their ports are free at once."""
+    flags = values["flags"]
+    translated = flags & (NAT_ORIGIN | NAT_REPLY) != 0
+    keys, flags = keys[translated], flags[translated]
+    # A connection's key is a tuple from its lower to its higher end. What is translated by the
+    # connection's own tuple: what its originator sends (masquerade), the reply (service), or both.
+    rising = keys.view(nat.key_dtype)
+    falling = reverse(rising)
+    high = flags & ORIGIN_HI != 0
+    origin, reply = flags & NAT_ORIGIN != 0, flags & NAT_REPLY != 0
+    found = []
+    for tuples in (
+        rising[origin & ~high],
+        falling[origin & high],
+        rising[reply & high],
+        falling[reply & ~high],
+    ):
+        for key in tuples:
+            value = nat.get(key.tobytes())
+            if value is not None:
+                found += [key, reverse(value["to"])]
+    return np.array(found, nat.key_dtype)
+
+
+def reverse(tuples: Records) -> Records:
+    """The other direction."""
+    other = tuples.copy()
+    other["saddr"], other["daddr"] = tuples["daddr"], tuples["saddr"]
+    other["sport"], other["dport"] = tuples["dport"], tuples["sport"]
+    return other
 
 
 def slices(table: HashMap, size: int) -> Iterator[tuple[Records, Records]]:

@@ -13,7 +13,9 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, IPv6ExtHdrRouting
 from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Raw
 
+from lockgate.agent.sweep import sweep, timeouts
 from lockgate.bpf import links
+from lockgate.objects.address import format_address
 from tests.bytecode.goldens import (
     ADDRESSES,
     CLASS,
@@ -336,6 +338,44 @@ def test_packets_one_way_keep_the_way_back(world, family):
     leaves(world, A, ip(family, "a", "world") / udp())
     _, values = world.nat.items()
     assert np.ptp(values["seen"]) <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", ["world", "svc"])
+def test_the_sweep_frees_the_ports_of_a_connection_that_is_over(world, family, target):
+    world.publish(base())
+    for slot, name in ((A, "a"), (C, "c")):
+        sends(
+            world, "syn", slot, ip(family, name, target) / syn(dport=82 if target == "svc" else 80)
+        )
+    mine = len(world.nat)
+    keys, values = world.half_open.items()
+    values = values.copy()
+    first = np.array([ADDRESSES[family]["a"] in ends for ends in named(keys)])
+    values["seen"][first] -= np.uint32(61)
+    world.half_open.update_many(keys, values)
+    assert sum(sweep(world)) == 1 + mine // 2
+    [(_, left)] = world.tracked()
+    assert ADDRESSES[family]["c"] in (left["lo"], left["hi"])
+    port = 82 if target == "svc" else 80
+    sends(world, "goes on", C, ip(family, "c", target) / tcp(40000, port, "A"))
+    assert len(world.nat) == mine // 2
+
+
+def named(keys) -> list[tuple[str, str]]:
+    return [(format_address(k["lo"].tobytes()), format_address(k["hi"].tobytes())) for k in keys]
+
+
+def test_programs_and_sweep_have_the_same_timeouts(world):
+    """An entry is deleted exactly when the programs take it for expired."""
+    world.publish(base())
+    ages = timeouts(world.object.schema)
+    for age, alive in ((ages["half_open"], True), (ages["half_open"] + 2, False)):
+        world.clear()
+        sends(world, "syn", A, ip(4, "a", "b") / syn())
+        set_seen(world.half_open, -age)
+        assert sum(sweep(world)) == (not alive)
+        assert (sends(world, "again", A, ip(4, "a", "b") / syn()).events == []) == alive
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,7 +25,7 @@ int from_pod(struct __sk_buff *skb)
 	}
 	p->slot = slot;
 	p->src_endpoint = ep->id;
-	if (bpf_skb_load_bytes(skb, 6, mac, 6))
+	if (load_header(skb, 6, mac, sizeof(mac)))
 		return TCX_DROP;
 	/* The stack took a VLAN tag off the frame and would put it back on the way
 	 * out: into a network that is none of the pod's. */

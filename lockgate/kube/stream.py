@@ -12,7 +12,7 @@ import msgspec
 from lockgate.objects import model
 from lockgate.objects.model import Cluster
 
-__all__ = ["Change", "Transaction", "apply", "report", "watch"]
+__all__ = ["Change", "Reporter", "Transaction", "apply", "watch"]
 
 Verb = Literal["ADDED", "MODIFIED", "DELETED"]
 _STRUCTS: dict[str, Any] = {
@@ -125,13 +125,28 @@ def apply(cluster: Cluster, transaction: Transaction) -> Cluster:
     return msgspec.structs.replace(before, **changed)
 
 
-async def report(socket: Path, node: str, revision: int, error: str = "") -> None:
-    """Tell the supervisor that a revision is in force on a node, or why not."""
-    body: dict[str, Any] = {"node": node, "revision": revision}
-    if error:
-        body["error"] = error
-    async with aiohttp.ClientSession(
-        connector=aiohttp.UnixConnector(str(socket)), timeout=aiohttp.ClientTimeout(total=10)
-    ) as session:
-        async with session.post("http://lockgate/v1/applied", json=body) as response:
+class Reporter:
+    """Tells the supervisor what is in force on a node, over one connection."""
+
+    def __init__(self, socket: Path, node: str) -> None:
+        self._socket, self._node = socket, node
+        self._session: aiohttp.ClientSession | None = None
+
+    async def report(self, revision: int, error: str = "") -> None:
+        """A revision is in force, or why it is not."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(self._socket)),
+                timeout=aiohttp.ClientTimeout(total=10),
+            )
+        body: dict[str, Any] = {"node": self._node, "revision": revision}
+        if error:
+            body["error"] = error
+        async with self._session.post("http://lockgate/v1/applied", json=body) as response:
             response.raise_for_status()
+
+    async def close(self) -> None:
+        """May be called again."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None

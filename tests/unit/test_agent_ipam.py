@@ -63,3 +63,22 @@ def test_a_damaged_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged"):
         ipam(tmp_path, "10.1.0.0/16")
     assert (tmp_path / "ipam.json").read_text() == "{"
+
+
+def test_leases_that_are_made_together_are_saved_once_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ipam = Ipam(tmp_path / "ipam.json", 8, ["10.1.0.0/24"])
+    with ipam.together():
+        ipam.acquire("a", "/a")
+        ipam.acquire("b", "/b")
+        assert not ipam.path.exists()
+    assert set(Ipam(ipam.path, 8).leases) == {"a", "b"}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError), ipam.together():
+        ipam.acquire("c", "/c")
+    assert set(ipam.leases) == {"a", "b"}

@@ -422,3 +422,14 @@ def test_a_service_without_backends_refuses() -> None:
     tables, _ = compiled(service(**SHOP))
     assert tables.services[SHOP_KEY].count == 0
     assert tables.services[SHOP_KEY].flags == 1
+
+
+def test_what_did_not_change_is_the_same_object_as_before() -> None:
+    cluster = generate.cluster(Random(1))
+    ids = Ids(cluster, "a")
+    first = compile_node(cluster, "a", ids)
+    second = compile_node(cluster, "a", ids, first)
+    assert second.peers is first.peers
+    assert second.services is first.services
+    assert second.backends is first.backends
+    assert np.array_equal(second.image, first.image)

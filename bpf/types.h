@@ -347,7 +347,7 @@ enum cause {
 struct event {
 	__u64 time;		/* ns, CLOCK_BOOTTIME */
 	struct addr saddr, daddr;
-	__be16 sport, dport;	/* ICMP: sport = type, dport = code, host order */
+	__be16 sport, dport;	/* ICMP: type and code, as numbers of that order */
 	__u8  proto;
 	__u8  type;		/* enum event_type */
 	__u8  verdict;		/* enum verdict */

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 HERE, WORLD, NOWHERE, NEAR_UNDERLAY, NEAR_OUTSIDE = 0, 1, 2, 3, 4
 FIRST_NODE = 8
+#: Addresses that mean something only within a host or on a link (RFC 6890): no way leads there.
+NEVER_LEAVES = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/127", "fe80::/10")
 _MAC, _MASQ, _DROP = 1, 2, 4
 _UNDERLAY, _OUTSIDE = 1, 2
 _NONE = bytes(16)
@@ -133,7 +135,7 @@ class Hops:
         self._write_roles(links)
         wanted = {NOWHERE: Hop()}
         routes: dict[tuple[bytes, int], int] = {}
-        for cidr in self._service_cidrs:
+        for cidr in (*self._service_cidrs, *NEVER_LEAVES):
             routes[parse_cidr(cidr)] = NOWHERE
         self._nodes(net, cluster, links, wanted)
         self._near(links, wanted, routes)

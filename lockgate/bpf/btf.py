@@ -240,9 +240,7 @@ def _read_elf(raw: bytes) -> tuple[dict[str, bytes], dict[str, tuple[str, int, i
         if header[1] != symtab:
             continue
         strings = content(header[6])
-        for name, info, _other, section, value, size in struct.iter_unpack(
-            "<IBBHQQ", content(i)
-        ):
+        for name, info, _other, section, value, size in struct.iter_unpack("<IBBHQQ", content(i)):
             if info & 0xF == stt_object and 0 < section < count:
                 symbols[text(strings, name)] = (titles[section], value, size)
     return {title: content(i) for i, title in enumerate(titles)}, symbols

@@ -123,9 +123,7 @@ def attach_cgroup(prog_fd: int, cgroup: str, section: str, path: str) -> Link:
         )
         if kept is not None:
             return kept
-        return _pin(
-            syscall.link_create(prog_fd, target, attach_type, f"{path} to {cgroup}"), path
-        )
+        return _pin(syscall.link_create(prog_fd, target, attach_type, f"{path} to {cgroup}"), path)
     finally:
         os.close(target)
 

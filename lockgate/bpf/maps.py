@@ -105,9 +105,7 @@ class Map:
 class _KeyValue(Map):
     """Maps with batch commands over (key, value)."""
 
-    def __init__(
-        self, fd: int, key: npt.DTypeLike, value: npt.DTypeLike, name: str = ""
-    ) -> None:
+    def __init__(self, fd: int, key: npt.DTypeLike, value: npt.DTypeLike, name: str = "") -> None:
         super().__init__(fd, name)
         # numpy splits subarray dtypes into the array's shape; bytes keep elements whole.
         self.key_dtype, self.value_dtype = np.dtype(key), np.dtype(value)

@@ -161,9 +161,7 @@ class Object:
     @property
     def programs(self) -> dict[str, str]:
         """Programs' names → their section ("tc", "cgroup/connect4")."""
-        return {
-            name: self._name("bpf_program__section_name", p) for name, p in self._progs.items()
-        }
+        return {name: self._name("bpf_program__section_name", p) for name, p in self._progs.items()}
 
     # ---- Before loading ------------------------------------------------------------
 

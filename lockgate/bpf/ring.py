@@ -110,8 +110,10 @@ class Ring(Map):
         if self._fence:
             memory_barrier()
         self._consumer[0] = start + count * self._stride
-        records: npt.NDArray[Any] = np.frombuffer(raw.data, self.record_dtype) if len(raw) else (
-            np.empty(0, self.record_dtype)
+        records: npt.NDArray[Any] = (
+            np.frombuffer(raw.data, self.record_dtype)
+            if len(raw)
+            else (np.empty(0, self.record_dtype))
         )
         return records
 

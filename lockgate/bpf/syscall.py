@@ -174,7 +174,14 @@ def map_create(
 ) -> int:
     """Create a map and return its descriptor. Sizes are in bytes; names over 15 bytes are cut."""
     attr = struct.pack(
-        "<7I16s", type_, key_size, value_size, max_entries, flags, inner_map_fd, 0,
+        "<7I16s",
+        type_,
+        key_size,
+        value_size,
+        max_entries,
+        flags,
+        inner_map_fd,
+        0,
         name.encode()[:15],
     )
     return _bpf(_MAP_CREATE, attr, f"create map {name or MapType(type_).name.lower()}")
@@ -348,9 +355,7 @@ def prog_info(fd: int) -> ProgInfo:
     type_, id_, tag, jited, translated = struct.unpack_from("<II8sII", raw)
     name = raw[64:80].rstrip(b"\0").decode()
     run_time, run_count, _missed, verified = struct.unpack_from("<QQQI", raw, 192)
-    return ProgInfo(
-        type_, id_, tag.hex(), jited, translated, name, run_time, run_count, verified
-    )
+    return ProgInfo(type_, id_, tag.hex(), jited, translated, name, run_time, run_count, verified)
 
 
 def link_info(fd: int) -> LinkInfo:
@@ -399,7 +404,16 @@ def prog_load(type_: int, insns: bytes, name: str = "probe", license_: str = "GP
     """Load raw instructions (8 bytes each). For probes; real programs come from an object."""
     text = license_.encode() + b"\0"
     attr = struct.pack(
-        "<IIQQIIQII16s", type_, len(insns) // 8, _address(insns), _address(text), 0, 0, 0, 0, 0,
+        "<IIQQIIQII16s",
+        type_,
+        len(insns) // 8,
+        _address(insns),
+        _address(text),
+        0,
+        0,
+        0,
+        0,
+        0,
         name.encode()[:15],
     )
     return _bpf(_PROG_LOAD, attr, f"load program {name}")
@@ -473,12 +487,23 @@ def prog_test_run(
     context_out = ctypes.create_string_buffer(len(context) or 1)
     attr = ctypes.create_string_buffer(
         struct.pack(
-            "<4I2Q4I2Q4I", prog_fd, 0, len(data), len(out),
-            _address(data), ctypes.addressof(out), repeat, 0,
-            len(context), len(context),
+            "<4I2Q4I2Q4I",
+            prog_fd,
+            0,
+            len(data),
+            len(out),
+            _address(data),
+            ctypes.addressof(out),
+            repeat,
+            0,
+            len(context),
+            len(context),
             _address(context) if context else 0,
             ctypes.addressof(context_out) if context else 0,
-            0, 0, 0, 0,
+            0,
+            0,
+            0,
+            0,
         ),
         80,
     )

@@ -57,8 +57,13 @@ def recent(state: State, query: dict[str, str]) -> tuple[list[dict[str, Any]], l
     "--protocol", type=click.Choice(["tcp", "udp", "sctp", "icmp", "icmpv6"], case_sensitive=False)
 )
 @click.option("--since", help="30s, 5m, 2h ago, or an RFC 3339 time.")
-@click.option("--limit", type=click.IntRange(0), default=100, show_default=True,
-              help="At most so many of the past.")
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    help="At most so many of the past.",
+)
 @json_option
 @cluster_option
 def flows(follow: bool, as_json: bool, cluster: str, **filters: Any) -> None:

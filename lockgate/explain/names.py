@@ -130,9 +130,11 @@ class Names:
             raise QuestionError(f"pod {key} has finished ({pod.status.phase})")
         if pod.spec.host_network:
             node = self.cluster.nodes.get(pod.spec.node_name)
-            found = [a.address for a in node.status.addresses if a.type == "InternalIP"] if (
-                node
-            ) else []
+            found = (
+                [a.address for a in node.status.addresses if a.type == "InternalIP"]
+                if (node)
+                else []
+            )
         else:
             found = pod.ips
         if not found:
@@ -186,9 +188,7 @@ class Names:
             raise QuestionError(f"{label} has no ICMP: ask about one of its pods")
 
         def refused(cause: str) -> list[Attempt]:
-            return [
-                Attempt(chosen, front, question.port, question.protocol, unserved=cause)
-            ]
+            return [Attempt(chosen, front, question.port, question.protocol, unserved=cause)]
 
         port = next(
             (
@@ -205,11 +205,15 @@ class Names:
             if one.address_type != ("IPv4" if ipv4 else "IPv6"):
                 continue
             # Headless: no translation, the port is the one that was asked.
-            numbers = [question.port] if front is None else [
-                p.port
-                for p in one.ports
-                if port is not None and p.name == port.name and p.protocol == port.protocol
-            ]
+            numbers = (
+                [question.port]
+                if front is None
+                else [
+                    p.port
+                    for p in one.ports
+                    if port is not None and p.name == port.name and p.protocol == port.protocol
+                ]
+            )
             for number in numbers:
                 for endpoint in one.endpoints:
                     ready = endpoint.conditions.ready

@@ -122,5 +122,6 @@ def parse_question(value: Any) -> Question:
     ):
         raise QuestionError(f"port: expected a number from 1 to 65535, got {port!r}")
     wanted: Family | None = None if family is None else 6 if str(family).endswith("6") else 4
-    return Question(str(ends[0]), str(ends[1]), None if protocol == "ICMP" else port,
-                    protocol, wanted)
+    return Question(
+        str(ends[0]), str(ends[1]), None if protocol == "ICMP" else port, protocol, wanted
+    )

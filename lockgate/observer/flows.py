@@ -45,9 +45,7 @@ class Names:
             if name != "CAUSE_MAX"
         }
         self.cause_numbers = {name: number for number, name in self.causes.items()}
-        self.types = {
-            number: name.removeprefix("EVENT_").lower() for name, number in types.items()
-        }
+        self.types = {number: name.removeprefix("EVENT_").lower() for name, number in types.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +118,14 @@ class FlowLog:
     start again, so a follower knows what it missed."""
 
     def __init__(
-        self, event: np.dtype[Any], head_size: int, names: Names, journal: Journal, node: str,
-        *, capacity: int = 65536,
+        self,
+        event: np.dtype[Any],
+        head_size: int,
+        names: Names,
+        journal: Journal,
+        node: str,
+        *,
+        capacity: int = 65536,
     ) -> None:
         self.names, self.journal, self.node = names, journal, node
         self.nodes: dict[str, str] = {}  # address → node, where known

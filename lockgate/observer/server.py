@@ -48,7 +48,11 @@ class Observer:
         head = schema.dtype("event_raw")["head"]
         names = Names(schema.enum("cause"), schema.enum("event_type"))
         self.log = FlowLog(
-            schema.dtype("event"), head.itemsize, names, self.journal, config.node,
+            schema.dtype("event"),
+            head.itemsize,
+            names,
+            self.journal,
+            config.node,
             capacity=capacity,
         )
         self.source = Source(Path(config.pins), schema, self.log)

@@ -116,5 +116,3 @@ class Source:
             return map_info(fd).id == ring.info.id
         finally:
             os.close(fd)
-
-

@@ -275,9 +275,7 @@ def test_mapped_array_is_the_kernels_memory(obj: Object) -> None:
         assert m.view.shape == (1000,) and m.view.strides == (16,)
         m.view["id"][999] = 77
         m.view[5] = (5, [1, 2, 3, 4, 5, 6], 0)
-        run = syscall.prog_test_run(
-            obj.prog_fd("answer"), PACKET, syscall.skb_context(cb=(0, 999))
-        )
+        run = syscall.prog_test_run(obj.prog_fd("answer"), PACKET, syscall.skb_context(cb=(0, 999)))
         assert run.cb[1] == 77
         raw = maps.ArrayMap.of(obj, "slots", obj.schema.dtype("slot"))
         assert raw[5]["mac"].tolist() == [1, 2, 3, 4, 5, 6]
@@ -364,7 +362,13 @@ def test_map_size_and_pinned_maps(path: Path, pins: str) -> None:
         assert first.max_entries == 17
     with Object(path) as obj:
         assert set(obj.reuse_pinned(pins)) == {
-            "table", "recent", "routes", "slots", "counters", "events", "images"
+            "table",
+            "recent",
+            "routes",
+            "slots",
+            "counters",
+            "events",
+            "images",
         }
         obj.load()
         assert syscall.map_info(obj.map_fd("table")).id == first.id

@@ -231,9 +231,7 @@ def test_batch_question_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("protocol", ["TCP", "UDP", "SCTP", "ICMP"])
 @pytest.mark.parametrize("ends", [("10.0.0.1", "10.0.0.2"), ("fd00::1", "fd00::2")])
-def test_first_packet_has_right_headers_and_checksums(
-    protocol: str, ends: tuple[str, str]
-) -> None:
+def test_first_packet_has_right_headers_and_checksums(protocol: str, ends: tuple[str, str]) -> None:
     source, destination = map(parse_address, ends)
     frame = first_packet(source, destination, protocol, 443)
     parsed: Packet = Ether(frame)

@@ -24,14 +24,29 @@ EVENT = np.dtype(
         *[
             (name, "u1")
             for name in (
-                "proto", "type", "verdict", "direction", "tcp_flags", "cause", "place", "captured",
+                "proto",
+                "type",
+                "verdict",
+                "direction",
+                "tcp_flags",
+                "cause",
+                "place",
+                "captured",
             )
         ],
         *[
             (name, "<u4")
             for name in (
-                "src_endpoint", "dst_endpoint", "class", "reason", "service", "ifindex", "length",
-                "epoch", "pending", "line",
+                "src_endpoint",
+                "dst_endpoint",
+                "class",
+                "reason",
+                "service",
+                "ifindex",
+                "length",
+                "epoch",
+                "pending",
+                "line",
             )
         ],
     ]

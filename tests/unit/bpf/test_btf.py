@@ -49,10 +49,10 @@ def test_sizes_and_offsets_are_the_compilers(schema: Schema, tmp_path: Path) -> 
     claims = []
     for name in names("struct"):
         dtype = schema.dtype(name)
-        claims.append(f"_Static_assert(sizeof(struct {name}) == {dtype.itemsize}, \"{name}\");")
+        claims.append(f'_Static_assert(sizeof(struct {name}) == {dtype.itemsize}, "{name}");')
         for field, (_, offset, *_rest) in (dtype.fields or {}).items():
             claims.append(
-                f"_Static_assert(offsetof(struct {name}, {field}) == {offset}, \"{name}.{field}\");"
+                f'_Static_assert(offsetof(struct {name}, {field}) == {offset}, "{name}.{field}");'
             )
     assert len(claims) > 100
     done = compile_c(tmp_path / "claims.o", HEAD + "\n".join(claims))

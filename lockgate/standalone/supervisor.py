@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -372,6 +373,8 @@ def _sentence(text: str) -> str:
 
 
 async def _main(arguments: argparse.Namespace) -> None:
+    # Objects of pods stay: passing over all of them would stop a change for a tenth of a second.
+    gc.set_threshold(50_000, 20, 100)
     state = State(arguments.cluster)
     supervisor = Supervisor(state, arguments.folder, arguments.nodes)
     loop = asyncio.get_running_loop()

@@ -86,6 +86,7 @@ class Hops:
         self._written: dict[int, Hop] = {}
         self._kernel: dict[str, tuple[int, str]] = {}
         self._no_services = False
+        self._next = FIRST_NODE
         self.numbers: dict[str, int] = {}
         self.errors: list[str] = []
         self._old = {
@@ -111,15 +112,19 @@ class Hops:
             if not addresses:
                 continue
             known = [self._old[a] for a in addresses if a in self._old]
+            # The number that was given up longest ago: what still remembers one does not
+            # find another node behind it.
+            last = len(self._dp.hops)
             free = (
                 n
-                for n in range(FIRST_NODE, len(self._dp.hops))
+                for n in (*range(self._next, last), *range(FIRST_NODE, self._next))
                 if n not in taken and n not in self._old.values()
             )
             number = next((n for n in known if n not in taken), None) or next(free, None)
             if number is None:
                 log.error("Node %s: no hop is left for it", name)
                 continue
+            self._next = max(FIRST_NODE, (number + 1) % last)
             self.numbers[name] = number
 
     def refresh(self, net: Net, cluster: Cluster) -> None:

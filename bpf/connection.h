@@ -296,6 +296,14 @@ static __noinline int related(struct __sk_buff *skb, struct packet *p)
 	return 1;
 }
 
+/* Is it sent to a pod of this node? */
+static __always_inline bool for_a_pod(struct packet *p)
+{
+	struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
+
+	return peer && peer->view[p->epoch & 1].kind == PEER_LOCAL;
+}
+
 /* From the parsed packet to its verdict and way out. */
 static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 {
@@ -318,9 +326,7 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 			return verdict;
 	}
 	if (p->place == PLACE_FROM_NET) {
-		struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
-
-		if (!peer || peer->view[p->epoch & 1].kind != PEER_LOCAL)
+		if (!for_a_pod(p))
 			return TCX_NEXT;	/* the node's own business */
 		return begin(skb, p, 0);
 	}

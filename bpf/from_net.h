@@ -22,13 +22,6 @@ static __always_inline bool spoofed_from_outside(struct __sk_buff *skb, struct p
 	return kind == PEER_LOCAL || kind == PEER_REMOTE;
 }
 
-static __always_inline bool for_a_pod(struct packet *p)
-{
-	struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
-
-	return peer && peer->view[p->epoch & 1].kind == PEER_LOCAL;
-}
-
 SEC("tc")
 int from_net(struct __sk_buff *skb)
 {

@@ -6,6 +6,7 @@
 #ifndef LOCKGATE_SERVICE_H
 #define LOCKGATE_SERVICE_H
 
+#include "backend.h"
 #include "nat.h"
 
 enum service_answer {
@@ -105,19 +106,6 @@ static __always_inline struct socket_peer *service_asked(struct __sk_buff *skb, 
 	return bpf_map_lookup_elem(&sockets, &key);
 }
 
-static __always_inline bool backend_live(struct packet *p, __u32 service)
-{
-	struct backend_key key = {
-		.addr = p->now.daddr,
-		.service = service,
-		.port = p->now.dport,
-		.proto = p->now.proto,
-	};
-	struct backend_state *backend = bpf_map_lookup_elem(&service_backends, &key);
-
-	return backend && backend->live[p->epoch & 1];
-}
-
 /* The connection in hand is judged again: if it is UDP to a backend of a
  * service that went, choose another for it. A connected socket goes on seeing
  * the address it was given. */
@@ -133,7 +121,7 @@ static __noinline int service_again(struct __sk_buff *skb, struct packet *p, __u
 		p->tuple.daddr = asked->addr;
 		p->tuple.dport = asked->port;
 	}
-	if (!service || backend_live(p, service))
+	if (!service || backend_live(p->epoch, service, &p->now.daddr, p->now.dport, p->now.proto))
 		return NOT_A_SERVICE;
 	struct service_view *view = service_find(p, &p->tuple, false);
 

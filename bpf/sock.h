@@ -16,7 +16,7 @@
 #include <linux/errno.h>
 #include <linux/in.h>
 
-#include "maps.h"
+#include "backend.h"
 
 enum sock_answer {
 	SOCK_REFUSE  = 0,
@@ -92,20 +92,6 @@ static __always_inline struct socket_key socket_key(struct bpf_sock_addr *ctx,
 	};
 
 	return key;
-}
-
-static __always_inline bool backend_is_live(const struct socket_peer *backend,
-					    __u8 proto, __u32 epoch)
-{
-	struct backend_key key = {
-		.addr = backend->addr,
-		.service = backend->service,
-		.port = backend->port,
-		.proto = proto,
-	};
-	struct backend_state *state = bpf_map_lookup_elem(&service_backends, &key);
-
-	return state && state->live[epoch & 1];
 }
 
 /* One of the service's backends at random. False when the image has none. */
@@ -185,7 +171,8 @@ static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
 	by_service = socket_key(ctx, name);
 	if (ctx->protocol == IPPROTO_UDP)
 		kept = bpf_map_lookup_elem(&sockets, &by_service);
-	if (kept && kept->service == view->id && backend_is_live(kept, IPPROTO_UDP, epoch)) {
+	if (kept && kept->service == view->id &&
+	    backend_live(epoch, view->id, &kept->addr, kept->port, IPPROTO_UDP)) {
 		chosen.addr = kept->addr;
 		chosen.port = kept->port;
 	} else if (choose_backend(view, epoch, &chosen)) {

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from ipaddress import ip_interface
 from pathlib import Path
 from socket import AF_INET, AF_INET6
-from types import TracebackType
 from typing import Any, Self
 
 from pyroute2 import IPRoute, NetlinkError
@@ -86,12 +85,7 @@ class Net:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

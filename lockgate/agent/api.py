@@ -8,8 +8,9 @@ from typing import Any
 
 from aiohttp import web
 
-from lockgate.agent.agent import Agent, EndpointError
+from lockgate.agent.agent import Agent
 from lockgate.agent.ipam import PoolExhausted
+from lockgate.agent.requests import EndpointError
 
 __all__ = ["application"]
 

@@ -1,0 +1,84 @@
+"""What an agent is asked: its state, and what its programs would do with a packet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lockgate.agent.agent import Agent
+
+__all__ = ["dry_run", "status"]
+
+_COUNT_CAUSE = 8
+
+
+def dry_run(agent: Agent, packets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run live programs; `packet` is bytes here. From the worker."""
+    mark = 0x6C6B6761
+    answers: list[dict[str, Any]] = []
+    for item in packets:
+        try:
+            ifindex = int(item.get("ifindex") or agent.cards.get(agent.config.underlay, 1))
+            run = agent.dp.dry_run(item["at"], item["packet"], ifindex, mark)
+        except (OSError, ValueError) as error:
+            answers.append({"error": str(error)})
+            continue
+        result, egress, ingress, target, service = run.cb
+        answers.append(
+            {
+                "retval": run.retval,
+                "verdict": result & 0xFF,
+                "cause": result >> 8 & 0xFF,
+                "judged": result >> 16,
+                "egress": egress,
+                "ingress": ingress,
+                "targetKind": target >> 28,
+                "target": target & 0xFFFFFFF,
+                "service": service,
+            }
+        )
+    return answers
+
+
+def status(agent: Agent) -> dict[str, Any]:
+    """What GET /v1/status answers. From the worker."""
+    totals = agent.dp.counters.values().sum(axis=1)
+    causes = agent.dp.object.schema.enum("cause")
+    drops = {
+        name.removeprefix("CAUSE_").lower().replace("_", "-"): int(totals[_COUNT_CAUSE + n])
+        for name, n in causes.items()
+        if name != "CAUSE_MAX" and totals[_COUNT_CAUSE + n]
+    }
+    return {
+        "cluster": agent.config.cluster,
+        "node": agent.config.node,
+        "epoch": agent.publisher.epoch,
+        "revision": agent.revision,
+        "applied": agent.applied,
+        "connected": agent.connected,
+        "started": agent.started,
+        "counts": {
+            **agent.publisher.sizes,
+            "endpoints": len(agent.ipam.leases),
+            "hops": len(agent.hops.numbers),
+            "swept": agent.swept,
+        },
+        "endpoints": [
+            {"uid": one.uid, "ips": list(one.ips), "slot": one.slot}
+            for one in agent.ipam.leases.values()
+        ],
+        "errors": [text for texts in agent.errors.values() for text in texts],
+        "features": agent.features,
+        "memory": _resident(),
+        "losses": {"events": int(totals[1])},
+        "events": int(totals[0]),
+        "forwarded": int(totals[2]),
+        "drops": drops,
+    }
+
+
+def _resident() -> int:
+    """Bytes of memory this process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096

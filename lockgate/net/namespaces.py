@@ -1,23 +1,30 @@
 """Named network namespaces, and short visits to others.
 
-A named namespace is a bind mount of its nsfs file in /run/netns, as iproute2 has it. A
-namespace belongs to a thread: `inside` moves only the calling thread, so never await there.
+A named namespace is a bind mount of its nsfs file in /run/netns, as iproute2 has it. That folder
+is a mount of its own, shared with other mount namespaces: iproute2 makes it one when it is not,
+which would hide what was mounted there before. A namespace belongs to a thread: `inside` moves
+only the calling thread, so never await there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 __all__ = ["create", "delete", "enter", "inside", "path_of"]
 
 _RUN = Path("/run/netns")
+_CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
 _MS_BIND = 4096
+_MS_REC = 16384
+_MS_PRIVATE = 1 << 18
+_MS_SHARED = 1 << 20
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,25 +38,20 @@ def create(name: str) -> Path:
     """Make the namespace `name` and return its path; what is there already is left alone."""
     path = path_of(name)
     _RUN.mkdir(parents=True, exist_ok=True)
+    _share_run()
     if path.exists() and _is_namespace(path):
         return path
     path.touch()
-    failure: list[OSError] = []
 
-    # A thread of its own: its namespace ends with it, so the caller's never changes.
     def make() -> None:
-        try:
-            _call("make a network namespace", _libc.unshare(_CLONE_NEWNET))
-            _mount("/proc/thread-self/ns/net", path, _MS_BIND)
-        except OSError as error:
-            failure.append(error)
+        _call("make a network namespace", _libc.unshare(_CLONE_NEWNET))
+        _mount("/proc/thread-self/ns/net", path, _MS_BIND)
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    if failure:
+    try:
+        _in_a_thread(make)
+    except OSError:
         path.unlink(missing_ok=True)
-        raise failure[0]
+        raise
     return path
 
 
@@ -58,9 +60,13 @@ def delete(name: str) -> bool:
     path = path_of(name)
     if not path.exists():
         return False
-    while _libc.umount2(os.fsencode(path), _MNT_DETACH) == 0:
-        pass
-    path.unlink(missing_ok=True)
+    _unmount(path)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        _in_a_thread(lambda: _delete_hidden(path))
     return True
 
 
@@ -85,6 +91,52 @@ def inside(path: str | os.PathLike[str]) -> Iterator[None]:
             _call("return to the network namespace", _libc.setns(home, _CLONE_NEWNET))
     finally:
         os.close(home)
+
+
+def _share_run() -> None:
+    """As `ip netns add` does first; it fails only where the folder is no mount yet."""
+    if _libc.mount(b"none", os.fsencode(_RUN), b"none", _MS_SHARED | _MS_REC, None) != 0:
+        _mount(str(_RUN), _RUN, _MS_BIND | _MS_REC)
+        _mount("none", _RUN, _MS_SHARED | _MS_REC)
+
+
+def _delete_hidden(path: Path) -> None:
+    """Remove a name whose mount lies under a later mount of the folder, where no path leads.
+
+    In a mount namespace of its own the calling thread lays it bare. Where a file is a mount point
+    in other namespaces only, unlink(2) takes those mounts away (Linux 3.18)."""
+    _call("make a mount namespace", _libc.unshare(_CLONE_NEWNS))
+    _mount("none", Path("/"), _MS_PRIVATE | _MS_REC)
+    while True:
+        _unmount(path)
+        try:
+            path.unlink(missing_ok=True)
+            return
+        except OSError:
+            if _libc.umount2(os.fsencode(_RUN), _MNT_DETACH) != 0:
+                raise
+
+
+def _unmount(path: Path) -> None:
+    while _libc.umount2(os.fsencode(path), _MNT_DETACH) == 0:
+        pass
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    """Run `work` in a thread of its own: its namespaces end with it, the caller's never change."""
+    failure: list[OSError] = []
+
+    def run() -> None:
+        try:
+            work()
+        except OSError as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
 
 
 def _is_namespace(path: Path) -> bool:

@@ -116,7 +116,7 @@ def _check_manifests(folder: Path) -> None:
             click.echo(f"lockgate: {error}", err=True)
         sys.exit(2)
     if not state.objects:
-        fail(f"{folder} has no manifests (*.yaml, *.yml or *.json)")
+        fail(f"{folder} has no objects in its manifests")
 
 
 def _clear(state: State, quiet: bool) -> None:

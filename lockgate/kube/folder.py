@@ -1,13 +1,15 @@
 """A folder of manifests as a source of objects, watched for changes.
 
 All files together are one state: a change is passed on when the whole folder is right, else its
-errors are, and the objects stay those of the last good state. Only files that changed are read
+errors are, and the objects stay those of the last good state. That the folder is gone or empty is
+an error too: nobody means to end everything by moving it away. Only files that changed are read
 again, so a saved file is parsed a millisecond or two after it was closed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 from collections.abc import AsyncIterator
@@ -34,6 +36,8 @@ _WATCHED = (
     | Mask.DELETE_SELF
     | Mask.ONLYDIR
 )
+# Of the folder above: whether ours went, or came back.
+_WATCHED_ABOVE = Mask.CREATE | Mask.MOVED_TO | Mask.MOVED_FROM | Mask.DELETE | Mask.ONLYDIR
 
 # What tells a version of a file from another: inode, size, mtime.
 Version = tuple[int, int, int]
@@ -70,6 +74,7 @@ class Folder:
         self._good: list[Object] = []
         self._warnings: list[str] = []
         self._number = 0
+        self._is_gone = False
         self._inotify = Inotify()
         self._away: set[Path] = set()
         self._fresh = asyncio.Event()
@@ -85,7 +90,11 @@ class Folder:
         self._inotify.close()
 
     async def __aiter__(self) -> AsyncIterator[Update]:
-        self._watch(self.path.parent if self._single else self.path)
+        if self._single:
+            self._watch(self.path.parent)
+        else:
+            self._inotify.add_watch(self.path.parent, _WATCHED_ABOVE)
+            self._watch(self.path)
         self.refresh(first=True)
         seen = 0
         events = asyncio.create_task(self._follow())
@@ -108,13 +117,9 @@ class Folder:
     def refresh(self, *, first: bool = False) -> Update:
         """Compares every file with what was read, reads what differs; the state as of now."""
         found = self._files()
-        changed = [path for path in found if self._changed(path)]
-        gone = [path for path in self._parsed if path not in found]
-        for path in changed:
-            self._read(path)
-        for path in gone:
-            self._forget(path)
-        if changed or gone or first:
+        changed = [self._read(path) for path in found if self._changed(path)]
+        changed += [self._forget(path) for path in set(self._parsed).difference(found)]
+        if any(changed) or first or self._is_gone != (not self.path.exists()):
             self._publish()
         return self.current
 
@@ -135,6 +140,9 @@ class Folder:
         """Whether an event changed what was parsed."""
         path = event.path
         if path is None or event.mask & (Mask.IGNORED | Mask.DELETE_SELF):
+            return False
+        if not self._single and path.parent == self.path.parent:
+            self._take_itself(event)
             return False
         if event.mask & Mask.ISDIR:
             if self._single or path.name.startswith("."):
@@ -161,9 +169,21 @@ class Folder:
         self._away.discard(path)
         return self._read(path)
 
+    def _take_itself(self, event: Event) -> None:
+        if event.path != self.path:
+            return
+        if event.mask & (Mask.CREATE | Mask.MOVED_TO):
+            self._watch(self.path)
+            self.refresh()
+        else:
+            self._away.add(self.path)
+
     def _settle(self) -> None:
         away, self._away = self._away, set()
         changed = False
+        if not self._single and self.path in away:
+            away = set()
+            self.refresh()
         for path in away:
             if path.exists():
                 changed |= self._changed(path) and self._read(path)
@@ -201,21 +221,21 @@ class Folder:
     def _changed(self, path: Path) -> bool:
         try:
             return self._versions.get(path) != _version(os.stat(path))
-        except FileNotFoundError:
-            return path in self._parsed
+        except OSError:
+            return True
 
     def _read(self, path: Path) -> bool:
         source = path.name if self._single else str(path.relative_to(self.path))
         try:
-            with path.open("rb") as file:
-                version = _version(os.fstat(file.fileno()))
-                data = file.read()
+            version, data = _content(path)
         except FileNotFoundError:
             return self._forget(path)
         except OSError as error:
-            self._parsed[path] = f"{source}: {error.strerror}"
+            complaint = f"{source}: {error.strerror}"
             self._versions.pop(path, None)
-            return True
+            changed = self._parsed.get(path) != complaint
+            self._parsed[path] = complaint
+            return changed
         self._versions[path] = version
         try:
             self._parsed[path] = parse(data, source)
@@ -230,6 +250,11 @@ class Folder:
     def _publish(self) -> None:
         in_order = [self._parsed[path] for path in sorted(self._parsed)]
         errors = [item for item in in_order if isinstance(item, str)]
+        self._is_gone = not self.path.exists()
+        if self._is_gone:
+            errors = [f"{self.path}: no such file or folder any more"]
+        elif not in_order:
+            errors = [f"{self.path}: no manifests (*.yaml, *.yml or *.json)"]
         if not errors:
             try:
                 merged = merge(item for item in in_order if isinstance(item, Parsed))
@@ -239,6 +264,16 @@ class Folder:
         self._number += 1
         self.current = Update(self._good, self._warnings, errors, self._number)
         self._fresh.set()
+
+
+def _content(path: Path) -> tuple[Version, bytes]:
+    """Raises OSError, also for what is no file: a pipe has no end, nor has /dev/zero."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "expected a regular file")
+        return _version(status), file.read()
 
 
 def _version(status: os.stat_result) -> Version:

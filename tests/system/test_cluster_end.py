@@ -270,7 +270,7 @@ def test_a_missing_file_system_is_one_sentence(tmp_path: Path, kind: str, words:
         ("up /no/such/folder", "/no/such/folder"),
         ("up {folder} --nodes 0", "0 is not in the range"),
         ("up {folder} --cluster Bad_Name", "1 to 20 lower case letters"),
-        ("up {empty}", "has no manifests (*.yaml, *.yml or *.json)"),
+        ("up {empty}", "no manifests (*.yaml, *.yml or *.json)"),
         ("up {broken}", "end.yaml"),
         ("get things", "'things' is not one of"),
         ("nonsense", "No such command 'nonsense'"),

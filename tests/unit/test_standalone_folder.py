@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,72 @@ async def test_refresh_sees_what_was_saved_before_any_event(home: Path) -> None:
 def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         Folder(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: os.mkfifo(path), "expected a regular file"),
+        (lambda path: os.symlink("/dev/zero", path), "expected a regular file"),
+        (lambda path: os.symlink(path.name, path), "Too many levels of symbolic links"),
+    ],
+    ids=["pipe", "device_without_end", "link_to_itself"],
+)
+async def test_what_is_no_file_is_named_and_read_never(
+    home: Path, make: Callable[[Path], None], words: str
+) -> None:
+    with Folder(home) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        make(home / "odd.yaml")
+        assert folder.refresh().errors == [f"odd.yaml: {words}"]
+        number = folder.current.number
+        assert folder.refresh().number == number, "nothing new"
+        (home / "odd.yaml").unlink()
+        await until(updates, ["a"])
+
+
+async def test_a_folder_that_is_moved_away_is_an_error_until_it_is_back(home: Path) -> None:
+    (home / "shop").mkdir()
+    os.rename(home / "a.yaml", home / "shop" / "a.yaml")
+    with Folder(home / "shop") as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        os.rename(home / "shop", home / "elsewhere")
+        update = await until(updates, ["a"], errors=1)
+        assert update.errors == [f"{home / 'shop'}: no such file or folder any more"]
+        (home / "shop").mkdir()
+        await until(updates, ["a"], errors=1)
+        (home / "shop" / "b.yaml").write_text(namespace("b"))
+        await until(updates, ["b"])
+        (home / "shop" / "b.yaml").write_text(namespace("c"))
+        await until(updates, ["c"])
+
+
+async def test_a_folder_that_is_deleted_is_an_error(home: Path) -> None:
+    (home / "shop").mkdir()
+    os.rename(home / "a.yaml", home / "shop" / "a.yaml")
+    with Folder(home / "shop") as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        shutil.rmtree(home / "shop")
+        await until(updates, ["a"], errors=1)
+
+
+async def test_an_emptied_folder_is_an_error(home: Path) -> None:
+    with Folder(home) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        (home / "a.yaml").unlink()
+        update = await until(updates, ["a"], errors=1)
+        assert update.errors == [f"{home}: no manifests (*.yaml, *.yml or *.json)"]
+
+
+async def test_a_single_file_that_is_deleted_is_an_error(home: Path) -> None:
+    with Folder(home / "a.yaml") as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        (home / "a.yaml").unlink()
+        await until(updates, ["a"], errors=1)
+        (home / "a.yaml").write_text(namespace("b"))
+        await until(updates, ["b"])

@@ -19,7 +19,7 @@ POD_CFLAGS = -O2 -g -std=gnu11 -Wall -Wextra -static
 
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 
-.PHONY: help run test check format build bench fuzz wheel lock clean setup-build setup-run setup-test setup-bench artifacts bench-artifacts
+.PHONY: help run test check format build bench fuzz wheel image lock clean setup-build setup-run setup-test setup-bench artifacts bench-artifacts
 
 ##@ Using it
 
@@ -51,6 +51,9 @@ fuzz: setup-test artifacts ## compare the kernel with the specification for SECO
 
 wheel: setup-build artifacts ## dist/*.whl, with the kernel programs inside
 	@$(PYTHON) -m hatchling build -t wheel
+
+image: setup-build artifacts ## dist/lockgate-image.tar, for `ctr -n k8s.io images import`
+	@$(PYTHON) -m scripts.image
 
 lock: setup-build ## write requirements.lock anew from what .venv has
 	@{ head -n 1 requirements.lock; $(PYTHON) -m pip freeze --exclude-editable; } > build/lock && mv build/lock requirements.lock

@@ -1,0 +1,1 @@
+"""Builds Lockgate's container image without a container daemon: `python -m scripts.image`."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lockgate.agent.encode import Encoder, EndpointRecord
 from lockgate.bpf import syscall
 from lockgate.bpf.maps import ArrayOfMaps, HashMap, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
@@ -123,17 +124,16 @@ class World:
         )
         HashMap.of(self.object, "peers", dtype("addr"), dtype("peer")).update_many(keys, peers)
         endpoints = MappedArray.of(self.object, "endpoints", dtype("endpoint"))
-        for pod in cluster.pods.values():
-            slot = ids.slot(pod.metadata.uid)
-            if slot is None:
-                continue
-            record = np.zeros((), dtype("endpoint"))
-            record["id"], record["flags"], record["mtu"] = ids.endpoint(pod), 1, 1500
-            record["mac"] = np.frombuffer(mac(slot), np.uint8)
-            record["host_mac"] = np.frombuffer(HOST_MAC, np.uint8)
-            record["addr4"] = np.frombuffer(mapped(pod.status.pod_ips[0].ip), np.uint8)
-            record["view"][1] = tuple(tables.endpoints[slot])
-            endpoints.view[slot] = record
+        records = {
+            slot: EndpointRecord(
+                ids.endpoint(pod), mac(slot), HOST_MAC, 1500, (pod.status.pod_ips[0].ip,)
+            )
+            for pod in cluster.pods.values()
+            if (slot := ids.slot(pod.metadata.uid)) is not None
+        }
+        wanted = Encoder(self.schema, len(endpoints)).encode(tables, records)
+        endpoints.view[:] = wanted.slots
+        endpoints.view["view"][:, 1] = wanted.views
         state = MappedArray.of(self.object, "state", dtype("node_state"))
         state.view["epoch"][0] = 1
         return tables

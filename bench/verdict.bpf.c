@@ -7,11 +7,17 @@
 
 #define QUESTIONS 65536
 
+struct question {
+	struct tuple tuple;
+	__u32 slot;		/* of the pod it is for, as from_net has it by then */
+	__u32 pad;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, QUESTIONS);
 	__type(key, __u32);
-	__type(value, struct tuple);
+	__type(value, struct question);
 } questions SEC(".maps");
 
 struct result {
@@ -30,11 +36,12 @@ static __always_inline struct packet *ready(__u32 index, __u32 mask)
 {
 	__u32 zero = 0, question = index & mask;
 	struct packet *p = bpf_map_lookup_elem(&packets, &zero);
-	struct tuple *t = bpf_map_lookup_elem(&questions, &question);
+	struct question *q = bpf_map_lookup_elem(&questions, &question);
 
-	if (!p || !t)
+	if (!p || !q)
 		return NULL;
-	p->tuple = *t;
+	p->tuple = q->tuple;
+	p->slot = q->slot;
 	return p;
 }
 
@@ -67,7 +74,7 @@ SEC("tc")
 int verdicts(struct __sk_buff *skb)
 {
 	__u32 zero = 0, mask = skb->cb[0] & (QUESTIONS - 1);
-	struct packet *p = packet_begin(skb, PLACE_FROM_POD);
+	struct packet *p = packet_begin(skb, PLACE_FROM_NET);
 	struct result *r = bpf_map_lookup_elem(&result, &zero);
 	__u64 begin;
 

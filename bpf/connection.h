@@ -296,12 +296,16 @@ static __noinline int related(struct __sk_buff *skb, struct packet *p)
 	return 1;
 }
 
-/* Is it sent to a pod of this node? */
+/* Is it sent to a pod of this node? Then it is as if that pod were at this hook:
+ * the verdict need not look for it again. */
 static __always_inline bool for_a_pod(struct packet *p)
 {
 	struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
 
-	return peer && peer->view[p->epoch & 1].kind == PEER_LOCAL;
+	if (!peer || peer->view[p->epoch & 1].kind != PEER_LOCAL)
+		return false;
+	p->slot = peer->view[p->epoch & 1].target;
+	return true;
 }
 
 /* From the parsed packet to its verdict and way out. */

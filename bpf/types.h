@@ -65,11 +65,18 @@ enum isolation {
 	ISOLATED_EGRESS  = 2,
 };
 
+#define NO_CLASS 0xffffffffu
+
+/* class4 and class6 are what `peers` says of addr4 and addr6, so that the pod
+ * at a hook need not be looked up; NO_CLASS where the address is not its own in
+ * this view (not published, another pod's, a node's) or there is none. */
 struct endpoint_view {
 	__u32 rows;		/* image word of the policy's rows, by class */
 	__u32 cols;		/* image word of the policy's columns, by port class */
-	__u32 class;		/* the pod's own class as a peer */
 	__u32 isolated;		/* enum isolation bits */
+	__u32 endpoint;		/* id of the pod that all this is about */
+	__u32 class4;		/* its class as a peer, by family */
+	__u32 class6;
 };
 
 struct endpoint {
@@ -89,10 +96,14 @@ struct endpoint {
  *
  *   IMAGE_PORTS  3 x 65536 port classes, __u16 each, 4 to a word;
  *                index = (TCP 0, UDP 1, SCTP 2) * 65536 + port
- *   IMAGE_CIDRS  blocks of 256 __u32 (128 words) each: a trie with 8-bit
- *                strides; block 0 is the root for IPv4 (4 levels), block 1
- *                for IPv6 (16 levels). A slot is a class, or with CIDR_NEXT
- *                set the number of the next block.
+ *   IMAGE_CIDRS  a trie per family, of slots, __u32 each. Slot 0 stands for all
+ *                of IPv4, slot 1 for all of IPv6. A slot is a class, or with
+ *                CIDR_NEXT set says how to go on, at word CIDR_WORD from here:
+ *                  CIDR_STRIDE n > 0: a slot for each value of the next n bits;
+ *                  0: 2 words, for many bits at once. The low CIDR_SKIP bits of
+ *                     the first say how many; where its highest are those of
+ *                     the address, the low slot of the second word follows,
+ *                     else the high one.
  *   then         rows, columns, cells, backends, wherever the views point:
  *     row word    [rows + class]      low half: first cell word for ingress,
  *                                     high half: for egress
@@ -106,8 +117,12 @@ struct endpoint {
 #define IMAGE_PORTS       0
 #define IMAGE_PORT_WORDS  49152
 #define IMAGE_CIDRS       IMAGE_PORT_WORDS
-#define CIDR_BLOCK_WORDS  128
 #define CIDR_NEXT         0x80000000u
+#define CIDR_STRIDE       0x7c000000u
+#define CIDR_STRIDE_SHIFT 26
+#define CIDR_WORD         0x03ffffffu
+#define CIDR_SKIP         63
+#define CIDR_LEVELS       17	/* 16 that use 8 bits or more, and a class */
 #define BACKEND_WORDS     3
 
 #define CELL_ALLOW        0x80000000u	/* clear = deny */

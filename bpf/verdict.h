@@ -8,30 +8,52 @@
 
 #include "event.h"
 
-/* Class of an address that is no peer: a walk down the CIDR trie. */
-static __noinline __u32 cidr_class(__u32 epoch, const struct addr *addr)
+/* Class of an address that is no peer: a walk down the CIDR trie. Without a
+ * CIDR block in force that is one read. Not static, so that the verifier walks
+ * its loop once and not for each caller. */
+__noinline __u32 cidr_class(__u32 epoch, const struct addr *addr)
 {
 	void *image = image_of(epoch);
-	__u32 block, byte;
+	__u64 *word, bits, more = 0;	/* of the address, those not yet used on top */
+	__u32 slot;
 
 	if (!image || !addr)
 		return 0;
-	block = is_v4(addr) ? 0 : 1;
-	byte = is_v4(addr) ? 12 : 0;
-	for (int level = 0; level < 16; level++) {
-		if (byte > 15)
-			return 0;
-		__u32 index = addr->b[byte];
-		__u64 *word = image_word(image, IMAGE_CIDRS + block * CIDR_BLOCK_WORDS + (index >> 1));
-
-		if (!word)
-			return 0;
-		__u32 slot = index & 1 ? *word >> 32 : (__u32)*word;
-
+	word = image_word(image, IMAGE_CIDRS);
+	if (!word)
+		return 0;
+	if (is_v4(addr)) {
+		slot = *word;
+		bits = (__u64)bpf_ntohl(((const __be32 *)addr)[3]) << 32;
+	} else {
+		slot = *word >> 32;
+		bits = bpf_be64_to_cpu(((const __be64 *)addr)[0]);
+		more = bpf_be64_to_cpu(((const __be64 *)addr)[1]);
+	}
+	for (int level = 0; level < CIDR_LEVELS; level++) {
 		if (!(slot & CIDR_NEXT))
 			return slot;
-		block = slot & ~CIDR_NEXT;
-		byte++;
+		__u32 at = IMAGE_CIDRS + (slot & CIDR_WORD);
+		__u32 stride = (slot & CIDR_STRIDE) >> CIDR_STRIDE_SHIFT;
+
+		if (stride) {
+			__u32 index = bits >> (64 - stride);
+
+			word = image_word(image, at + (index >> 1));
+			if (!word)
+				return 0;
+			slot = index & 1 ? *word >> 32 : *word;
+		} else {
+			__u64 *match = image_word(image, at);
+
+			word = image_word(image, at + 1);
+			if (!match || !word)
+				return 0;
+			stride = *match & CIDR_SKIP;
+			slot = (bits ^ *match) >> (64 - stride) ? *word >> 32 : *word;
+		}
+		bits = bits << stride | more >> (64 - stride);
+		more <<= stride;
 	}
 	return 0;
 }
@@ -40,11 +62,41 @@ struct end {			/* what an address is, in this view */
 	__u32 class, endpoint, slot, target;
 };
 
+/* Is the address that of the pod at this hook, in this view? Then the pod's
+ * own entry says what peers would. */
+static __always_inline bool is_own(struct packet *p, const struct addr *addr, struct end *end)
+{
+	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &p->slot);
+	__u32 class;
+
+	if (!ep)
+		return false;
+	struct endpoint_view *view = &ep->view[p->epoch & 1];
+
+	if (same_addr(addr, &ep->addr4))
+		class = view->class4;
+	else if (same_addr(addr, &ep->addr6))
+		class = view->class6;
+	else
+		return false;
+	/* While a slot changes hands the view may be about another pod. */
+	if (class == NO_CLASS || view->endpoint != ep->id)
+		return false;
+	end->class = class;
+	end->endpoint = view->endpoint;
+	end->slot = p->slot;
+	end->target = target_of(TO_LOCAL, p->slot);
+	return true;
+}
+
 /* Never fails: an address that is no peer is of the world. */
 static __noinline int find_end(struct packet *p, const struct addr *addr, struct end *end)
 {
-	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
+	struct peer *peer;
 
+	if (is_own(p, addr, end))
+		return 0;
+	peer = bpf_map_lookup_elem(&peers, addr);
 	end->endpoint = 0;
 	end->slot = NO_SLOT;
 	if (peer) {

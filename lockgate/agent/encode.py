@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockgate.bpf.btf import Schema
-from lockgate.compile.tables import PeerView, ServiceView, Tables
+from lockgate.compile.tables import NO_CLASS, PEER_LOCAL, PeerView, ServiceView, Tables
 from lockgate.objects.address import is_ipv4, parse_address
 
 __all__ = ["EP_LIVE", "Bytes", "Encoder", "EndpointRecord", "Wanted", "rows", "sortable"]
@@ -27,7 +28,7 @@ EP_LIVE = 1
 _U32 = np.dtype("<u4")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EndpointRecord:
     """What both views share of a local pod."""
 
@@ -36,6 +37,11 @@ class EndpointRecord:
     host_mac: bytes
     mtu: int
     ips: tuple[str, ...]
+
+    @cached_property
+    def addresses(self) -> tuple[bytes, ...]:
+        """`ips` as the kernel has them."""
+        return tuple(parse_address(ip) for ip in self.ips)
 
 
 @dataclass(slots=True)
@@ -81,10 +87,7 @@ class Encoder:
         if tables.backends is not before.backends:
             self._backends = self._encode_backends(tables.backends)
         self._encode_slots(endpoints)
-        views = np.zeros(len(self._slots), self._endpoint_view)
-        places = np.fromiter(tables.endpoints, np.intp, len(tables.endpoints))
-        views[places] = structured(tables.endpoints.values(), self._endpoint_view)
-        views[self._slots["flags"] == 0] = np.zeros((), self._endpoint_view)
+        views = self._encode_views(tables, endpoints)
         return Wanted(self._peers, self._services, self._backends, tables.image, self._slots, views)
 
     def _encode_peers(self, peers: Mapping[bytes, PeerView]) -> Table:
@@ -137,10 +140,41 @@ class Encoder:
         row["id"], row["flags"], row["mtu"] = record.id, EP_LIVE, record.mtu
         row["mac"] = np.frombuffer(record.mac, np.uint8)
         row["host_mac"] = np.frombuffer(record.host_mac, np.uint8)
-        for ip in record.ips:
-            address = parse_address(ip)
+        for address in record.addresses:
             field = "addr4" if is_ipv4(address) else "addr6"
             row[field] = np.frombuffer(address, np.uint8)
+
+    def _encode_views(
+        self, tables: Tables, endpoints: Mapping[int, EndpointRecord]
+    ) -> NDArray[Any]:
+        views = np.zeros(len(self._slots), self._endpoint_view)
+        known = [
+            (slot, *own, *self._own_peers(tables.peers, slot, endpoints[slot]))
+            for slot, own in tables.endpoints.items()
+            if slot in endpoints
+        ]
+        if known:
+            columns = np.array(known, np.int64).T
+            places = columns[0]
+            for name, column in zip(self._endpoint_view.names or (), columns[1:], strict=True):
+                views[name][places] = column
+        return views
+
+    @staticmethod
+    def _own_peers(
+        peers: Mapping[bytes, PeerView], slot: int, record: EndpointRecord
+    ) -> tuple[int, int, int]:
+        """The pod's id and, by family, its class if peers know its address as its own."""
+        class4 = class6 = NO_CLASS
+        for address in record.addresses:
+            peer = peers.get(address)
+            own = peer is not None and peer[1:] == (record.id, PEER_LOCAL, slot)
+            cls = peer.cls if peer is not None and own else NO_CLASS
+            if is_ipv4(address):
+                class4 = cls
+            else:
+                class6 = cls
+        return record.id, class4, class6
 
 
 # ---- Rows of bytes ---------------------------------------------------------------

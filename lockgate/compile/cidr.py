@@ -1,4 +1,4 @@
-"""CIDR blocks: which blocks contain an address, and the trie the kernel walks.
+"""CIDR blocks: which blocks contain an address.
 
 A *block* is an ipBlock: a network and what is taken out of it. All networks
 that are named cut the address space into regions; addresses of one region are
@@ -7,17 +7,15 @@ in the same blocks. Both families go through the same code.
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_right
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from lockgate.compile.tables import CIDR_NEXT
 from lockgate.objects.address import parse_address, parse_cidr
 from lockgate.objects.model import IPBlock
 
-__all__ = ["Block", "Regions", "block_key", "pack", "trie"]
+__all__ = ["Block", "Regions", "block_key", "pack"]
 
 #: (family 4 or 6, first address as a number, prefix length)
 Network = tuple[int, int, int]
@@ -100,30 +98,3 @@ class Regions:
     def at(self, address: int) -> frozenset[int]:
         """Numbers of the blocks that contain the address (a number of this family)."""
         return self._sets[bisect_right(self._starts, address) - 1]
-
-
-def trie(leaves: Collection[tuple[int, int, int, int]]) -> bytes:
-    """The CIDR blocks of the image.
-
-    `leaves` are (family, first address, prefix length, class). Leaves are pushed:
-    what a slot says holds for all its addresses, so a look-up keeps nothing.
-    """
-    blocks = [array("I", bytes(1024)), array("I", bytes(1024))]
-    # Shorter prefixes first: a longer one that follows splits what they filled.
-    for family, first, length, cls in sorted(leaves, key=lambda leaf: leaf[2]):
-        bits = 32 if family == 4 else 128
-        key = first.to_bytes(bits // 8, "big")
-        block = blocks[0 if family == 4 else 1]
-        last = max(length - 1, 0) // 8
-        for byte in key[:last]:
-            slot = block[byte]
-            if slot & CIDR_NEXT:
-                block = blocks[slot & ~CIDR_NEXT]
-            else:
-                block[byte] = CIDR_NEXT | len(blocks)
-                block = array("I", [slot]) * 256
-                blocks.append(block)
-        span = 1 << (8 * (last + 1) - length)
-        byte = key[last]
-        block[byte : byte + span] = array("I", [cls]) * span
-    return b"".join(block.tobytes() for block in blocks)

@@ -8,8 +8,12 @@ from lockgate.compile.tables import (
     BACKEND_WORDS,
     CELL_ALLOW,
     CELL_REASON,
-    CIDR_BLOCK_WORDS,
+    CIDR_LEVELS,
     CIDR_NEXT,
+    CIDR_SKIP,
+    CIDR_STRIDE,
+    CIDR_STRIDE_SHIFT,
+    CIDR_WORD,
     IMAGE_CIDRS,
     IMAGE_PORTS,
     ISOLATED_EGRESS,
@@ -19,9 +23,10 @@ from lockgate.compile.tables import (
     EndpointView,
     ServiceView,
     Tables,
+    Words,
 )
 
-__all__ = ["Cell", "backends_of", "class_of", "lookup", "port_class"]
+__all__ = ["Cell", "backends_of", "cidr_class", "class_of", "lookup", "port_class"]
 
 
 class Cell(NamedTuple):
@@ -36,14 +41,29 @@ def class_of(tables: Tables, address: bytes) -> int:
     peer = tables.peers.get(address)
     if peer is not None:
         return peer.cls
+    return cidr_class(tables.image[IMAGE_CIDRS:], address)
+
+
+def cidr_class(trie: Words, address: bytes) -> int:
+    """The class that a CIDR trie, the image from IMAGE_CIDRS on, has for an address."""
     v4 = address[:12] == b"\0" * 10 + b"\xff\xff"
-    block = 0 if v4 else 1
-    for byte in address[12:] if v4 else address:
-        word = int(tables.image[IMAGE_CIDRS + block * CIDR_BLOCK_WORDS + byte // 2])
-        slot = word >> 32 * (byte % 2) & 0xFFFF_FFFF
+    left = 32 if v4 else 128  # bits of the address not yet used
+    number = int.from_bytes(address[12:] if v4 else address, "big")
+    slot = int(trie[0]) >> (0 if v4 else 32) & 0xFFFF_FFFF
+    for _ in range(CIDR_LEVELS):
         if not slot & CIDR_NEXT:
             return slot
-        block = slot & ~CIDR_NEXT
+        at, stride = slot & CIDR_WORD, (slot & CIDR_STRIDE) >> CIDR_STRIDE_SHIFT
+        if stride:
+            left -= stride
+            index = number >> left & (1 << stride) - 1
+            slot = int(trie[at + index // 2]) >> 32 * (index % 2) & 0xFFFF_FFFF
+        else:
+            match = int(trie[at])
+            stride = match & CIDR_SKIP
+            left -= stride
+            same = number >> left & (1 << stride) - 1 == match >> 64 - stride
+            slot = int(trie[at + 1]) >> (0 if same else 32) & 0xFFFF_FFFF
     raise AssertionError("the trie is deeper than an address")
 
 

@@ -70,8 +70,6 @@ class People:
     #: Who has an address, and for each the pod's id and, by kind, where it is.
     owners: dict[bytes, PodFacts]
     endpoints: NDArray[np.int64]
-    #: For each local pod the position of its first address in `owners`; -1 if another has it.
-    own: list[int]
     errors: list[str]
     claims: list[str]
     #: Different profiles, in the order of the pods.
@@ -162,18 +160,11 @@ def _read_people(cluster: Cluster, node: str, before: Cache, cache: Cache) -> Pe
     local = [facts for facts in members if facts.pod.spec.node_name == node]
     claims: list[str] = []
     owners = _claims(members, claims)
-    positions = {address: position for position, address in enumerate(owners)}
     return People(
         members=members,
         local=local,
         owners=owners,
         endpoints=np.array([cache.ids.endpoint(f.pod) for f in owners.values()], np.int64),
-        own=[
-            positions[facts.addresses[0]]
-            if facts.addresses and owners[facts.addresses[0]] is facts
-            else -1
-            for facts in local
-        ],
         errors=[error for facts in members for error in facts.errors],
         claims=claims,
         profiles=list(dict.fromkeys(facts.profile for facts in members)),
@@ -393,12 +384,6 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
     peers = {**pods.views, **of_nodes}
     if previous is not None and peers == previous.peers:
         peers = previous.peers
-    own_classes = [
-        peers[facts.addresses[0]].cls
-        if position >= 0
-        else addresses.classify(b"\0" * 16, kinds[facts.profile])
-        for facts, position in zip(people.local, people.own, strict=True)
-    ]
     addresses.close()
 
     # The image.
@@ -422,10 +407,10 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
             compiled = compile_set(policy_set, both, ids)
         cache.sets[key] = compiled
         written[key] = (*write_set(builder, compiled[:2]), compiled[2])
-    for facts, cls in zip(people.local, own_classes, strict=True):
+    for facts in people.local:
         slot = ids.slot(facts.pod.metadata.uid)
         if slot is not None:
             rows, columns, isolated = written[set_of[facts.profile]]
-            tables.endpoints[slot] = EndpointView(rows, columns, cls, isolated)
+            tables.endpoints[slot] = EndpointView(rows, columns, isolated)
     tables.image = builder.image()
     return tables

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lockgate.compile.cidr import Block, Regions, block_key, trie
+from lockgate.compile.cidr import Block, Regions, block_key
 from lockgate.compile.labels import PodSelector, Subjects, selector_key
 from lockgate.compile.tables import (
     CELL_ALLOW,
@@ -33,6 +33,7 @@ from lockgate.compile.tables import (
     Ids,
     Rule,
 )
+from lockgate.compile.trie import trie
 from lockgate.objects.model import NetworkPolicy, NetworkPolicyPeer, NetworkPolicyPort
 
 __all__ = ["Frame", "Parsed", "PolicySet", "compile_set", "parse"]

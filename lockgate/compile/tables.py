@@ -27,8 +27,12 @@ __all__ = [
 IMAGE_PORTS = 0
 IMAGE_PORT_WORDS = 49152
 IMAGE_CIDRS = IMAGE_PORT_WORDS
-CIDR_BLOCK_WORDS = 128
 CIDR_NEXT = 0x8000_0000
+CIDR_STRIDE = 0x7C00_0000
+CIDR_STRIDE_SHIFT = 26
+CIDR_WORD = 0x03FF_FFFF
+CIDR_SKIP = 63
+CIDR_LEVELS = 17
 BACKEND_WORDS = 3
 
 CELL_ALLOW = 0x8000_0000
@@ -47,6 +51,7 @@ ISOLATED_EGRESS = 2
 SVC_PRESENT = 1
 
 NO_SLOT = 0xFFFF_FFFF
+NO_CLASS = 0xFFFF_FFFF
 
 TCP, UDP, SCTP = 6, 17, 132
 PROTOCOL_NUMBER = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
@@ -72,11 +77,11 @@ class PeerView(NamedTuple):
 
 
 class EndpointView(NamedTuple):
-    """`struct endpoint_view`: where a local pod's rows and columns start."""
+    """`struct endpoint_view`, the first half: where a local pod's rows and columns start. What
+    the pod's own addresses are follows from `Tables.peers`."""
 
     rows: int
     cols: int
-    cls: int
     isolated: int
 
 

@@ -10,7 +10,6 @@ from scapy.layers.inet import TCP as Tcp
 
 from lockgate.bpf.grace import wait_grace
 from lockgate.compile.tables import CELL_ALLOW
-from lockgate.objects.address import parse_address
 from tests.bytecode.goldens import (
     ADDRESSES,
     CLASS,
@@ -444,10 +443,7 @@ def test_a_mixture_would_show(world):
     peers = {**base().peers, ADDRESSES[4]["a"]: Peer(LOCAL, A, IDS["a"], CLASS["a"])}
     world.publish(base().but(peers=peers).isolate(B, INGRESS, {(CLASS["c"], WEB): 1}))
     pass_(world, RAW_SYN, A, verdict=DROP)
-    key = parse_address(ADDRESSES[4]["a"])
-    record = world.peers.get(key).copy()
-    record["view"]["class"][world.publisher.epoch & 1] = CLASS["c"]
-    world.peers.set(key, record)
+    world.endpoints.view["view"]["class4"][A, world.publisher.epoch & 1] = CLASS["c"]
     pass_(world, RAW_SYN, A, verdict=REDIRECT)
     world.publisher.read_back()
 

@@ -8,6 +8,7 @@ import secrets
 
 import pytest
 
+from lockgate.compile.evaluate import class_of
 from lockgate.compile.tables import CELL_ALLOW
 from lockgate.spec.policy import Packet
 from tests import generate
@@ -59,17 +60,7 @@ def judged_packet(world) -> tuple[Case, Packet, int, str]:
 def cell_word(case: Case, packet: Packet, slot: int) -> int:
     """Where the cell stands that decides the packet's ingress, as bpf/types.h says."""
     tables, image = case.tables, case.tables.image
-    source = compare.parse_address(packet.source)
-    if source in tables.peers:
-        cls = tables.peers[source].cls
-    else:
-        data, block = image.view("<u4"), 0 if compare.is_ipv4(source) else 1
-        for byte in source[12:] if compare.is_ipv4(source) else source:
-            entry = int(data[2 * 49152 + block * 256 + byte])
-            if not entry & 0x80000000:
-                break
-            block = entry & 0x7FFFFFFF
-        cls = entry
+    cls = class_of(tables, compare.parse_address(packet.source))
     table = {"TCP": 0, "UDP": 1, "SCTP": 2}[packet.protocol]
     port = int(image[:49152].view("<u2")[table * 65536 + packet.port])
     view = tables.endpoints[slot]

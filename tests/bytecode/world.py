@@ -26,7 +26,6 @@ from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
 from lockgate.compile.tables import (
     CELL_ALLOW,
-    CIDR_BLOCK_WORDS,
     IMAGE_PORT_WORDS,
     PORT_TABLE_BY_NUMBER,
     EndpointView,
@@ -34,6 +33,7 @@ from lockgate.compile.tables import (
     ServiceView,
     Tables,
 )
+from lockgate.compile.trie import trie
 from lockgate.net import namespaces
 from lockgate.objects.address import format_address, parse_address
 
@@ -103,6 +103,8 @@ class Scene:
     services: Mapping[tuple[str, int, int], Service] = field(default_factory=dict)
     ports: Mapping[tuple[int, int], int] = field(default_factory=dict)
     cells: Mapping[int, Mapping[int, Mapping[tuple[int, int], int]]] = field(default_factory=dict)
+    #: (family, first address, prefix length, peer class), as the CIDR trie takes them
+    leaves: tuple[tuple[int, int, int, int], ...] = ()
     reason: int = 77
     classes: int = 8
     port_classes: int = 4
@@ -126,7 +128,8 @@ class Scene:
         for (proto, port), cls in self.ports.items():
             ports[PORT_TABLE_BY_NUMBER[proto] * 65536 + port] = cls
         words: list[int] = []
-        start = IMAGE_PORT_WORDS + 2 * CIDR_BLOCK_WORDS
+        cidrs = np.frombuffer(trie(self.leaves), "<u8")
+        start = IMAGE_PORT_WORDS + len(cidrs)
 
         def add(new: list[int]) -> int:
             at = start + len(words)
@@ -156,7 +159,7 @@ class Scene:
                 ]
             )
             cols = add([c | c << 32 for c in range(self.port_classes)])
-            endpoints[slot] = EndpointView(rows, cols, 0, sum(own))
+            endpoints[slot] = EndpointView(rows, cols, sum(own))
         tables = Tables(np.zeros(0, np.uint64), endpoints=endpoints)
         for address, peer in self.peers.items():
             view = PeerView(peer.cls, peer.id, peer.kind, peer.target)
@@ -176,9 +179,7 @@ class Scene:
                 (parse_address(backend), service.id, number, proto)
                 for backend, number in service.backends
             )
-        tables.image = np.concatenate(
-            (ports.view("<u8"), np.zeros(2 * CIDR_BLOCK_WORDS, "<u8"), np.array(words, "<u8"))
-        )
+        tables.image = np.concatenate((ports.view("<u8"), cidrs, np.array(words, "<u8")))
         return tables
 
     def records(self) -> dict[int, EndpointRecord]:

@@ -15,7 +15,15 @@ from lockgate.agent.datapath import Datapath, Sizes
 from lockgate.agent.publish import EndpointRecord, Publisher
 from lockgate.agent.sweep import sweep
 from lockgate.bpf.syscall import prog_info
-from lockgate.compile.tables import EndpointView, PeerView, ServiceView, Tables
+from lockgate.compile.tables import (
+    NO_CLASS,
+    PEER_HOST,
+    PEER_LOCAL,
+    EndpointView,
+    PeerView,
+    ServiceView,
+    Tables,
+)
 from lockgate.objects.address import parse_address
 from lockgate.paths import bpf_object
 
@@ -37,7 +45,7 @@ def tables(pods: int = 3, words: int = 60000) -> Tables:
     made = Tables(np.arange(words, dtype=np.uint64))
     for n in range(pods):
         made.peers[parse_address(f"10.0.{n >> 8}.{n & 255}")] = PeerView(n, n + 1, 2, 9)
-    made.endpoints[4] = EndpointView(100, 200, 1, 3)
+    made.endpoints[4] = EndpointView(100, 200, 3)
     service = parse_address("10.96.0.1")
     made.services[service, 80, 6] = ServiceView(5, 1000, 1, 1)
     made.backends.add((parse_address("10.0.0.1"), 5, 8080, 6))
@@ -70,12 +78,34 @@ def test_a_view_is_whole_before_the_epoch_moves_and_the_other_stays(dp: Datapath
     endpoint = dp.endpoints[4]
     assert bytes(endpoint["mac"]) == b"podmac" and bytes(endpoint["host_mac"]) == b"hstmac"
     assert bytes(endpoint["addr4"]) == parse_address("10.0.0.1")
-    assert [tuple(v) for v in endpoint["view"].tolist()] == [(100, 200, 1, 3)] * 2
+    assert [tuple(v) for v in endpoint["view"].tolist()] == [
+        (100, 200, 3, 2, NO_CLASS, NO_CLASS)
+    ] * 2
     # What neither view has is deleted.
     assert len(dp.peers) == 3
     publisher.publish(tables(1), RECORDS)
     publisher.publish(tables(2), RECORDS)
     assert len(dp.peers) == 2
+
+
+OWN = [
+    ("its own, in both families", (9, 2, PEER_LOCAL, 4), (8, 2, PEER_LOCAL, 4), (9, 8)),
+    ("one that another pod keeps", (9, 7, PEER_LOCAL, 5), (8, 2, PEER_LOCAL, 4), (NO_CLASS, 8)),
+    ("one that the node has", (9, 0, PEER_HOST, 0), None, (NO_CLASS, NO_CLASS)),
+    ("of a pod that lost its slot", (9, 2, PEER_LOCAL, 5), None, (NO_CLASS, NO_CLASS)),
+]
+
+
+@pytest.mark.parametrize(("v4", "v6", "classes"), [c[1:] for c in OWN], ids=[c[0] for c in OWN])
+def test_a_pod_carries_the_class_of_an_address(dp: Datapath, v4, v6, classes) -> None:
+    made = tables(0)
+    for ip, view in zip(RECORDS[4].ips, (v4, v6), strict=True):
+        if view:
+            made.peers[parse_address(ip)] = PeerView(*view)
+    Publisher(dp).publish(made, RECORDS)
+    view = dp.endpoints[4]["view"][1]
+    assert view["endpoint"] == 2
+    assert (view["class4"], view["class6"]) == classes
 
 
 def test_nothing_moves_when_nothing_differs_also_after_a_restart(dp: Datapath) -> None:

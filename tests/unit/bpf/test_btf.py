@@ -66,7 +66,8 @@ def test_byte_order_arrays_and_nesting(schema: Schema) -> None:
     assert event["saddr"] == np.dtype(("u1", 16))
     records = np.zeros(3, schema.dtype("endpoint"))
     records["view"]["rows"][1, 1] = 9
-    assert records["view"].shape == (3, 2) and records[1].tobytes()[-16:-12] == b"\x09\0\0\0"
+    last = records[1].tobytes()[-schema.dtype("endpoint_view").itemsize :]
+    assert records["view"].shape == (3, 2) and last[:4] == b"\x09\0\0\0"
     assert schema.dtype("nat")["to"] == schema.dtype("tuple")
 
 

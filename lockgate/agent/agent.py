@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import aiohttp
-
 from lockgate.agent import questions
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
@@ -32,6 +30,8 @@ from lockgate.agent.sweep import sweep
 from lockgate.bpf.features import probe
 from lockgate.compile import Tables, compile_node
 from lockgate.kube import stream
+from lockgate.kube.client import AWAY, Client
+from lockgate.kube.source import ApiSource
 from lockgate.net import neighbours
 from lockgate.net.links import Net
 from lockgate.objects.model import Cluster, Node
@@ -51,7 +51,7 @@ class Agent:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._state = Path(config.state_dir)
-        self._reporter = stream.Reporter(Path(config.control), config.node)
+        self.source = _source(config)
         self._worker = ThreadPoolExecutor(1, "kernel")
         self.turn = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -67,9 +67,8 @@ class Agent:
         self.revision = 0
         self.applied = 0
         self._reported = -1
-        self._stream_errors: list[str] = []
+        self.object_errors: list[str] = []
         self.errors: dict[str, list[str]] = {}
-        self.connected = False
         self.started = time.time()
         self.swept = 0
         self.features = [f._asdict() for f in probe()]
@@ -114,7 +113,7 @@ class Agent:
 
     async def close(self) -> None:
         """Let go; what is in the kernel goes on working."""
-        await self._reporter.close()
+        await self.source.close()
         await self.work(self._close)
         self._worker.shutdown()
 
@@ -125,27 +124,17 @@ class Agent:
     # ---- Objects into the kernel -----------------------------------------------------
 
     async def _follow(self) -> None:
-        """The watch stream, again and again: without it, what is in force stays in force."""
-        control, wait = Path(self.config.control), 0.1
-        while True:
-            try:
-                async for transaction in stream.watch(control):
-                    wait, self.connected = 0.1, True
-                    await self._take(transaction)
-            except (OSError, aiohttp.ClientError, ValueError) as error:
-                if self.connected:
-                    log.warning("the watch stream ended: %s", error)
-            self.connected = False
-            await asyncio.sleep(wait)
-            wait = min(wait * 2, 2.0)
+        async for transaction in self.source.transactions():
+            await self._take(transaction)
 
     async def _take(self, transaction: stream.Transaction) -> None:
         cluster = stream.apply(self.cluster or Cluster(), transaction)
         for error in transaction.errors:
-            log.warning("%s", error)
+            if error not in self.object_errors:
+                log.warning("%s", error)
         if transaction.complete:
             self._reported = -1
-        self._stream_errors = transaction.errors
+        self.object_errors = transaction.errors
         async with self.seen:
             if self.cluster is None or cluster.pods is not self.cluster.pods:
                 self.uids = {pod.metadata.uid for pod in cluster.pods.values()}
@@ -180,10 +169,10 @@ class Agent:
 
     async def _report(self, revision: int, error: str) -> None:
         try:
-            text = error or "; ".join(self._stream_errors)
-            await self._reporter.report(revision, text)
+            text = error or "; ".join(self.object_errors)
+            await self.source.applied(revision, text)
             self._reported = revision
-        except (OSError, aiohttp.ClientError, TimeoutError) as problem:
+        except AWAY as problem:
             log.warning("the supervisor could not be told of revision %d: %s", revision, problem)
 
     async def _publish_safely(self) -> str:
@@ -278,6 +267,11 @@ class Agent:
         """What GET /v1/status answers."""
         return await self.work(questions.status, self)
 
+    def problems(self) -> list[list[str]]:
+        """What is wrong at present: of the source, of objects, of what could not be done."""
+        source = self.source.problem()
+        return [[source] if source else [], self.object_errors, *self.errors.values()]
+
     # ---- Turns -----------------------------------------------------------------------
 
     def changed_soon(self) -> None:
@@ -304,3 +298,11 @@ class Agent:
             with contextlib.suppress(Exception):
                 await future
             raise
+
+
+def _source(config: Config) -> stream.Source:
+    """Where the objects come from: the API server, or the supervisor of a standalone cluster."""
+    if config.kubernetes is None:
+        return stream.StreamSource(Path(config.control), config.node)
+    state = Path(config.state_dir)
+    return ApiSource(Client(config.kubernetes, state), state / "snapshot")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
 
+from lockgate.kube.client import Settings
 from lockgate.paths import bpf_object
 
-__all__ = ["Config", "read"]
+__all__ = ["Config", "listen", "read"]
 
 
 class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):
-    """One JSON object; paths absolute. Only the first four must be there."""
+    """One JSON object; paths absolute. Objects come from the API server if there is
+    `kubernetes`, from the supervisor's socket `control` otherwise."""
 
-    cluster: str
-    node: str
-    state_dir: str  # agent.sock, journal.jsonl, ipam.json
-    control: str  # socket of the watch stream
+    cluster: str = "default"
+    node: str = ""  # "" = the environment's NODE_NAME
+    state_dir: str = "/var/lib/lockgate"  # journal.jsonl, ipam.json, snapshot: survive a reboot
+    run_dir: str = ""  # agent.sock; "" = the state folder
+    control: str = ""  # socket of the watch stream
+    kubernetes: Settings | None = None
+    web: str = ""  # HOST:PORT of /healthz, /readyz and /metrics; "" = none
     netns: str = ""  # name in /run/netns or a path; "" = the agent's own
     cgroup: str = ""  # the node's cgroup v2 directory; "" = no programs on sockets
     underlay: str = "underlay"  # link to other nodes; "" = none
@@ -27,6 +33,10 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     object: str = ""  # "" = the one that was built or installed
     mtu: int = 0  # of pods; 0 = the underlay's
     sweep_seconds: float = 30
+
+    @property
+    def socket(self) -> Path:
+        return Path(self.run_dir or self.state_dir, "agent.sock")
 
     @property
     def object_path(self) -> Path:
@@ -46,6 +56,22 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
 def read(path: Path) -> Config:
     """ValueError names the file and the field."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Config)
+        config = msgspec.json.decode(path.read_bytes(), type=Config)
     except msgspec.MsgspecError as error:
         raise ValueError(f"{path}: {error}") from error
+    config.node = config.node or os.environ.get("NODE_NAME", "")
+    if not config.node:
+        raise ValueError(f"{path}, field node: expected the node's name, here or in NODE_NAME")
+    if bool(config.control) == (config.kubernetes is not None):
+        raise ValueError(f"{path}: expected one of control and kubernetes")
+    if config.web:
+        listen(config.web, f"{path}, field web")
+    return config
+
+
+def listen(text: str, where: str = "web") -> tuple[str, int]:
+    """HOST:PORT, [HOST]:PORT or :PORT; ValueError says `where`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{where}: expected HOST:PORT, got {text!r}")
+    return host.strip("[]"), int(port)

@@ -53,7 +53,8 @@ async def _serve(config: Config) -> None:
     await agent.start()
     runner = web.AppRunner(application(agent), access_log=None, shutdown_timeout=1)
     await runner.setup()
-    socket = Path(config.state_dir, "agent.sock")
+    socket = config.socket
+    socket.parent.mkdir(parents=True, exist_ok=True)
     socket.unlink(missing_ok=True)
     await web.UnixSite(runner, str(socket)).start()
     log.info("node %s: epoch %d taken over", config.node, agent.publisher.epoch)

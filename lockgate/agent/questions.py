@@ -56,7 +56,7 @@ def status(agent: Agent) -> dict[str, Any]:
         "epoch": agent.publisher.epoch,
         "revision": agent.revision,
         "applied": agent.applied,
-        "connected": agent.connected,
+        "connected": agent.source.connected,
         "started": agent.started,
         "counts": {
             **agent.publisher.sizes,
@@ -68,7 +68,8 @@ def status(agent: Agent) -> dict[str, Any]:
             {"uid": one.uid, "ips": list(one.ips), "slot": one.slot}
             for one in agent.ipam.leases.values()
         ],
-        "errors": [text for texts in agent.errors.values() for text in texts],
+        "errors": [text for texts in agent.problems() for text in texts],
+        "api": agent.source.status(),
         "features": agent.features,
         "memory": _resident(),
         "losses": {"events": int(totals[1])},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import aiohttp
 import msgspec
@@ -12,7 +14,9 @@ import msgspec
 from lockgate.objects import model
 from lockgate.objects.model import Cluster
 
-__all__ = ["Change", "Reporter", "Transaction", "apply", "watch"]
+__all__ = ["Change", "Reporter", "Source", "StreamSource", "Transaction", "apply", "watch"]
+
+log = logging.getLogger(__name__)
 
 Verb = Literal["ADDED", "MODIFIED", "DELETED"]
 _STRUCTS: dict[str, Any] = {
@@ -123,6 +127,65 @@ def apply(cluster: Cluster, transaction: Transaction) -> Cluster:
         else:
             table[key] = change.object
     return msgspec.structs.replace(before, **changed)
+
+
+class Source(Protocol):
+    """Where an agent's objects come from."""
+
+    @property
+    def connected(self) -> bool:
+        """Is everything that changes heard of?"""
+
+    def transactions(self) -> AsyncIterator[Transaction]:
+        """What changes, the first transaction complete; never ends. `errors` are all objects
+        that can't be read at present."""
+
+    async def applied(self, revision: int, error: str) -> None:
+        """A revision is in force, or why it is not. One that can't be told is told again."""
+
+    async def close(self) -> None:
+        """May be called again."""
+
+    def problem(self) -> str:
+        """One sentence for who asks how it is; "" if all is well."""
+
+    def status(self) -> dict[str, Any]:
+        """Figures for who asks, JSON."""
+
+
+class StreamSource:
+    """The supervisor's stream, again and again: without it, what is in force stays in force."""
+
+    def __init__(self, control: Path, node: str) -> None:
+        self._control = control
+        self._reporter = Reporter(control, node)
+        self.connected = False
+
+    async def transactions(self) -> AsyncIterator[Transaction]:
+        wait = 0.1
+        while True:
+            try:
+                async for transaction in watch(self._control):
+                    wait, self.connected = 0.1, True
+                    yield transaction
+            except (OSError, aiohttp.ClientError, ValueError) as error:
+                if self.connected:
+                    log.warning("the watch stream ended: %s", error)
+            self.connected = False
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, 2.0)
+
+    async def applied(self, revision: int, error: str) -> None:
+        await self._reporter.report(revision, error)
+
+    async def close(self) -> None:
+        await self._reporter.close()
+
+    def problem(self) -> str:
+        return ""  # `connected` says it, and the supervisor's end is the cluster's
+
+    def status(self) -> dict[str, Any]:
+        return {}
 
 
 class Reporter:

@@ -1,0 +1,175 @@
+"""The kinds that are read from the API server: where they are, and what is kept of them.
+
+An object is decoded into a struct that names only what the data plane uses, so that the rest
+costs no memory, and a change of the rest is no change. Equal parts (labels of replicas, names
+of nodes) are kept once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from lockgate.objects import model
+
+__all__ = ["KINDS", "Kind", "Parts", "Version"]
+
+_OURS = "lockgate.dev/"
+
+
+class Parts:
+    """Equal values of immutable parts, kept once. Bounded: forgets all when it is full."""
+
+    LIMIT = 100_000
+
+    def __init__(self) -> None:
+        self._labels: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+        self._containers: dict[bytes, list[model.Container]] = {}
+
+    def labels(self, labels: dict[str, str]) -> dict[str, str]:
+        if len(self._labels) > self.LIMIT:
+            self._labels.clear()
+        return self._labels.setdefault(tuple(labels.items()), labels)
+
+    def containers(self, containers: list[_Container]) -> list[model.Container]:
+        if len(self._containers) > self.LIMIT:
+            self._containers.clear()
+        key = msgspec.msgpack.encode([c.ports for c in containers])
+        known = self._containers.get(key)
+        if known is None:
+            known = [model.Container(name="", ports=c.ports) for c in containers if c.ports]
+            self._containers[key] = known
+        return known
+
+
+class _Wire(msgspec.Struct, rename="camel", frozen=True, gc=False):
+    """Common settings of what is only read and dropped."""
+
+
+class _Container(_Wire, frozen=True, gc=False):
+    ports: list[model.ContainerPort] = []
+
+
+class _PodSpec(_Wire, frozen=True, gc=False):
+    containers: list[_Container] = []
+    node_name: str = ""
+    host_network: bool = False
+
+
+class _PodStatus(_Wire, frozen=True, gc=False):
+    phase: str = ""
+    pod_ip: str = msgspec.field(name="podIP", default="")
+    pod_ips: list[model.PodIP] = msgspec.field(name="podIPs", default_factory=list)
+
+
+class _Pod(_Wire, frozen=True, gc=False):
+    metadata: model.ObjectMeta
+    spec: _PodSpec = _PodSpec()
+    status: _PodStatus = _PodStatus()
+
+
+class _Meta(_Wire, frozen=True, gc=False):
+    name: str = ""
+    namespace: str = ""
+    resource_version: str = ""
+
+
+class Version(_Wire, frozen=True, gc=False):
+    """Of any object: its name and the state of the store that it is of."""
+
+    metadata: _Meta = _Meta()
+
+
+def _meta(meta: model.ObjectMeta, parts: Parts) -> model.ObjectMeta:
+    """Only our own annotations; nobody here asks for owners."""
+    return model.ObjectMeta(
+        name=meta.name,
+        namespace=sys.intern(meta.namespace),
+        uid=meta.uid,
+        labels=parts.labels(meta.labels),
+        annotations={k: v for k, v in meta.annotations.items() if k.startswith(_OURS)},
+        deletion_timestamp=meta.deletion_timestamp,
+    )
+
+
+def _pod(pod: _Pod, parts: Parts) -> model.Pod:
+    status = pod.status
+    ips = status.pod_ips or ([model.PodIP(status.pod_ip)] if status.pod_ip else [])
+    return model.Pod(
+        metadata=_meta(pod.metadata, parts),
+        spec=model.PodSpec(
+            containers=parts.containers(pod.spec.containers),
+            node_name=sys.intern(pod.spec.node_name),
+            host_network=pod.spec.host_network,
+        ),
+        status=model.PodStatus(phase=sys.intern(status.phase), pod_ips=ips),
+    )
+
+
+def _other(item: Any, parts: Parts) -> Any:
+    return msgspec.structs.replace(item, metadata=_meta(item.metadata, parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind: its field of `Cluster`, its place in the API, the struct it is decoded into
+    and what makes the object of it. `selectors` are field selectors that spare objects nobody
+    here needs, in the order of preference; a server that does not know one answers 400."""
+
+    name: str
+    table: str
+    group: str
+    resource: str
+    struct: Any
+    keep: Callable[[Any, Parts], Any] = _other
+    namespaced: bool = True
+    selectors: tuple[str, ...] = ("",)
+
+    @property
+    def path(self) -> str:
+        group = f"apis/{self.group}" if "/" in self.group else f"api/{self.group}"
+        return f"/{group}/{self.resource}"
+
+    @property
+    def api_group(self) -> str:
+        """As RBAC has it: "" for the core group."""
+        return self.group.rpartition("/")[0]
+
+    def key(self, namespace: str, name: str) -> Any:
+        """The key in the table of `Cluster`."""
+        return (namespace, name) if self.namespaced else name
+
+    def title(self, key: Any) -> str:
+        """The object as people name it."""
+        return f"{self.name} {'/'.join(key) if self.namespaced else key}"
+
+
+_LIVE = "status.phase!=Succeeded,status.phase!=Failed"
+
+KINDS: tuple[Kind, ...] = (
+    Kind("Namespace", "namespaces", "v1", "namespaces", model.Namespace, namespaced=False),
+    Kind("Node", "nodes", "v1", "nodes", model.Node, namespaced=False),
+    Kind(
+        "Pod",
+        "pods",
+        "v1",
+        "pods",
+        _Pod,
+        _pod,
+        # A pod that is over has no address any more, one on its host's network is not ours.
+        selectors=(f"{_LIVE},spec.hostNetwork=false", _LIVE, ""),
+    ),
+    Kind("Service", "services", "v1", "services", model.Service),
+    Kind("EndpointSlice", "slices", "discovery.k8s.io/v1", "endpointslices", model.EndpointSlice),
+    Kind(
+        "NetworkPolicy",
+        "policies",
+        "networking.k8s.io/v1",
+        "networkpolicies",
+        model.NetworkPolicy,
+    ),
+)

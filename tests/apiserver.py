@@ -1,0 +1,198 @@
+"""A server that speaks the API server's list and watch, for edge cases of the protocol and for
+measurements of an agent against more objects than real machines could be had for.
+
+The real API server is tested against in tests/cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from aiohttp import web
+
+from lockgate.kube.kinds import KINDS
+
+__all__ = ["ApiServer"]
+
+PATHS = {kind.name: kind.path for kind in KINDS}
+
+
+class ApiServer:
+    """Objects by kind and key, and what happened to them; each change is a version.
+
+    `paged`: lists are given in pages of `limit`. `unknown_selectors`: field selectors that are
+    answered with 400. `refuse`: HTTP status with which everything is answered. `delay_lists`: kinds
+    whose lists are not answered before the event is set. `requests`: (kind, query, headers).
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[str, dict[tuple[str, str], dict[str, Any]]] = {k: {} for k in PATHS}
+        self.version = 1
+        self.oldest = 0
+        self.history: dict[str, list[tuple[int, bytes]]] = {k: [] for k in PATHS}
+        self.paged = False
+        self.refuse = 0
+        self.unknown_selectors: set[str] = set()
+        self.hold: dict[str, asyncio.Event] = {}
+        self.requests: list[tuple[str, dict[str, str], dict[str, str]]] = []
+        self.patches: list[tuple[str, Any]] = []
+        self.created: list[Any] = []
+        self._watchers: dict[str, set[asyncio.Queue[bytes | None]]] = {k: set() for k in PATHS}
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+
+    # ---- Life --------------------------------------------------------------------------
+
+    async def start(self, port: int = 0, ssl: Any = None) -> str:
+        app = web.Application(middlewares=[self._gate])
+        for kind, path in PATHS.items():
+            app.router.add_get(path, self._handler(kind))
+        app.router.add_patch("/api/v1/nodes/{name}/status", self._patch)
+        app.router.add_post("/apis/events.k8s.io/v1/namespaces/{namespace}/events", self._create)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", port or self.port, ssl_context=ssl)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+        return f"{'https' if ssl else 'http'}://127.0.0.1:{self.port}"
+
+    async def stop(self) -> None:
+        """The port is kept for the next start."""
+        self.end_watches()
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    # ---- Objects -----------------------------------------------------------------------
+
+    def put(self, *items: dict[str, Any], tell: bool = True) -> None:
+        for item in items:
+            meta = item["metadata"]
+            key = meta.get("namespace", ""), meta["name"]
+            table = self.objects[item["kind"]]
+            verb = "MODIFIED" if key in table else "ADDED"
+            self.version += 1
+            meta["resourceVersion"] = str(self.version)
+            table[key] = item
+            self._record(item["kind"], {"type": verb, "object": item}, tell)
+
+    def delete(self, kind: str, namespace: str, name: str, tell: bool = True) -> None:
+        item = self.objects[kind].pop((namespace, name))
+        self.version += 1
+        item["metadata"]["resourceVersion"] = str(self.version)
+        self._record(kind, {"type": "DELETED", "object": item}, tell)
+
+    def bookmark(self, kind: str) -> None:
+        meta = {"resourceVersion": str(self.version)}
+        self.send(kind, _line({"type": "BOOKMARK", "object": {"kind": kind, "metadata": meta}}))
+
+    def compact(self) -> None:
+        """Forget history: who watches from before now is told 410 Gone."""
+        self.oldest = self.version
+        for events in self.history.values():
+            events.clear()
+
+    def send(self, kind: str, data: bytes) -> None:
+        """Bytes to all who watch a kind now."""
+        for queue in self._watchers[kind]:
+            queue.put_nowait(data)
+
+    def end_watches(self) -> None:
+        for queues in self._watchers.values():
+            for queue in queues:
+                queue.put_nowait(None)
+
+    def watching(self) -> int:
+        return sum(map(len, self._watchers.values()))
+
+    def _record(self, kind: str, event: dict[str, Any], tell: bool) -> None:
+        line = _line(event)
+        self.history[kind].append((self.version, line))
+        if tell:
+            self.send(kind, line)
+
+    # ---- Requests ----------------------------------------------------------------------
+
+    @web.middleware
+    async def _gate(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.refuse:
+            return _status(self.refuse, "Refused")
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    def _handler(self, kind: str) -> Any:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            query = dict(request.query)
+            self.requests.append((kind, query, dict(request.headers)))
+            if query.get("fieldSelector", "") in self.unknown_selectors:
+                return _status(400, "BadRequest", "field label not supported")
+            if query.get("watch"):
+                return await self._watch(kind, request)
+            if kind in self.hold:
+                await self.hold[kind].wait()
+            return self._list(kind, query, request)
+
+        return answer
+
+    def _list(self, kind: str, query: dict[str, str], request: web.Request) -> web.Response:
+        items = list(self.objects[kind].values())
+        meta = {"resourceVersion": str(self.version)}
+        if self.paged:
+            version, _, start = query.get("continue", f"{self.version}:0").partition(":")
+            if int(version) < self.oldest:
+                return _status(410, "Expired")
+            end = int(start) + int(query["limit"])
+            if end < len(items):
+                meta["continue"] = f"{version}:{end}"
+            items = items[int(start) : end]
+            meta["resourceVersion"] = version
+        # As Go writes it: no spaces, metadata first, no kind in items.
+        text = ",".join(
+            json.dumps({k: v for k, v in item.items() if k != "kind"}, separators=(",", ":"))
+            for item in items
+        )
+        head = json.dumps({"kind": f"{kind}List", "apiVersion": "v1", "metadata": meta})[:-1]
+        body = f'{head},"items":[{text}]}}'.encode()
+        response = web.Response(body=body, content_type="application/json")
+        if "gzip" in request.headers.get("Accept-Encoding", ""):
+            response.enable_compression()
+        return response
+
+    async def _watch(self, kind: str, request: web.Request) -> web.StreamResponse:
+        since = int(request.query["resourceVersion"])
+        if since < self.oldest:
+            return _status(410, "Expired", f"too old resource version: {since}")
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        for version, line in self.history[kind]:
+            if version > since:
+                queue.put_nowait(line)
+        self._watchers[kind].add(queue)
+        try:
+            while (data := await queue.get()) is not None:
+                await response.write(data)
+        except ConnectionResetError:
+            pass
+        finally:
+            self._watchers[kind].discard(queue)
+        return response
+
+    async def _patch(self, request: web.Request) -> web.Response:
+        self.patches.append((request.match_info["name"], await request.json()))
+        return web.json_response({})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        self.created.append(await request.json())
+        return web.json_response({}, status=201)
+
+
+def _line(event: Any) -> bytes:
+    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
+
+
+def _status(code: int, reason: str, message: str = "") -> web.Response:
+    body = {"kind": "Status", "code": code, "reason": reason, "message": message}
+    return web.json_response(body, status=code)

@@ -1,0 +1,275 @@
+"""Who is asked, what it must prove, and what it is told: TLS, tokens, kubeconfig, discovery."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockgate.kube import discover, kubeconfig
+from lockgate.kube.client import AWAY, ApiError, Client, Settings
+from tests.apiserver import ApiServer
+
+NODES = "/api/v1/nodes"
+
+
+class Certificates:
+    """A CA, and certificates of it, as files."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.ca, self._key = folder / f"{name}.crt", folder / f"{name}.key"
+        self._openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+                      "-nodes", "-days", "2", "-subj", f"/CN={name}", "-keyout", str(self._key),
+                      "-out", str(self.ca))  # fmt: skip
+
+    def issue(self, *names: str) -> tuple[Path, Path]:
+        """A certificate for `names`, and its key."""
+        stem = self.folder / f"{self.name}-{names[0]}"
+        request, key = stem.with_suffix(".csr"), stem.with_suffix(".key")
+        self._openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                      "-subj", f"/CN={names[0]}", "-keyout", str(key),
+                      "-out", str(request))  # fmt: skip
+        extension = stem.with_suffix(".ext")
+        kinds = ("IP" if name[0].isdigit() else "DNS" for name in names)
+        listed = ",".join(f"{kind}:{name}" for kind, name in zip(kinds, names, strict=True))
+        extension.write_text(f"subjectAltName={listed}\n")
+        self._openssl("x509", "-req", "-in", str(request), "-CA", str(self.ca), "-CAkey",
+                      str(self._key), "-CAcreateserial", "-days", "2", "-extfile",
+                      str(extension), "-out", str(stem.with_suffix(".crt")))  # fmt: skip
+        return stem.with_suffix(".crt"), key
+
+    def server(self, *names: str) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self.issue(*names))
+        return context
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("ours"), "ours")
+
+
+@pytest.fixture(scope="session")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("others"), "others")
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[ApiServer]:
+    made = ApiServer()
+    yield made
+    await made.stop()
+
+
+def settings(ours: Certificates, folder: Path, server: str = "", token: str = "secret") -> Settings:
+    (folder / "token").write_text(token + "\n")
+    return Settings(api_server=server, ca_file=str(ours.ca), token_file=str(folder / "token"))
+
+
+def tokens(server: ApiServer) -> list[str | None]:
+    return [headers.get("Authorization") for _, _, headers in server.requests]
+
+
+async def test_a_token_is_read_again_when_it_was_rotated(
+    ours: Certificates, server: ApiServer, tmp_path: Path
+) -> None:
+    url = await server.start(ssl=ours.server(discover.SERVER_NAME))
+    client = Client(settings(ours, tmp_path, url))
+    await client.call("GET", NODES)
+    (tmp_path / "token").write_text("newer")
+    await client.call("GET", NODES)
+    await client.close()
+    assert tokens(server) == ["Bearer secret", "Bearer newer"]
+
+
+async def test_a_proxy_with_a_certificate_for_its_own_name(
+    ours: Certificates, server: ApiServer, tmp_path: Path
+) -> None:
+    url = await server.start(ssl=ours.server("127.0.0.1"))
+    client = Client(settings(ours, tmp_path, url))
+    await client.call("GET", NODES)
+    await client.close()
+
+
+@pytest.mark.parametrize("whose, name", [("others", discover.SERVER_NAME), ("ours", "kubelet")])
+async def test_a_server_that_proves_nothing_gets_no_token(
+    whose: str,
+    name: str,
+    server: ApiServer,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    ours: Certificates,
+) -> None:
+    url = await server.start(ssl=request.getfixturevalue(whose).server(name))
+    client = Client(settings(ours, tmp_path, url))
+    with pytest.raises(AWAY):
+        await client.call("GET", NODES)
+    await client.close()
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.1:8080", "10.0.0.1:6443", "ftp://x"])
+def test_addresses_that_would_be_open_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"kubernetes\.apiServer: expected https://"):
+        Client(Settings(api_server=url))
+
+
+async def test_a_refusal_says_why(ours: Certificates, server: ApiServer, tmp_path: Path) -> None:
+    client = Client(Settings(api_server=await server.start()))
+    server.refuse = 403
+    with pytest.raises(ApiError, match="403 Refused") as caught:
+        await client.call("GET", NODES)
+    assert caught.value.status == 403
+    await client.close()
+    assert tokens(server) == []
+
+
+async def test_the_server_is_found_among_the_nodes_connections(
+    ours: Certificates,
+    others: Certificates,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    foreign, right = ApiServer(), ApiServer()
+    await foreign.start(ssl=others.server(discover.SERVER_NAME))
+    await right.start(ssl=ours.server(discover.SERVER_NAME))
+    # What the kubelet would hold: connections that stay.
+    held = [socket.create_connection(("127.0.0.1", one.port)) for one in (foreign, right)]
+    state = tmp_path / "state"
+    state.mkdir()
+    ends = [("127.0.0.1", foreign.port), ("127.0.0.1", right.port)]
+    assert set(ends) <= set(discover.remote_ends())
+    monkeypatch.setattr(discover, "remote_ends", lambda: ends)
+    client = Client(settings(ours, tmp_path), state)
+    await client.call("GET", NODES)
+    await client.close()
+    assert foreign.requests == [] and len(right.requests) == 1
+    assert (state / "apiserver").read_text() == f"https://127.0.0.1:{right.port}\n"
+    # Next time it is known already.
+    monkeypatch.setattr(discover, "remote_ends", list)
+    client = Client(settings(ours, tmp_path), state)
+    await client.call("GET", NODES)
+    await client.close()
+    for one in held:
+        one.close()
+    await foreign.stop()
+    await right.stop()
+
+
+async def test_no_server_is_found(
+    ours: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(discover, "remote_ends", list)
+    client = Client(settings(ours, tmp_path))
+    with pytest.raises(ConnectionError, match=r"kubernetes\.apiServer"):
+        await client.call("GET", NODES)
+    await client.close()
+
+
+def test_remote_ends_of_both_families(tmp_path: Path) -> None:
+    head = "  sl  local_address rem_address   st\n"
+    (tmp_path / "tcp").write_text(
+        f"{head}   0: 0100007F:1F90 00000000:0000 0A 0\n"
+        "   1: 0A4DA8C0:9C40 014DA8C0:1F90 01 0\n"
+        "   2: 0A4DA8C0:9C42 014DA8C0:192B 01 0\n"
+    )
+    mapped = "0000000000000000FFFF0000" + "024DA8C0"
+    local = "000080FE" + "0" * 23 + "1"
+    (tmp_path / "tcp6").write_text(
+        f"{head}   0: {mapped}:9C40 {mapped}:01BB 01 0\n"
+        f"   1: {mapped}:9C40 0000DDFD0000000000000000{'01000000'}:192B 01 0\n"
+        f"   2: {mapped}:9C40 {local}:192B 01 0\n"
+    )
+    assert discover.remote_ends(tmp_path) == [
+        ("192.168.77.1", 6443),
+        ("fddd::1", 6443),
+        ("192.168.77.2", 443),
+        ("192.168.77.1", 8080),
+    ]
+
+
+# ---- kubeconfig ------------------------------------------------------------------------
+
+
+def config(path: Path, cluster: dict[str, Any], user: dict[str, Any]) -> Path:
+    text = {
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u", "namespace": "n"}}],
+        "clusters": [{"name": "k", "cluster": cluster}],
+        "users": [{"name": "u", "user": user}],
+    }
+    path.write_text(json.dumps(text))
+    return path
+
+
+async def test_a_client_certificate_of_a_kubeconfig(
+    ours: Certificates, server: ApiServer, tmp_path: Path
+) -> None:
+    context = ours.server("127.0.0.1")
+    context.load_verify_locations(ours.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    url = await server.start(ssl=context)
+    certificate, key = ours.issue("admin")
+    path = config(
+        tmp_path / "config",
+        {"server": url, "certificate-authority": str(ours.ca)},
+        {
+            "client-certificate-data": base64.b64encode(certificate.read_bytes()).decode(),
+            "client-key-data": base64.b64encode(key.read_bytes()).decode(),
+        },
+    )
+    client = Client(Settings(kubeconfig=str(path)))
+    await client.call("GET", NODES)
+    await client.close()
+
+
+async def test_a_token_file_of_a_kubeconfig(
+    ours: Certificates, server: ApiServer, tmp_path: Path
+) -> None:
+    url = await server.start(ssl=ours.server("api.example"))
+    (tmp_path / "token").write_text("mine\n")
+    cluster = {
+        "server": url,
+        "tls-server-name": "api.example",
+        "certificate-authority-data": base64.b64encode(ours.ca.read_bytes()).decode(),
+    }
+    client = Client(
+        Settings(kubeconfig=str(config(tmp_path / "config", cluster, {"tokenFile": "token"})))
+    )
+    await client.call("GET", NODES)
+    await client.close()
+    assert tokens(server) == ["Bearer mine"]
+
+
+REFUSED = {
+    "insecure": (
+        {"server": "https://x", "insecure-skip-tls-verify": True},
+        {},
+        "insecure-skip-tls-verify",
+    ),
+    "a command": ({"server": "https://x"}, {"exec": {"command": "x"}}, "users.user.exec"),
+    "no address": ({}, {}, "field server"),
+    "no such file": ({"server": "https://x", "certificate-authority": "nowhere"}, {}, "nowhere"),
+    "no base64": ({"server": "https://x", "certificate-authority-data": "%"}, {}, "certificates"),
+}
+
+
+@pytest.mark.parametrize("cluster, user, text", REFUSED.values(), ids=REFUSED.keys())
+def test_kubeconfigs_that_are_refused(
+    tmp_path: Path, cluster: dict[str, Any], user: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        kubeconfig.read(config(tmp_path / "config", cluster, user))

@@ -1,0 +1,294 @@
+"""The API server as a source of objects: lists, watches and what goes wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockgate.kube import stream
+from lockgate.kube.client import Client, Settings
+from lockgate.kube.lists import Splitter
+from lockgate.kube.source import ApiSource
+from lockgate.objects.model import Cluster
+from tests.apiserver import ApiServer
+
+DEADLINE = 10.0
+
+
+def pod(name: str, ip: str = "", **status: Any) -> dict[str, Any]:
+    return {
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": "shop",
+            "uid": f"uid-{name}",
+            "labels": {"app": name},
+            "annotations": {"odd": '},{"metadata":{"name":"no object"}}'},
+            "managedFields": [{"manager": "someone"}],
+        },
+        "spec": {
+            "nodeName": "one",
+            "containers": [{"name": "main", "env": [{"name": "A", "valueFrom": {"x": 1}}]}],
+        },
+        "status": {"phase": "Running", "podIPs": [{"ip": ip}] if ip else [], **status},
+    }
+
+
+def policy(name: str, operator: str = "In") -> dict[str, Any]:
+    expression = {"key": "app", "operator": operator, "values": ["a"]}
+    return {
+        "kind": "NetworkPolicy",
+        "metadata": {"name": name, "namespace": "shop"},
+        "spec": {"podSelector": {"matchExpressions": [expression]}, "policyTypes": ["Ingress"]},
+    }
+
+
+NODE = {"kind": "Node", "metadata": {"name": "one"}, "spec": {"podCIDRs": ["10.1.0.0/24"]}}
+NAMESPACE = {"kind": "Namespace", "metadata": {"name": "shop"}}
+
+
+class Reader:
+    """Applies what a source tells, as the agent does."""
+
+    def __init__(self, source: ApiSource) -> None:
+        self.source = source
+        self.cluster: Cluster | None = None
+        self.errors: list[str] = []
+        self.transactions: list[stream.Transaction] = []
+
+    async def run(self) -> None:
+        async for transaction in self.source.transactions():
+            self.transactions.append(transaction)
+            self.errors = transaction.errors
+            self.cluster = stream.apply(self.cluster or Cluster(), transaction)
+
+    def pods(self) -> list[str]:
+        return [] if self.cluster is None else sorted(name for _, name in self.cluster.pods)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def reading(url: str, saved: Path | None = None) -> AsyncIterator[Reader]:
+    client = Client(Settings(api_server=url))
+    source = ApiSource(client, saved, snapshot_after=0.3)
+    reader = Reader(source)
+    task = asyncio.create_task(reader.run())
+    try:
+        yield reader
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await source.close()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[ApiServer]:
+    made = ApiServer()
+    made.put(NODE, NAMESPACE, pod("a", "10.1.0.2"), pod("b", "10.1.0.3"), policy("p"))
+    yield made
+    await made.stop()
+
+
+async def test_the_first_transaction_has_everything(server: ApiServer) -> None:
+    held = server.hold["NetworkPolicy"] = asyncio.Event()
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == 5)
+        assert reader.cluster is None, "a view without policies must not be told"
+        held.set()
+        await until(lambda: reader.cluster)
+        assert reader.cluster is not None
+        first = reader.transactions[0]
+        assert first.complete and len(first.changes) == 5
+        assert reader.cluster.pods["shop", "a"].ips == ["10.1.0.2"]
+        assert reader.cluster.nodes["one"].spec.pod_cidrs == ["10.1.0.0/24"]
+        assert list(reader.cluster.policies) == [("shop", "p")]
+
+
+async def test_changes_come_and_those_of_fields_not_used_do_not(server: ApiServer) -> None:
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == 6 and reader.cluster)
+        server.put(pod("a", "10.1.0.2", conditions=[{"type": "Ready", "status": "True"}]))
+        server.put(pod("c", "10.1.0.4"))
+        server.delete("Pod", "shop", "b")
+        await until(lambda: reader.pods() == ["a", "c"])
+        told = [c.object.metadata.name for t in reader.transactions[1:] for c in t.changes]
+        assert "a" not in told
+        assert reader.source.status()["kinds"]["pods"]["same"] == 1
+
+
+async def test_a_watch_that_ends_goes_on_where_it_was(server: ApiServer) -> None:
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == 6 and reader.cluster)
+        server.bookmark("Pod")
+        server.put(pod("c", "10.1.0.4"), tell=False)  # while nobody watches
+        server.end_watches()
+        await until(lambda: "c" in reader.pods())
+        lists = [q for kind, q, _ in server.requests if kind == "Pod" and "watch" not in q]
+        assert len(lists) == 1 and lists[0]["resourceVersion"] == "0"
+
+
+async def test_gone_lists_again_and_tells_only_differences(server: ApiServer) -> None:
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == 6 and reader.cluster)
+        kept = reader.cluster and reader.cluster.pods["shop", "a"]
+        server.put(pod("c", "10.1.0.4"), tell=False)
+        server.delete("Pod", "shop", "b", tell=False)
+        server.compact()
+        server.end_watches()
+        await until(lambda: reader.pods() == ["a", "c"])
+        assert not any(t.complete for t in reader.transactions[1:])
+        assert reader.cluster and reader.cluster.pods["shop", "a"] is kept
+
+
+async def test_gone_as_an_event_of_a_watch(server: ApiServer) -> None:
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == 6 and reader.cluster)
+        server.put(pod("c", "10.1.0.4"), tell=False)
+        server.compact()
+        gone = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}}
+        server.send("Pod", json.dumps(gone).encode() + b"\n")
+        await until(lambda: "c" in reader.pods())
+
+
+async def test_torn_lines_are_joined_and_a_torn_end_is_dropped(server: ApiServer) -> None:
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == 6 and reader.cluster)
+        item = pod("c", "10.1.0.4")
+        item["metadata"]["resourceVersion"] = "90"
+        line = json.dumps({"type": "ADDED", "object": item}).encode() + b"\n"
+        for at in range(0, len(line), 50):
+            server.send("Pod", line[at : at + 50])
+        await until(lambda: "c" in reader.pods())
+        server.put(pod("d", "10.1.0.5"), tell=False)
+        server.send("Pod", b'{"type":"ADDED","object":{"metadata":{"name":"torn"')
+        server.version = 90
+        server.put(pod("e", "10.1.0.6"), tell=False)
+        server.end_watches()
+        await until(lambda: "e" in reader.pods())
+        assert "torn" not in reader.pods()
+
+
+async def test_an_object_with_nonsense_is_named_and_the_rest_goes_on(server: ApiServer) -> None:
+    server.put(policy("odd", "Sometimes"))
+    async with reading(await server.start()) as reader:
+        await until(lambda: reader.cluster)
+        assert reader.cluster and list(reader.cluster.policies) == [("shop", "p")]
+        assert len(reader.errors) == 1
+        assert "NetworkPolicy shop/odd" in reader.errors[0] and "skipped" in reader.errors[0]
+        await until(lambda: server.watching() == 6)
+        server.put(policy("p", "Never"))
+        await until(lambda: len(reader.errors) == 2)
+        assert ("shop", "p") in reader.cluster.policies, "what it was before stays"
+        server.put(policy("odd"))
+        await until(lambda: reader.cluster and ("shop", "odd") in reader.cluster.policies)
+        server.delete("NetworkPolicy", "shop", "p")
+        await until(lambda: reader.errors == [])
+        assert ("shop", "p") not in reader.cluster.policies
+
+
+async def test_lists_in_pages(server: ApiServer) -> None:
+    server.paged = True
+    server.put(*(pod(f"n{n}", f"10.2.{n // 250}.{n % 250}") for n in range(2500)))
+    async with reading(await server.start()) as reader:
+        await until(lambda: reader.cluster)
+        assert len(reader.pods()) == 2502
+
+
+async def test_a_selector_the_server_does_not_know(server: ApiServer) -> None:
+    live = "status.phase!=Succeeded,status.phase!=Failed"
+    server.unknown_selectors = {f"{live},spec.hostNetwork=false"}
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == 6 and reader.cluster)
+        watches = [q for kind, q, _ in server.requests if kind == "Pod" and "watch" in q]
+        assert watches[0]["fieldSelector"] == live
+
+
+async def test_a_server_that_goes_and_comes_back(server: ApiServer) -> None:
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == 6 and reader.cluster)
+        assert reader.source.connected and reader.source.problem() == ""
+        await server.stop()
+        await until(lambda: not reader.source.connected)
+        assert "API server away since" in reader.source.problem()
+        server.put(pod("c", "10.1.0.4"))
+        count = len(reader.transactions)
+        await server.start()
+        await until(lambda: "c" in reader.pods())
+        await until(lambda: reader.source.connected)
+        later = [c for t in reader.transactions[count:] for c in t.changes]
+        assert [c.object.metadata.name for c in later] == ["c"], "no flap"
+
+
+async def test_a_snapshot_serves_without_a_server(server: ApiServer, tmp_path: Path) -> None:
+    saved = tmp_path / "snapshot"
+    url = await server.start()
+    async with reading(url, saved) as reader:
+        await until(lambda: reader.cluster)
+        before = reader.cluster
+    assert saved.exists()
+    await server.stop()
+    async with reading(url, saved) as reader:
+        await until(lambda: reader.cluster)
+        assert reader.cluster == before
+        assert "working with a snapshot of" in reader.source.problem()
+        server.put(pod("c", "10.1.0.4"))
+        server.delete("Pod", "shop", "a")
+        held = server.hold["Service"] = asyncio.Event()
+        await server.start()
+        await until(lambda: server.watching() == 5)
+        assert reader.pods() == ["a", "b"], "nothing goes before every list is complete"
+        held.set()
+        await until(lambda: reader.pods() == ["b", "c"])
+        assert [t.complete for t in reader.transactions] == [True, False]
+        assert reader.source.problem() == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x05\x00\x00\x00abc"])
+async def test_a_damaged_snapshot_is_none(
+    server: ApiServer, tmp_path: Path, content: bytes
+) -> None:
+    saved = tmp_path / "snapshot"
+    saved.write_bytes(content)
+    url = await server.start()
+    await server.stop()
+    async with reading(url, saved) as reader:
+        await until(lambda: reader.source.problem().count("Cannot connect"))
+        await server.start()
+        await until(lambda: reader.pods() == ["a", "b"])
+        assert len(reader.transactions) == 1
+
+
+LISTS = {
+    "as the API server writes it": '{"metadata":{"resourceVersion":"7"},"items":[%s]}',
+    "metadata last": '{"items":[%s],"metadata":{"resourceVersion":"7"}}',
+}
+
+
+@pytest.mark.parametrize("form", LISTS.values(), ids=LISTS.keys())
+@pytest.mark.parametrize("size", [1, 7, 100000])
+def test_lists_are_cut_into_their_objects(form: str, size: int) -> None:
+    inner = '{"metadata":{"name":"%s"},"spec":{"templates":[{"a":1},{"metadata":{"x":"},{"}}]}}'
+    pieces = [inner % name for name in "abc"]
+    text = (form % ",".join(pieces)).encode()
+    splitter = Splitter()
+    found = [p for at in range(0, len(text), size) for p in splitter.feed(text[at : at + size])]
+    last, meta = splitter.finish()
+    assert [p.decode() for p in found + last] == pieces
+    assert meta.resource_version == "7"
+
+
+def test_an_empty_list() -> None:
+    splitter = Splitter()
+    assert list(splitter.feed(b'{"metadata":{"resourceVersion":"7"},"items":null}')) == []
+    assert splitter.finish()[0] == []

@@ -60,7 +60,7 @@ class Agent:
         self.cluster: Cluster | None = None
         self._settled: object = None
         self.uids: set[str] = set()
-        self._requests = Requests(self)
+        self.requests = Requests(self)
         self.cards: dict[str, int] = {}
         self._hop_nodes: dict[str, Node] | None = None
         self._tables: Tables | None = None
@@ -96,7 +96,7 @@ class Agent:
         with Net() as net:
             self._set_mtu(net)
             net.add_gateway()
-            self.errors["endpoints"] = self.endpoints.reconcile(net)
+            self.errors["endpoints"] = self.endpoints.reconcile()
             self._attach_cards(net)
 
     async def run(self) -> None:
@@ -249,15 +249,7 @@ class Agent:
         link = net.link(self.config.underlay) if self.config.underlay else None
         self.endpoints.mtu = self.config.mtu or (link["mtu"] if link else 1500)
 
-    # ---- Endpoints and questions -----------------------------------------------------
-
-    async def add(self, uid: str, netns: str, timeout: float = 30.0) -> dict[str, Any]:
-        """CNI ADD. The same answer again for a pod that is wired."""
-        return await self._requests.add(uid, netns, timeout)
-
-    async def delete(self, uid: str) -> bool:
-        """CNI DEL; False if there was nothing to be done."""
-        return await self._requests.delete(uid)
+    # ---- Questions ---------------------------------------------------------------------
 
     async def dry_run(self, packets: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Run live programs; `packet` is bytes here."""

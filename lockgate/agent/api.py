@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from lockgate.agent.agent import Agent
+from lockgate.agent.endpoints import Attachment
 from lockgate.agent.ipam import PoolExhausted
 from lockgate.agent.requests import EndpointError
 
@@ -61,11 +62,11 @@ async def _add(request: web.Request) -> web.Response:
     uid, netns = body["uid"], body["netns"]
     if not isinstance(uid, str) or not isinstance(netns, str) or not uid:
         raise ValueError("uid and netns must be strings")
-    return web.json_response(await request.app[_AGENT].add(uid, netns))
+    return web.json_response(await request.app[_AGENT].requests.add(Attachment(uid, netns)))
 
 
 async def _delete(request: web.Request) -> web.Response:
-    done = await request.app[_AGENT].delete(request.match_info["uid"])
+    done = await request.app[_AGENT].requests.delete(request.match_info["uid"])
     return web.json_response({"deleted": done})
 
 

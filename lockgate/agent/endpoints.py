@@ -5,22 +5,33 @@ All methods block; call them from the worker thread that is in the node's namesp
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 
 import msgspec
 
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.encode import EndpointRecord
 from lockgate.agent.ipam import Ipam, Lease
-from lockgate.net.links import IFINDEX_BASE, Net, PodLink
+from lockgate.net import pods
+from lockgate.net.pods import PodLink, Seal
 from lockgate.objects.model import Cluster, Pod, PodIP
 
-__all__ = ["Endpoints"]
+__all__ = ["Attachment", "Endpoints"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """Who asks for an endpoint. `netns` is a path that need not outlive the request; `sandbox`
+    is "CONTAINERID/IFNAME", or "" when who asks knows no sandboxes (a pod has one, then)."""
+
+    uid: str
+    netns: str
+    sandbox: str = ""
 
 
 class Endpoints:
@@ -91,7 +102,7 @@ class Endpoints:
                 or known[1].id != own
                 or known[1].mtu != self.mtu
             ):
-                link = self._link(lease)
+                link = self.link(lease)
                 known = (
                     lease,
                     EndpointRecord(own, link.pod_mac, link.host_mac, self.mtu, lease.ips),
@@ -99,57 +110,79 @@ class Endpoints:
             self._records[uid] = known
         return {lease.slot: record for lease, record in self._records.values()}
 
-    def wired(self, lease: Lease, net: Net) -> bool:
-        """Is the pod's link there, with its programs?"""
-        name = self._link(lease).name
-        return name in net.links() and lease.slot in self._dp.pod_slots()
+    def wired(self, lease: Lease, netns: str) -> bool:
+        """Is the pod's link there, whole, with its programs, and ends in this namespace?"""
+        link = self.link(lease)
+        whole = pods.seals().get(lease.slot) == self._seal(lease)
+        if not whole or lease.slot not in self._dp.pod_slots():
+            return False
+        try:
+            return pods.peer_of(netns, link.ifname) == link.ifindex
+        except OSError:
+            return False
 
-    def wire(self, lease: Lease, net: Net, sources: tuple[str, ...]) -> None:
+    def wire(self, lease: Lease, netns: str, sources: tuple[str, ...]) -> None:
         """Links, programs. The policy must be in force already: from here on packets come.
         On OSError nothing stays."""
-        link = self._link(lease)
+        link = self.link(lease)
         try:
-            net.add_pod(link, lease.netns, sources, lambda: self._attach(link))
+            pods.wire(link, netns, self._seal(lease), sources, lambda: self._attach(link))
         except BaseException:
-            self.unwire(lease.slot, net)
+            self._dp.detach_pod(lease.slot)
             raise
 
-    def unwire(self, slot: int, net: Net) -> None:
-        """Take away what there is of a slot's wiring. Nothing there is success."""
-        with contextlib.suppress(OSError):
-            net.remove_link(IFINDEX_BASE + slot)
-        self._dp.detach_pod(slot)
+    def unwire(self, slots: list[int]) -> None:
+        """Take away what there is of the slots' wiring. Nothing there is success."""
+        pods.remove(slots)
+        for slot in slots:
+            self._dp.detach_pod(slot)
 
-    def reconcile(self, net: Net) -> list[str]:
-        """At start: links and pins without a lease go, leases whose link is gone are given back
-        (the namespace and the pod went while no agent ran), the others get the new programs.
+    def reconcile(self) -> list[str]:
+        """At start, make leases and wiring agree: links tell whose they are, should the leases
+        have been lost; links and pins without a pod go; leases whose link is gone are given back
+        (the namespace and the pod went while no agent ran); the others get the new programs.
         Returns what could not be done."""
-        errors = []
-        here = {
-            index - IFINDEX_BASE
-            for name, index in net.links().items()
-            if index >= IFINDEX_BASE and name == f"lg{index - IFINDEX_BASE}"
-        }
-        for uid, lease in list(self._ipam.leases.items()):
-            if lease.slot not in here:
-                log.info("pod %s went while no agent ran: its addresses are free", uid)
-                self._ipam.release(uid)
-                continue
+        errors = [self._ipam.damaged] if self._ipam.damaged else []
+        seals = pods.seals()
+        with self._ipam.together():
+            self._adopt(seals)
+            for uid, lease in list(self._ipam.leases.items()):
+                if seals.get(lease.slot) != self._seal(lease):
+                    log.info("pod %s went while no agent ran: its addresses are free", uid)
+                    self._ipam.release(uid)
+        leases = list(self._ipam.leases.values())
+        stray = (set(seals) | self._dp.pod_slots()) - {lease.slot for lease in leases}
+        if stray:
+            log.info("endpoint slots with wiring but no pod, removed: %s", sorted(stray))
+            self.unwire(sorted(stray))
+        for lease in leases:
             try:
-                self._attach(self._link(lease))
+                self._attach(self.link(lease))
             except OSError as error:
-                errors.append(f"pod {uid}: {error}")
-        leased = {lease.slot for lease in self._ipam.leases.values()}
-        for slot in (here | self._dp.pod_slots()) - leased:
-            log.info("endpoint slot %d has wiring but no pod: removed", slot)
-            self.unwire(slot, net)
+                errors.append(f"pod {lease.uid}: {error}")
         return errors
+
+    def _adopt(self, seals: dict[int, Seal | None]) -> None:
+        for slot, seal in seals.items():
+            if seal is None:
+                continue
+            lease = Lease(seal.uid, seal.ips, slot, seal.sandbox)
+            if self._ipam.leases.get(seal.uid) != lease:
+                log.warning(
+                    "pod %s (%s) has a link and no lease: taken over", seal.uid, ", ".join(seal.ips)
+                )
+                self._ipam.adopt(lease)
 
     def _attach(self, link: PodLink) -> None:
         self._dp.attach_pod(link.slot, link.ifindex)
 
-    def _link(self, lease: Lease) -> PodLink:
-        return PodLink(self._node, lease.slot, lease.ips, self.mtu)
+    def link(self, lease: Lease) -> PodLink:
+        """How a lease is wired."""
+        return PodLink(self._node, lease.slot, lease.ips, self.mtu, lease.ifname)
+
+    @staticmethod
+    def _seal(lease: Lease) -> Seal:
+        return Seal(lease.uid, lease.sandbox, lease.ips)
 
 
 def with_addresses(pod: Pod, lease: Lease) -> Pod:

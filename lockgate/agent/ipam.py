@@ -1,14 +1,18 @@
 """Addresses and slots of this node's pods, kept in ipam.json.
 
 Both are handed out in turn, so one that was given back is the last to be used again. The file
-is replaced whole (written beside, synced, renamed): it is always one state or the next.
+is replaced whole (written beside, renamed): it is always one state or the next. It is not
+synced: what it tells does not outlive the machine's power either, and should it be lost, the
+pods' links tell who has what (`lockgate.net.pods.Seal`, `adopt`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +22,8 @@ from typing import Any
 
 __all__ = ["Ipam", "Lease", "PoolExhausted"]
 
+log = logging.getLogger(__name__)
+
 
 class PoolExhausted(Exception):
     """No address, or no slot, is left; the message names the pool."""
@@ -25,12 +31,17 @@ class PoolExhausted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What a pod has: its addresses (primary first), its slot, its namespace's path."""
+    """What a pod has: its addresses (primary first), its slot, and which of its sandboxes has
+    them: "CONTAINERID/IFNAME", or "" when who asked knows no sandboxes."""
 
     uid: str
     ips: tuple[str, ...]
     slot: int
-    netns: str
+    sandbox: str = ""
+
+    @property
+    def ifname(self) -> str:
+        return self.sandbox.rpartition("/")[2] or "eth0"
 
 
 @dataclass(slots=True)
@@ -41,35 +52,52 @@ class Ipam:
     slots: int
     pools: list[str] = field(default_factory=list)
     leases: dict[str, Lease] = field(default_factory=dict)
+    damaged: str = ""
     _next: dict[str, int] = field(default_factory=dict)
     _waits: bool = False
 
     def __post_init__(self) -> None:
-        """Reads the file. ValueError if it is not one of ours: it is never overwritten then."""
+        """Reads the file. One that can't be read is put aside; `damaged` says so."""
         try:
             state: dict[str, Any] = json.loads(self.path.read_text())
-            self._next = {str(k): int(v) for k, v in state["next"].items()}
-            for uid, lease in state["endpoints"].items():
-                self.leases[uid] = Lease(
-                    uid, tuple(lease["ips"]), int(lease["slot"]), str(lease["netns"])
-                )
+            following = {str(k): int(v) for k, v in state["next"].items()}
+            leases = {
+                uid: Lease(uid, tuple(one["ips"]), int(one["slot"]), str(one.get("sandbox", "")))
+                for uid, one in state["endpoints"].items()
+            }
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}): move it away") from error
+            aside = self.path.with_name(f"{self.path.name}.damaged-{int(time.time())}")
+            os.replace(self.path, aside)
+            self.damaged = f"{self.path} was damaged ({error}): rebuilt; the old one is {aside}"
+            log.warning("%s", self.damaged)
+            return
+        self._next, self.leases = following, leases
 
     def set_pools(self, cidrs: list[str]) -> None:
         """The node's podCIDRs; leases outside of them stay."""
         self.pools = [str(ip_network(cidr, strict=False)) for cidr in cidrs]
 
-    def acquire(self, uid: str, netns: str) -> Lease:
-        """An address from each pool and a slot; the same again for a uid that has a lease.
-        PoolExhausted changes nothing."""
+    def adopt(self, lease: Lease) -> None:
+        """Take over a lease that the kernel tells of. What comes after its addresses and slot is
+        handed out next, as if it had been the last."""
+        following = dict(self._next)
+        following["slots"] = max(following.get("slots", 0), (lease.slot + 1) % self.slots)
+        self._save(lease.uid, lease, following)
+
+    def of_sandbox(self, sandbox: str) -> Lease | None:
+        """The lease that a sandbox has."""
+        return next((one for one in self.leases.values() if one.sandbox == sandbox), None)
+
+    def acquire(self, uid: str, sandbox: str = "") -> Lease:
+        """An address from each pool and a slot; the same again for a uid that has a lease, which
+        is its newest sandbox's from then on. PoolExhausted changes nothing."""
         known = self.leases.get(uid)
         if known is not None:
-            if known.netns == netns:
+            if known.sandbox == sandbox:
                 return known
-            lease = Lease(uid, known.ips, known.slot, netns)
+            lease = Lease(uid, known.ips, known.slot, sandbox)
             self._save(uid, lease, dict(self._next))
             return lease
         if not self.pools:
@@ -81,7 +109,9 @@ class Ipam:
             network = ip_network(pool)
             low, count = _usable(network)
             used = {int(ip) - low for ip in taken if ip in network}
-            index = _first_free(used, count, following.get(pool, 0))
+            # Without a memory of what was last: behind the highest in use.
+            start = following.get(pool, max(used, default=-1) + 1) % count
+            index = _first_free(used, count, start)
             if index is None:
                 raise PoolExhausted(f"pool {pool} is exhausted: all {count} addresses are in use")
             following[pool] = (index + 1) % count
@@ -91,7 +121,7 @@ class Ipam:
         if slot is None:
             raise PoolExhausted(f"all {self.slots} endpoint slots of the node are in use")
         following["slots"] = (slot + 1) % self.slots
-        lease = Lease(uid, tuple(ips), slot, netns)
+        lease = Lease(uid, tuple(ips), slot, sandbox)
         self._save(uid, lease, following)
         return lease
 
@@ -131,15 +161,12 @@ class Ipam:
         state = {
             "next": following,
             "endpoints": {
-                key: {"ips": list(one.ips), "slot": one.slot, "netns": one.netns}
+                key: {"ips": list(one.ips), "slot": one.slot, "sandbox": one.sandbox}
                 for key, one in leases.items()
             },
         }
         beside = self.path.with_suffix(".new")
-        with open(beside, "w") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        beside.write_text(json.dumps(state))
         os.replace(beside, self.path)
 
 

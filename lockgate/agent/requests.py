@@ -11,10 +11,9 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lockgate.agent.endpoints import namespace_exists
+from lockgate.agent.endpoints import Attachment, namespace_exists
 from lockgate.agent.hops import internal_ips, pod_cidrs
 from lockgate.agent.ipam import Lease, PoolExhausted
-from lockgate.net.links import Net
 from lockgate.objects.model import Pod
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ class EndpointError(Exception):
 class _Add:
     """A CNI ADD that waits for its turn."""
 
-    uid: str
-    netns: str
+    who: Attachment
     answer: asyncio.Future[dict[str, Any]]
 
 
@@ -47,32 +45,35 @@ class Requests:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._waiting: set[str] = set()
-        self._gone: set[str] = set()
+        self._waiting: set[tuple[str, str]] = set()
+        self._gone: set[tuple[str, str]] = set()
         self._adds: list[_Add] = []
+        self._deletes: dict[tuple[str, str], asyncio.Future[bool]] = {}
         self._adder: asyncio.Task[None] | None = None
 
-    async def add(self, uid: str, netns: str, timeout: float = 30.0) -> dict[str, Any]:
+    async def add(self, who: Attachment, timeout: float = 30.0) -> dict[str, Any]:
         """CNI ADD. The same answer again for a pod that is wired."""
-        if not namespace_exists(netns):
-            raise EndpointError(400, f"pod {uid}: there is no network namespace {netns}")
-        self._waiting.add(uid)
+        uid = who.uid
+        if not namespace_exists(who.netns):
+            raise EndpointError(400, f"pod {uid}: there is no network namespace {who.netns}")
+        key = uid, who.sandbox
+        self._waiting.add(key)
         try:
             async with asyncio.timeout(timeout), self._agent.seen:
                 await self._agent.seen.wait_for(
-                    lambda: uid in self._agent.uids or uid in self._gone
+                    lambda: uid in self._agent.uids or key in self._gone
                 )
         except TimeoutError:
             raise EndpointError(
                 504, f"pod {uid}: no Pod object with this uid came within {timeout:g} s"
             ) from None
         finally:
-            gone = uid in self._gone
-            self._waiting.discard(uid)
-            self._gone.discard(uid)
+            gone = key in self._gone
+            self._waiting.discard(key)
+            self._gone.discard(key)
         if gone:
             raise EndpointError(409, f"pod {uid} was deleted meanwhile")
-        one = _Add(uid, netns, asyncio.get_running_loop().create_future())
+        one = _Add(who, asyncio.get_running_loop().create_future())
         self._adds.append(one)
         if self._adder is None:
             self._adder = asyncio.create_task(self._add_waiting())
@@ -85,9 +86,7 @@ class Requests:
                 async with self._agent.turn:
                     batch, self._adds = self._adds, []
                     try:
-                        answers = await self._agent.work(
-                            self._add, [(one.uid, one.netns) for one in batch]
-                        )
+                        answers = await self._agent.work(self._add, [one.who for one in batch])
                     except Exception as error:
                         answers = [error for _ in batch]
                 for one, answer in zip(batch, answers, strict=True):
@@ -100,36 +99,36 @@ class Requests:
         finally:
             self._adder = None
 
-    def _add(self, batch: list[tuple[str, str]]) -> list[dict[str, Any] | Exception]:
-        """The answer, or what kept it from being made, for each of `batch` (uid, namespace)."""
+    def _add(self, batch: list[Attachment]) -> list[dict[str, Any] | Exception]:
+        """The answer, or what kept it from being made, for each of `batch`."""
         assert self._agent.cluster is not None
         pods = {pod.metadata.uid: pod for pod in self._agent.cluster.pods.values()}
         before = dict(self._agent.ipam.leases)
         answers: list[dict[str, Any] | Exception] = []
         try:
             with self._agent.ipam.together():
-                leases = [self._lease(uid, netns, pods.get(uid)) for uid, netns in batch]
+                leases = [self._lease(who, pods.get(who.uid)) for who in batch]
             if any(isinstance(lease, Lease) for lease in leases):
                 self._agent.publish()
         except Exception as error:
             self._give_back(set(self._agent.ipam.leases) - set(before))
             return [error for _ in batch]
-        with Net() as net:
-            for (uid, _), lease in zip(batch, leases, strict=True):
-                if isinstance(lease, Lease):
-                    try:
-                        answers.append(self._wire(lease, before.get(uid) != lease, net))
-                        before[uid] = lease
-                    except Exception as error:
-                        if uid not in before:
-                            self._give_back({uid})
-                        answers.append(error)
-                else:
-                    answers.append(lease)
+        for who, lease in zip(batch, leases, strict=True):
+            if isinstance(lease, Lease):
+                try:
+                    answers.append(self._wire(who, lease, before.get(who.uid) != lease))
+                    before[who.uid] = lease
+                except Exception as error:
+                    if who.uid not in before:
+                        self._give_back({who.uid})
+                    answers.append(error)
+            else:
+                answers.append(lease)
         return answers
 
-    def _lease(self, uid: str, netns: str, pod: Pod | None) -> Lease | Exception:
+    def _lease(self, who: Attachment, pod: Pod | None) -> Lease | Exception:
         assert self._agent.cluster is not None
+        uid = who.uid
         node = self._agent.config.node
         me = self._agent.cluster.nodes.get(node)
         if pod is None:
@@ -144,15 +143,15 @@ class Requests:
             return EndpointError(503, f"{title}: there is no Node {node} yet")
         self._agent.ipam.set_pools(pod_cidrs(me))
         try:
-            return self._agent.ipam.acquire(uid, netns)
+            return self._agent.ipam.acquire(uid, who.sandbox)
         except PoolExhausted as error:
             return error
 
-    def _wire(self, lease: Lease, new: bool, net: Net) -> dict[str, Any]:
+    def _wire(self, who: Attachment, lease: Lease, new: bool) -> dict[str, Any]:
         assert self._agent.cluster is not None
-        if new or not self._agent.endpoints.wired(lease, net):
+        if new or not self._agent.endpoints.wired(lease, who.netns):
             me = self._agent.cluster.nodes[self._agent.config.node]
-            self._agent.endpoints.wire(lease, net, tuple(internal_ips(me)))
+            self._agent.endpoints.wire(lease, who.netns, tuple(internal_ips(me)))
         pod = self._agent.endpoints.pod(lease.uid)
         return {
             "ips": list(lease.ips),
@@ -166,30 +165,60 @@ class Requests:
             self._agent.ipam.release(uid)
         self._agent.changed_soon()
 
-    async def delete(self, uid: str) -> bool:
-        """CNI DEL; False if there was nothing to be done."""
+    async def delete(self, uid: str, sandbox: str = "") -> bool:
+        """CNI DEL of a pod's sandbox; False if there was nothing to be done: a newer sandbox of
+        the pod is left alone."""
+        key = uid, sandbox
         async with self._agent.seen:
-            if uid in self._waiting:
-                self._gone.add(uid)
+            if key in self._waiting:
+                self._gone.add(key)
                 self._agent.seen.notify_all()
-        for one in [one for one in self._adds if one.uid == uid]:
+        for one in [one for one in self._adds if (one.who.uid, one.who.sandbox) == key]:
             self._adds.remove(one)
             if not one.answer.done():
                 one.answer.set_exception(EndpointError(409, f"pod {uid} was deleted meanwhile"))
+        answer = self._deletes.get(key)
+        if answer is None:
+            answer = self._deletes[key] = asyncio.get_running_loop().create_future()
         async with self._agent.turn:
-            return await self._agent.work(self._delete, uid)
+            await self._delete_waiting()
+        return await answer
 
-    def _delete(self, uid: str) -> bool:
-        lease = self._agent.ipam.leases.get(uid)
-        if lease is None:
-            return False
-        with Net() as net:
-            self._agent.endpoints.unwire(lease.slot, net)
-        self._agent.ipam.release(uid)
+    async def _delete_waiting(self) -> None:
+        """All that wait when the turn of the first comes, with one change of the tables."""
+        batch, self._deletes = self._deletes, {}
+        if not batch:
+            return
         try:
-            self._agent.publish()
-        except Exception:
-            # The pod is gone in any case; its entries go with the next state.
-            log.exception("the state without pod %s can't be put in force yet", uid)
-            self._agent.changed_soon()
-        return True
+            done = await self._agent.work(self._delete, set(batch))
+            for key, answer in batch.items():
+                answer.set_result(key in done)
+        except BaseException as error:
+            problem = error if isinstance(error, Exception) else OSError("the agent is ending")
+            for answer in batch.values():
+                answer.set_exception(problem)
+                answer.exception()  # seen, should nobody wait any more
+            if not isinstance(error, Exception):
+                raise
+
+    async def collect(self, keep: set[str]) -> int:
+        """CNI GC: delete what belongs to other sandboxes than `keep`; returns how many."""
+        async with self._agent.turn:
+            leases = self._agent.ipam.leases.values()
+            over = {
+                (one.uid, one.sandbox) for one in leases if one.sandbox and one.sandbox not in keep
+            }
+            return len(await self._agent.work(self._delete, over))
+
+    def _delete(self, sandboxes: set[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Which of the sandboxes had a lease. The tables follow soon; until they have, the
+        addresses are not another's."""
+        agent = self._agent
+        over = [one for one in agent.ipam.leases.values() if (one.uid, one.sandbox) in sandboxes]
+        if over:
+            agent.endpoints.unwire([one.slot for one in over])
+            with agent.ipam.together():
+                for one in over:
+                    agent.ipam.release(one.uid)
+            agent.changed_soon()
+        return {(one.uid, one.sandbox) for one in over}

@@ -11,26 +11,64 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from ipaddress import ip_address
 
-__all__ = ["addresses", "default_gateways", "macs"]
+__all__ = [
+    "ATTRIBUTE",
+    "HEADER",
+    "Interface",
+    "addresses",
+    "default_gateways",
+    "interfaces",
+    "macs",
+    "routes_of",
+]
 
 _SOL_NETLINK, _STRICT = 270, 12
-_HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
+HEADER = struct.Struct("=IHHII")
+ATTRIBUTE = struct.Struct("=HH")
 _DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _ERROR, _DONE = 2, 3
-_GETADDR, _GETROUTE, _GETNEIGH = 22, 26, 30
+_GETLINK, _GETADDR, _GETROUTE, _GETNEIGH = 18, 22, 26, 30
+
+_IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
+_UP = 1
+_IFLA_IFNAME, _IFLA_LINK, _IFLA_IFALIAS = 3, 5, 20
 
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
-_RTA_OIF, _RTA_GATEWAY = 4, 5
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
 _UNICAST = 1
 _NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 # REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT
 _USABLE = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A link as `ip link` shows it. `peer` is a veth's other end, in whatever namespace, else 0."""
+
+    index: int
+    name: str
+    up: bool
+    peer: int
+    alias: str
+
+
+def interfaces() -> list[Interface]:
+    """All links."""
+    found = []
+    for body in _dump(_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
+        _, _, index, flags, _ = _IFINFO.unpack_from(body)
+        own = _attributes(body, _IFINFO.size)
+        name = own.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
+        alias = own.get(_IFLA_IFALIAS, b"").rstrip(b"\0").decode(errors="replace")
+        peer = int.from_bytes(own.get(_IFLA_LINK, b""), "little")
+        found.append(Interface(index, name, bool(flags & _UP), peer, alias))
+    return found
 
 
 def addresses(ifindex: int) -> list[str]:
@@ -60,6 +98,20 @@ def default_gateways(ifindex: int) -> list[str]:
     return found
 
 
+def routes_of(ifindex: int) -> set[str]:
+    """Destinations ("10.1.0.7/32") of the unicast routes over an interface."""
+    found = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
+        for body in _dump(_GETROUTE, request + _number(_RTA_OIF, ifindex)):
+            length, kind = body[1], body[7]
+            own = _attributes(body, _ROUTE.size)
+            address, card = own.get(_RTA_DST), own.get(_RTA_OIF, b"")
+            if address and kind == _UNICAST and int.from_bytes(card, "little") == ifindex:
+                found.add(f"{ip_address(address)}/{length}")
+    return found
+
+
 def macs(ifindex: int) -> dict[str, bytes]:
     """Addresses → MACs that the kernel knows on an interface and does not hold to be dead."""
     found: dict[str, bytes] = {}
@@ -76,7 +128,7 @@ def macs(ifindex: int) -> dict[str, bytes]:
 
 
 def _number(attribute: int, value: int) -> bytes:
-    return _ATTRIBUTE.pack(8, attribute) + value.to_bytes(4, "little")
+    return ATTRIBUTE.pack(8, attribute) + value.to_bytes(4, "little")
 
 
 def _dump(request: int, payload: bytes) -> Iterator[bytes]:
@@ -85,13 +137,13 @@ def _dump(request: int, payload: bytes) -> Iterator[bytes]:
     with socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE) as sock:
         sock.setsockopt(_SOL_NETLINK, _STRICT, 1)
         sock.bind((0, 0))
-        sock.send(_HEADER.pack(_HEADER.size + len(payload), request, _DUMP, 1, 0) + payload)
+        sock.send(HEADER.pack(HEADER.size + len(payload), request, _DUMP, 1, 0) + payload)
         while True:
             data = sock.recv(1 << 18)
             at = 0
-            while at + _HEADER.size <= len(data):
-                length, type_, _, _, _ = _HEADER.unpack_from(data, at)
-                body = data[at + _HEADER.size : at + length]
+            while at + HEADER.size <= len(data):
+                length, type_, _, _, _ = HEADER.unpack_from(data, at)
+                body = data[at + HEADER.size : at + length]
                 if type_ in (_ERROR, _DONE):
                     code = -int.from_bytes(body[:4], "little", signed=True)
                     if code > 0:
@@ -103,10 +155,10 @@ def _dump(request: int, payload: bytes) -> Iterator[bytes]:
 
 def _attributes(body: bytes, at: int) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
-    while at + _ATTRIBUTE.size <= len(body):
-        length, type_ = _ATTRIBUTE.unpack_from(body, at)
-        if length < _ATTRIBUTE.size:
+    while at + ATTRIBUTE.size <= len(body):
+        length, type_ = ATTRIBUTE.unpack_from(body, at)
+        if length < ATTRIBUTE.size:
             break
-        found[type_ & 0x3FFF] = body[at + _ATTRIBUTE.size : at + length]
+        found[type_ & 0x3FFF] = body[at + ATTRIBUTE.size : at + length]
         at += length + 3 & ~3
     return found

@@ -1,4 +1,4 @@
-"""Links of pods: the veth pair, its addresses, routes and neighbours.
+"""Links, addresses, routes and neighbours of a node (a pod's: `lockgate.net.pods`).
 
 `Net` wraps one netlink socket of the namespace that its thread is in. pyroute2's sockets have
 an event loop of their own, so use them from worker threads, never from a coroutine.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from ipaddress import ip_interface
 from pathlib import Path
 from socket import AF_INET, AF_INET6
@@ -21,9 +19,8 @@ from typing import Any, Self
 from pyroute2 import IPRoute, NetlinkError
 
 from lockgate.net import dumps
-from lockgate.net.namespaces import inside
 
-__all__ = ["GATEWAY4", "GATEWAY6", "IFINDEX_BASE", "Net", "PodLink", "sysctl"]
+__all__ = ["GATEWAY4", "GATEWAY6", "IFINDEX_BASE", "Net", "sysctl"]
 
 IFINDEX_BASE = 65536
 GATEWAY4 = "169.254.1.1"
@@ -40,36 +37,6 @@ def sysctl(key: str, value: int | str) -> bool:
     except (FileNotFoundError, PermissionError):
         return False
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class PodLink:
-    """A pod's wiring, all of it decided by node, slot and addresses."""
-
-    node: str
-    slot: int
-    addresses: tuple[str, ...]
-    mtu: int
-
-    @property
-    def name(self) -> str:
-        return f"lg{self.slot}"
-
-    @property
-    def ifindex(self) -> int:
-        return IFINDEX_BASE + self.slot
-
-    @property
-    def host_mac(self) -> bytes:
-        return b"\x0a\x6c" + self._tail
-
-    @property
-    def pod_mac(self) -> bytes:
-        return b"\x0a\x70" + self._tail
-
-    @property
-    def _tail(self) -> bytes:
-        return hashlib.sha256(self.node.encode()).digest()[:2] + self.slot.to_bytes(2, "big")
 
 
 def mac_text(mac: bytes) -> str:
@@ -122,76 +89,6 @@ class Net:
         """False if there was none."""
         with _named(f"remove interface {ifindex}"):
             return self._gone_is_false("link", "del", index=ifindex)
-
-    def add_pod(
-        self,
-        link: PodLink,
-        netns: str,
-        sources: tuple[str, ...] = (),
-        attach: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Make the pair, wire both ends and bring them up. `sources` are the node's addresses,
-        which its own packets to the pod bear; `attach` is called while both ends are still down,
-        so that programs see the first packet. A link that has the name already is replaced."""
-        if _index(link.name) is not None:
-            self.remove_link(link.ifindex)
-        with inside(netns):
-            stale = _index("eth0")
-            if stale is not None:
-                with Net() as pod:
-                    pod.remove_link(stale)
-        target = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with _named(f"make interface {link.name}"):
-                self._ip.link(
-                    "add",
-                    ifname=link.name,
-                    index=link.ifindex,
-                    kind="veth",
-                    address=mac_text(link.host_mac),
-                    mtu=link.mtu,
-                    peer={
-                        "ifname": "eth0",
-                        "address": mac_text(link.pod_mac),
-                        "mtu": link.mtu,
-                        "net_ns_fd": target,
-                    },
-                )
-        finally:
-            os.close(target)
-        try:
-            attach()
-            self._wire_host(link, sources)
-            with inside(netns), Net() as pod:
-                pod._wire_pod(link)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.remove_link(link.ifindex)
-            raise
-
-    def _wire_host(self, link: PodLink, sources: tuple[str, ...]) -> None:
-        _quiet(link.name)
-        sysctl(f"ipv4/conf/{link.name}/rp_filter", 2)
-        with _named(f"wire interface {link.name}"):
-            self._ip.link("set", index=link.ifindex, state="up")
-            self._add_address(link.ifindex, f"{GATEWAY6}/64")
-            for address in link.addresses:
-                self.neighbour(link.ifindex, address, link.pod_mac)
-                source = next((s for s in sources if (":" in s) == (":" in address)), None)
-                self.route(f"{address}/{_bits(address)}", link.ifindex, source=source)
-
-    def _wire_pod(self, link: PodLink) -> None:
-        _quiet("eth0")
-        index = socket.if_nametoindex("eth0")
-        with _named(f"wire eth0 of {link.name}"):
-            self._ip.link("set", index=1, state="up")
-            self._ip.link("set", index=index, state="up")
-            for address in link.addresses:
-                self._add_address(index, f"{address}/{_bits(address)}")
-                gateway = GATEWAY6 if ":" in address else GATEWAY4
-                self.neighbour(index, gateway, link.host_mac)
-                default = "::/0" if ":" in address else "0.0.0.0/0"
-                self.route(default, index, gateway=gateway)
 
     # ---- Addresses, neighbours, routes -----------------------------------------------
 
@@ -287,14 +184,6 @@ class Net:
         return True
 
 
-def _quiet(name: str) -> None:
-    """No router discovery and no address but those we give: nothing is ever sent unasked."""
-    sysctl(f"ipv6/conf/{name}/disable_ipv6", 0)
-    sysctl(f"ipv6/conf/{name}/accept_ra", 0)
-    sysctl(f"ipv6/conf/{name}/router_solicitations", 0)
-    sysctl(f"ipv6/conf/{name}/addr_gen_mode", 1)
-
-
 def _index(name: str) -> int | None:
     """Index of an interface in the calling thread's namespace."""
     try:
@@ -305,10 +194,6 @@ def _index(name: str) -> int | None:
 
 def _family(text: str) -> int:
     return int(AF_INET6 if ":" in text else AF_INET)
-
-
-def _bits(address: str) -> int:
-    return 128 if ":" in address else 32
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import ArrayMap
 from lockgate.net import cgroup, namespaces
 from lockgate.net.links import Net
+from lockgate.net.pods import remove
 from lockgate.paths import bpf_object
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -496,8 +497,8 @@ async def test_a_pod_that_went_while_no_agent_ran_is_given_back(bed: Bed) -> Non
     namespaces.delete(f"lg-{bed.cluster}-server")
 
     def sever() -> None:
-        with namespaces.inside(namespaces.path_of(one.netns)), Net() as net:
-            net.remove_link(65536 + lease["slot"])
+        with namespaces.inside(namespaces.path_of(one.netns)):
+            remove([lease["slot"]])
 
     await asyncio.to_thread(sever)
     await one.start()

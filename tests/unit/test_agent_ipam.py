@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lockgate.agent.ipam import Ipam, PoolExhausted
+from lockgate.agent.ipam import Ipam, Lease, PoolExhausted
 
 
 def ipam(folder: Path, *pools: str, slots: int = 100) -> Ipam:
@@ -17,17 +17,17 @@ def ipam(folder: Path, *pools: str, slots: int = 100) -> Ipam:
 
 def test_an_address_of_each_family_and_the_same_again(tmp_path: Path) -> None:
     pools = ipam(tmp_path, "10.1.2.0/24", "fd00:1::/64")
-    lease = pools.acquire("a", "/ns/a")
+    lease = pools.acquire("a", "a/eth0")
     assert lease.ips == ("10.1.2.2", "fd00:1::2")
-    assert pools.acquire("a", "/ns/a") == lease
-    assert pools.acquire("b", "/ns/b").ips == ("10.1.2.3", "fd00:1::3")
+    assert pools.acquire("a", "a/eth0") == lease
+    assert pools.acquire("b", "b/eth0").ips == ("10.1.2.3", "fd00:1::3")
 
 
 def test_leases_outlive_the_process(tmp_path: Path) -> None:
-    lease = ipam(tmp_path, "10.1.2.0/24").acquire("a", "/ns/a")
+    lease = ipam(tmp_path, "10.1.2.0/24").acquire("a", "a/eth0")
     again = ipam(tmp_path, "10.1.2.0/24")
     assert again.leases == {"a": lease}
-    assert again.acquire("b", "/ns/b").ips != lease.ips
+    assert again.acquire("b", "b/eth0").ips != lease.ips
 
 
 def test_what_was_given_back_is_used_last(tmp_path: Path) -> None:
@@ -58,11 +58,43 @@ def test_slots_run_out_by_name(tmp_path: Path) -> None:
         pools.acquire("b", "")
 
 
-def test_a_damaged_file_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "ipam.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        ipam(tmp_path, "10.1.0.0/16")
-    assert (tmp_path / "ipam.json").read_text() == "{"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "[]",
+        '{"next": {}, "endpoints": {"a": {"ips": ["10.1.0.2"]}}}',
+        '{"next": {"a": "b"}}',
+    ],
+)
+def test_a_damaged_file_is_put_aside_and_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ipam.json").write_text(text)
+    pools = ipam(tmp_path, "10.1.0.0/16")
+    (aside,) = tmp_path.iterdir()
+    assert aside.read_text() == text
+    assert "was damaged" in pools.damaged and str(aside) in pools.damaged
+    assert pools.leases == {} and pools.acquire("a").ips == ("10.1.0.2",)
+
+
+def test_what_the_kernel_tells_of_is_nobody_elses_and_behind_it_comes_the_next(
+    tmp_path: Path,
+) -> None:
+    pools = ipam(tmp_path, "10.1.0.0/24")
+    live = Lease("live", ("10.1.0.9",), 7, "container/eth0")
+    pools.adopt(live)
+    assert pools.of_sandbox("container/eth0") == live
+    new = pools.acquire("new")
+    assert (new.ips, new.slot) == (("10.1.0.10",), 8)
+    assert pools.acquire("live", "container/eth0") == live
+
+
+def test_a_newer_sandbox_takes_over_the_lease(tmp_path: Path) -> None:
+    pools = ipam(tmp_path, "10.1.0.0/24")
+    old = pools.acquire("a", "one/eth0")
+    new = pools.acquire("a", "two/net1")
+    assert (new.ips, new.slot, new.ifname) == (old.ips, old.slot, "net1")
+    assert pools.of_sandbox("one/eth0") is None
 
 
 def test_leases_that_are_made_together_are_saved_once_or_not_at_all(
@@ -70,15 +102,15 @@ def test_leases_that_are_made_together_are_saved_once_or_not_at_all(
 ) -> None:
     ipam = Ipam(tmp_path / "ipam.json", 8, ["10.1.0.0/24"])
     with ipam.together():
-        ipam.acquire("a", "/a")
-        ipam.acquire("b", "/b")
+        ipam.acquire("a")
+        ipam.acquire("b")
         assert not ipam.path.exists()
     assert set(Ipam(ipam.path, 8).leases) == {"a", "b"}
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError), ipam.together():
-        ipam.acquire("c", "/c")
+        ipam.acquire("c")
     assert set(ipam.leases) == {"a", "b"}

@@ -1,0 +1,182 @@
+"""Several netlink requests in one message.
+
+Wiring a pod takes a dozen requests. Sent together they cost one system call, and nothing is
+made of the answers but errors; a library's socket costs more than all of the work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Container
+from ipaddress import ip_interface
+from typing import Self
+
+from lockgate.net.dumps import ATTRIBUTE, HEADER
+
+__all__ = ["Batch", "attribute", "text"]
+
+_REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 1, 4, 0x100, 0x200, 0x400
+_ERROR = 2
+NEWLINK, DELLINK, SETLINK = 16, 17, 19
+_NEWADDR, _NEWROUTE, _NEWNEIGH = 20, 24, 28
+
+_IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, mask
+_IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
+_ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, tos, table, protocol, scope, type, flags
+_NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
+
+_UP = 1
+_NODAD = 2
+_PERMANENT = 0x80
+_ONLINK = 4
+_TABLE_MAIN, _BY_STATIC, _UNICAST = 254, 4, 1
+_SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
+
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 18, 20
+IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD = 26, 27, 28
+_INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
+_INET6_ADDR_GEN_MODE, _GEN_MODE_NONE = 8, 1
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_NDA_DST, _NDA_LLADDR = 1, 2
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC = 1, 4, 5, 7
+
+
+def attribute(kind: int, value: bytes | int) -> bytes:
+    """One attribute, padded; an int is 32 bits wide."""
+    if isinstance(value, int):
+        value = value.to_bytes(4, "little")
+    return ATTRIBUTE.pack(ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def text(value: str) -> bytes:
+    """A string as netlink has it."""
+    return value.encode() + b"\0"
+
+
+class Batch:
+    """Requests for the namespace of the thread that makes it, done in order by `send`."""
+
+    def __init__(self) -> None:
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self._socket = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
+        self._requests: list[tuple[str, int, bytes, Container[int]]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def add(
+        self, what: str, kind: int, payload: bytes, flags: int = 0, fine: Container[int] = ()
+    ) -> None:
+        """`what` is for the error's text ("make interface lg1"); errors in `fine` are none."""
+        head = HEADER.pack(
+            HEADER.size + len(payload), kind, flags | _REQUEST | _ACK, len(self._requests), 0
+        )
+        self._requests.append((what, kind, head + payload, fine))
+
+    def send(self) -> None:
+        """Do all. The first that fails is raised as OSError("cannot …"); the others, those after
+        it too, are done nevertheless."""
+        requests, self._requests = self._requests, []
+        if not requests:
+            return
+        self._socket.send(b"".join(message for _, _, message, _ in requests))
+        failure: OSError | None = None
+        waits = len(requests)
+        while waits:
+            data = self._socket.recv(1 << 16)
+            at = 0
+            while at + HEADER.size <= len(data):
+                length, kind, _, number, _ = HEADER.unpack_from(data, at)
+                if kind == _ERROR:
+                    waits -= 1
+                    (code,) = struct.unpack_from("=i", data, at + HEADER.size)
+                    what, _, _, fine = requests[number]
+                    if code and -code not in fine and failure is None:
+                        failure = OSError(-code, f"cannot {what}: {os.strerror(-code)}")
+                at += length + 3 & ~3
+        if failure is not None:
+            raise failure
+
+    # ---- Links -----------------------------------------------------------------------
+
+    def veth(
+        self, name: str, index: int, mac: bytes, mtu: int, peer: str, peer_mac: bytes, netns: int
+    ) -> None:
+        """A pair whose other end is made in the namespace of descriptor `netns`. Both are down."""
+        there = (
+            _IFINFO.pack(0, 0, 0, 0, 0)
+            + attribute(IFLA_IFNAME, text(peer))
+            + attribute(IFLA_ADDRESS, peer_mac)
+            + attribute(IFLA_MTU, mtu)
+            + attribute(IFLA_NET_NS_FD, netns)
+        )
+        data = attribute(_INFO_DATA, attribute(_VETH_PEER, there))
+        payload = (
+            _IFINFO.pack(0, 0, index, 0, 0)
+            + attribute(IFLA_IFNAME, text(name))
+            + attribute(IFLA_ADDRESS, mac)
+            + attribute(IFLA_MTU, mtu)
+            + attribute(IFLA_LINKINFO, attribute(_INFO_KIND, text("veth")) + data)
+        )
+        self.add(f"make interface {name}", NEWLINK, payload, _CREATE | _EXCL)
+
+    def up(self, index: int, *, alias: str = "", addressless: bool = True) -> None:
+        """Bring a link up, with an alias; `addressless`: without an IPv6 link-local address of
+        the kernel's own."""
+        payload = _IFINFO.pack(0, 0, index, _UP, _UP)
+        if alias:
+            payload += attribute(IFLA_IFALIAS, alias.encode())
+        if addressless:
+            mode = attribute(_INET6_ADDR_GEN_MODE, bytes([_GEN_MODE_NONE]))
+            payload += attribute(IFLA_AF_SPEC, attribute(int(socket.AF_INET6), mode))
+        self.add(f"bring up interface {index}", SETLINK, payload)
+
+    def remove(self, index: int) -> None:
+        """Nothing there is success."""
+        payload = _IFINFO.pack(0, 0, index, 0, 0)
+        self.add(f"remove interface {index}", DELLINK, payload, fine={errno.ENODEV})
+
+    # ---- Addresses, neighbours, routes -------------------------------------------------
+
+    def address(self, index: int, address: str) -> None:
+        """With its prefix length; one that is there is fine. No duplicate address detection."""
+        value = ip_interface(address)
+        length = value.network.prefixlen
+        flags = _NODAD if value.version == 6 else 0
+        payload = _IFADDR.pack(_family(address), length, flags, _SCOPE_UNIVERSE, index)
+        payload += attribute(_IFA_LOCAL, value.packed) + attribute(_IFA_ADDRESS, value.packed)
+        self.add(f"add {address} to interface {index}", _NEWADDR, payload, _CREATE, {errno.EEXIST})
+
+    def neighbour(self, index: int, address: str, mac: bytes) -> None:
+        """A permanent entry."""
+        payload = _NEIGH.pack(_family(address), index, _PERMANENT, 0, _UNICAST)
+        payload += attribute(_NDA_DST, _packed(address)) + attribute(_NDA_LLADDR, mac)
+        self.add(f"set neighbour {address}", _NEWNEIGH, payload, _CREATE | _REPLACE)
+
+    def route(self, destination: str, index: int, gateway: str = "", source: str = "") -> None:
+        """Set a route over a link. An IPv4 gateway is taken to be on the link."""
+        address, _, length = destination.partition("/")
+        # What has no gateway is on the link; IPv6 has no scopes of routes.
+        scope = _SCOPE_UNIVERSE if gateway or ":" in address else _SCOPE_LINK
+        flags = _ONLINK if gateway and ":" not in gateway else 0
+        kind = (0, _TABLE_MAIN, _BY_STATIC, scope, _UNICAST, flags)
+        payload = _ROUTE.pack(_family(address), int(length), 0, *kind)
+        payload += attribute(_RTA_DST, _packed(address)) if int(length) else b""
+        payload += attribute(_RTA_OIF, index)
+        payload += attribute(_RTA_GATEWAY, _packed(gateway)) if gateway else b""
+        payload += attribute(_RTA_PREFSRC, _packed(source)) if source else b""
+        self.add(f"set route {destination}", _NEWROUTE, payload, _CREATE | _REPLACE)
+
+
+def _family(address: str) -> int:
+    return int(socket.AF_INET6 if ":" in address else socket.AF_INET)
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(_family(address), address)

@@ -17,6 +17,8 @@ INCLUDES = -I/usr/include/$(shell uname -m)-linux-gnu
 BPF_CFLAGS = -target bpf -mcpu=v3 -O2 -g -std=gnu11 -Wall -Wextra -Wno-unused-parameter -Werror $(INCLUDES) -Ibpf
 POD_CFLAGS = -O2 -g -std=gnu11 -Wall -Wextra -static
 
+CNI_CFLAGS = -Os -std=gnu11 -Wall -Wextra -Wno-missing-field-initializers -static -s
+
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 
 .PHONY: help run test check format build bench fuzz wheel image lock clean setup-build setup-run setup-test setup-bench artifacts bench-artifacts
@@ -41,7 +43,7 @@ format: setup-build ## put formatting and import order right
 	@$(PYTHON) -m ruff format .
 	@$(PYTHON) -m ruff check --fix --select I .
 
-build: setup-build artifacts ## build/lockgate.bpf.o and build/lockgate-pod
+build: setup-build artifacts ## build/lockgate.bpf.o, build/lockgate-pod and build/lockgate-cni
 
 bench: setup-bench artifacts bench-artifacts ## the figures (BENCH='net verdict' for some, BENCH=--help for all)
 	@$(PYTHON) -m bench.run $(BENCH)
@@ -74,7 +76,7 @@ setup-build setup-run setup-test setup-bench: setup-%:
 # ---- what is built (a second make, so that clang is looked for after set-up) ----------
 
 artifacts:
-	@$(MAKE) --no-print-directory -s build/lockgate.bpf.o build/lockgate-pod
+	@$(MAKE) --no-print-directory -s build/lockgate.bpf.o build/lockgate-pod build/lockgate-cni
 
 build/lockgate.bpf.o: $(BPF_SOURCES) Makefile
 	@mkdir -p build
@@ -85,6 +87,11 @@ build/lockgate-pod: runtime/pod.c $(wildcard runtime/*.h) Makefile
 	@mkdir -p build
 	@echo "  building $@"
 	@$(CLANG) $(POD_CFLAGS) $< -o $@
+
+build/lockgate-cni: cni/lockgate-cni.c Makefile
+	@mkdir -p build
+	@echo "  building $@"
+	@$(CLANG) $(CNI_CFLAGS) $< -o $@
 
 bench-artifacts:
 	@$(MAKE) --no-print-directory -s build/bench-rr build/verdict.bpf.o

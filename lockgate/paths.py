@@ -1,4 +1,4 @@
-"""Where the built kernel object and the pod runtime are.
+"""Where the built kernel object, the pod runtime and the CNI plugin are.
 
 In a checkout they are in build/ (made by `make build`), in an installed wheel in
 lockgate/_bin.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bpf_object", "pod_binary"]
+__all__ = ["bpf_object", "cni_plugin", "pod_binary"]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -29,3 +29,8 @@ def bpf_object() -> Path:
 def pod_binary() -> Path:
     """The program that is the first process of each pod, and the prober."""
     return _built("lockgate-pod")
+
+
+def cni_plugin() -> Path:
+    """The CNI plugin that container runtimes run."""
+    return _built("lockgate-cni")

@@ -10,7 +10,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BUILT = ("lockgate.bpf.o", "lockgate-pod")
+BUILT = ("lockgate.bpf.o", "lockgate-pod", "lockgate-cni")
 
 
 class LockgateBuildHook(BuildHookInterface):  # type: ignore[type-arg]

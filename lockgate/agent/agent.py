@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from lockgate.agent import questions
+from lockgate.agent.cards import Cards, read_cards
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.endpoints import Endpoints
@@ -29,11 +29,12 @@ from lockgate.agent.requests import Requests
 from lockgate.agent.sweep import sweep
 from lockgate.bpf.features import probe
 from lockgate.compile import Tables, compile_node
+from lockgate.garbage import collect_between
 from lockgate.kube import stream
 from lockgate.kube.client import AWAY, Client
 from lockgate.kube.source import ApiSource
 from lockgate.net import neighbours
-from lockgate.net.links import Net
+from lockgate.net.links import IFINDEX_BASE, Net
 from lockgate.objects.model import Cluster, Node
 
 __all__ = ["Agent"]
@@ -58,10 +59,10 @@ class Agent:
         self._hops_changed = asyncio.Event()
         self.seen = asyncio.Condition()
         self.cluster: Cluster | None = None
-        self._settled: object = None
         self.uids: set[str] = set()
         self.requests = Requests(self)
-        self.cards: dict[str, int] = {}
+        #: Cards with our program, by name → ifindex.
+        self.attached: dict[str, int] = {}
         self._hop_nodes: dict[str, Node] | None = None
         self._tables: Tables | None = None
         self.revision = 0
@@ -93,21 +94,23 @@ class Agent:
         self._ids = NodeIds(self.journal, self.endpoints, self.hops)
         if config.cgroup:
             self.dp.attach_cgroup(Path(config.cgroup))
+        cards = self._read_cards()
+        self._set_mtu(cards)
         with Net() as net:
-            self._set_mtu(net)
             net.add_gateway()
             self.errors["endpoints"] = self.endpoints.reconcile()
-            self._attach_cards(net)
+        self._attach_cards(cards)
 
     async def run(self) -> None:
         """Follow the objects and the kernel's neighbours."""
-        stop = neighbours.watch(self._hops_changed.set)
+        stop = neighbours.watch(self._hops_changed.set, IFINDEX_BASE)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._follow())
                 group.create_task(self._apply())
                 group.create_task(self._watch_hops())
                 group.create_task(self._sweep())
+                group.create_task(collect_between(self.turn.locked, self._pods))
         finally:
             stop()
 
@@ -153,19 +156,12 @@ class Agent:
                 self.applied = revision
             if self._reported != revision or error:
                 await self._report(revision, error)
-            self._settle()
             if error:
                 await asyncio.sleep(1)
                 self._changed.set()
 
-    def _settle(self) -> None:
-        """Have the garbage collector pass over the objects that stay: with a thousand pods it
-        would stop a change of policies for a tenth of a second."""
-        pods = None if self.cluster is None else self.cluster.pods
-        if pods is not self._settled:
-            self._settled = pods
-            gc.collect(1)
-            gc.freeze()
+    def _pods(self) -> object:
+        return None if self.cluster is None else self.cluster.pods
 
     async def _report(self, revision: int, error: str) -> None:
         try:
@@ -220,34 +216,39 @@ class Agent:
             # Netlink messages come in bursts, our own changes among them.
             await asyncio.sleep(0.05)
             self._hops_changed.clear()
-            async with self.turn:
-                with contextlib.suppress(OSError):
-                    await self.work(self._refresh_hops, None)
+            # Not in the turn: mostly all is as it was, and no change has to wait for that.
+            with contextlib.suppress(OSError):
+                cards = await asyncio.to_thread(self._read_cards)
+                if self.hops.need(cards):
+                    async with self.turn:
+                        await self.work(self._refresh_hops, self.cluster, cards)
 
-    def _refresh_hops(self, cluster: Cluster | None) -> None:
-        cluster = cluster or self.cluster
+    def _refresh_hops(self, cluster: Cluster | None, cards: Cards | None = None) -> None:
         if cluster is None:
             return
         try:
+            cards = cards or self._read_cards()
+            self._set_mtu(cards)
+            self._attach_cards(cards)
             with Net() as net:
-                self._set_mtu(net)
-                self._attach_cards(net)
-                self.hops.refresh(net, cluster)
+                self.hops.refresh(net, cards, cluster)
             self.errors["hops"] = self.hops.errors
         except OSError as error:
             log.warning("hops: %s", error)
             self.errors["hops"] = [str(error)]
 
-    def _attach_cards(self, net: Net) -> None:
-        links = net.links()
-        for name in {self.config.underlay, self.config.outside} - {""}:
-            if name in links and self.cards.get(name) != links[name]:
-                self.dp.attach_net(name, links[name])
-                self.cards[name] = links[name]
+    def _read_cards(self) -> Cards:
+        return read_cards(self.config.underlay, self.config.outside)
 
-    def _set_mtu(self, net: Net) -> None:
-        link = net.link(self.config.underlay) if self.config.underlay else None
-        self.endpoints.mtu = self.config.mtu or (link["mtu"] if link else 1500)
+    def _attach_cards(self, cards: Cards) -> None:
+        for card in (cards.underlay, cards.outside):
+            if card is not None and self.attached.get(card.name) != card.index:
+                self.dp.attach_net(card.name, card.index)
+                self.attached[card.name] = card.index
+
+    def _set_mtu(self, cards: Cards) -> None:
+        mtu = cards.underlay.mtu if cards.underlay is not None else 1500
+        self.endpoints.mtu = self.config.mtu or mtu
 
     # ---- Questions ---------------------------------------------------------------------
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from ipaddress import ip_interface
-from typing import Any
 
 import numpy as np
 
+from lockgate.agent.cards import Card, Cards
 from lockgate.agent.datapath import Datapath
 from lockgate.net.links import Net
 from lockgate.objects.address import is_ipv4, parse_address, parse_cidr
@@ -48,15 +48,6 @@ class Hop:
     masq6: bytes = _NONE
 
 
-@dataclass(slots=True)
-class Links:
-    """What the kernel says of the node's cards, read anew for each refresh."""
-
-    underlay: dict[str, Any] | None = None
-    outside: dict[str, Any] | None = None
-    addresses: dict[str, list[str]] = field(default_factory=dict)
-
-
 def internal_ips(node: Node) -> list[str]:
     """InternalIPs of a node that can be read, IPv4 and IPv6."""
     found = []
@@ -84,6 +75,10 @@ class Hops:
         self._underlay, self._outside = underlay, outside
         self._service_cidrs = service_cidrs
         self._written: dict[int, Hop] = {}
+        self._roles: dict[int, int] | None = None
+        self._routes: dict[tuple[bytes, int], int] | None = None
+        self._made_of: Cards | None = None
+        self._asking = False
         self._kernel: dict[str, tuple[int, str]] = {}
         self._no_services = False
         self._next = FIRST_NODE
@@ -127,24 +122,25 @@ class Hops:
             self._next = max(FIRST_NODE, (number + 1) % last)
             self.numbers[name] = number
 
-    def refresh(self, net: Net, cluster: Cluster) -> None:
+    def need(self, cards: Cards) -> bool:
+        """Is there anything to refresh, as far as the kernel is concerned?"""
+        return cards != self._made_of or self._asking or bool(self.errors)
+
+    def refresh(self, net: Net, cards: Cards, cluster: Cluster) -> None:
         """Bring hops, routes and roles up to what the kernel and the objects say."""
         self.errors = []
-        links = Links(net.link(self._underlay) if self._underlay else None)
-        links.outside = net.link(self._outside) if self._outside else None
-        for name, link in ((self._underlay, links.underlay), (self._outside, links.outside)):
-            if name and link is None:
+        self._made_of, self._asking = None, False
+        for name, card in ((self._underlay, cards.underlay), (self._outside, cards.outside)):
+            if name and card is None:
                 self.errors.append(f"interface {name} does not exist")
-            if link is not None:
-                links.addresses[name] = net.addresses(link["index"])
-        self._write_roles(links)
+        self._write_roles(cards)
         wanted = {NOWHERE: Hop()}
         routes: dict[tuple[bytes, int], int] = {}
         for cidr in (*self._service_cidrs, *NEVER_LEAVES):
             routes[parse_cidr(cidr)] = NOWHERE
-        self._nodes(net, cluster, links, wanted)
-        self._near(links, wanted, routes)
-        self._world(net, links, wanted, routes)
+        self._nodes(net, cluster, cards.underlay, wanted)
+        self._near(cards, wanted, routes)
+        self._world(net, cards.outside or cards.underlay, wanted, routes)
         for number, hop in wanted.items():
             if self._written.get(number) != hop:
                 self._dp.hops[number] = self._record(hop)
@@ -152,36 +148,31 @@ class Hops:
             self._dp.hops[number] = self._record(Hop())
         self._written = wanted
         self._write_routes(routes)
-        self._write_kernel(net, cluster, links)
+        self._write_kernel(net, cluster, cards.underlay)
+        self._made_of = cards
 
     # ---- Inside --------------------------------------------------------------------
 
-    def _nodes(self, net: Net, cluster: Cluster, links: Links, wanted: dict[int, Hop]) -> None:
-        link = links.underlay
-        macs = net.macs(link["index"]) if link else {}
+    def _nodes(self, net: Net, cluster: Cluster, card: Card | None, wanted: dict[int, Hop]) -> None:
         for name, number in self.numbers.items():
             node = cluster.nodes.get(name)
             ips = internal_ips(node) if node is not None else []
-            if link is None or not ips:
+            if card is None or not ips:
                 wanted[number] = Hop()
                 continue
-            wanted[number] = _towards(net, link, ips, macs)
+            wanted[number] = self._towards(net, card, ips)
 
     def _near(
-        self, links: Links, wanted: dict[int, Hop], routes: dict[tuple[bytes, int], int]
+        self, cards: Cards, wanted: dict[int, Hop], routes: dict[tuple[bytes, int], int]
     ) -> None:
         """On-link neighbours that are no nodes: the kernel's neighbour table finds them."""
-        for number, name, link in (
-            (NEAR_UNDERLAY, self._underlay, links.underlay),
-            (NEAR_OUTSIDE, self._outside, links.outside),
-        ):
-            if link is None:
+        for number, card in ((NEAR_UNDERLAY, cards.underlay), (NEAR_OUTSIDE, cards.outside)):
+            if card is None:
                 continue
-            addresses = links.addresses[name]
             wanted[number] = _masquerading(
-                Hop(link["index"], _MASQ, smac=link["mac"], mtu=link["mtu"]), addresses
+                Hop(card.index, _MASQ, smac=card.mac, mtu=card.mtu), card.addresses
             )
-            for address in addresses:
+            for address in card.addresses:
                 interface = ip_interface(address)
                 routes[parse_cidr(str(interface.network))] = number
                 # What the node listens on besides its InternalIPs, which are peers.
@@ -191,51 +182,72 @@ class Hops:
     def _world(
         self,
         net: Net,
-        links: Links,
+        card: Card | None,
         wanted: dict[int, Hop],
         routes: dict[tuple[bytes, int], int],
     ) -> None:
-        name, link = self._outside, links.outside
-        if link is None:
-            name, link = self._underlay, links.underlay
-        gateways = net.default_gateways(link["index"]) if link else []
         v4, v6 = parse_cidr("0.0.0.0/0"), parse_cidr("::/0")
         # ::/0 holds the IPv4 block too, so that one must not be left out.
         routes[v4] = routes[v6] = NOWHERE
-        if link is None or not gateways:
+        if card is None or not card.gateways:
             return
-        hop = _towards(net, link, gateways, net.macs(link["index"]))
+        hop = self._towards(net, card, card.gateways)
         hop = replace(hop, flags=hop.flags | _MASQ)
-        wanted[WORLD] = _masquerading(hop, links.addresses[name])
-        for gateway in gateways:
+        wanted[WORLD] = _masquerading(hop, card.addresses)
+        for gateway in card.gateways:
             routes[v6 if ":" in gateway else v4] = WORLD
 
-    def _write_roles(self, links: Links) -> None:
+    def _towards(self, net: Net, card: Card, ips: Iterable[str]) -> Hop:
+        """A hop to a neighbour with these addresses; without its MAC until the kernel knows it."""
+        vias = {4: _NONE, 6: _NONE}
+        known = set()
+        for ip in ips:
+            mac = card.macs.get(ip)
+            if mac is None:
+                net.ask(card.index, ip)
+                self._asking = True
+            else:
+                known.add(mac)
+            address = parse_address(ip)
+            family = 4 if is_ipv4(address) else 6
+            if vias[family] == _NONE:
+                vias[family] = address
+        hop = Hop(card.index, 0, smac=card.mac, mtu=card.mtu, via4=vias[4], via6=vias[6])
+        # Two gateways with a MAC each: the kernel looks it up per packet.
+        return replace(hop, flags=_MAC, dmac=known.pop()) if len(known) == 1 else hop
+
+    def _write_roles(self, cards: Cards) -> None:
         roles: dict[int, int] = {}
         # A card that is both is the outside only if there is no other.
-        if links.outside is not None:
-            roles[links.outside["index"]] = _OUTSIDE
-        if links.underlay is not None:
-            roles[links.underlay["index"]] = _UNDERLAY
-        keys, values = self._dp.link_roles.items()
-        found = {int(k): int(v) for k, v in zip(keys, values, strict=True)}
+        if cards.outside is not None:
+            roles[cards.outside.index] = _OUTSIDE
+        if cards.underlay is not None:
+            roles[cards.underlay.index] = _UNDERLAY
+        found, self._roles = self._roles, None
+        if found is None:
+            keys, values = self._dp.link_roles.items()
+            found = {int(k): int(v) for k, v in zip(keys, values, strict=True)}
         for ifindex in set(found) - set(roles):
             self._dp.link_roles.delete(ifindex)
         for ifindex, role in roles.items():
             if found.get(ifindex) != role:
                 self._dp.link_roles.set(ifindex, role)
+        self._roles = roles
 
     def _write_routes(self, wanted: dict[tuple[bytes, int], int]) -> None:
-        keys, values = self._dp.routes.items()
-        found = {
-            (bytes(k["addr"]), int(k["prefixlen"])): int(v)
-            for k, v in zip(keys, values, strict=True)
-        }
+        found, self._routes = self._routes, None
+        if found is None:
+            keys, values = self._dp.routes.items()
+            found = {
+                (bytes(k["addr"]), int(k["prefixlen"])): int(v)
+                for k, v in zip(keys, values, strict=True)
+            }
         for prefix, hop in wanted.items():
             if found.get(prefix) != hop:
                 self._dp.routes.set(self._route_key(*prefix), hop)
         for prefix in set(found) - set(wanted):
             self._dp.routes.delete(self._route_key(*prefix))
+        self._routes = wanted
 
     def _route_key(self, address: bytes, length: int) -> bytes:
         key = np.zeros((), self._dp.routes.key_dtype)
@@ -249,15 +261,15 @@ class Hops:
             record[name] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
         return record.tobytes()
 
-    def _write_kernel(self, net: Net, cluster: Cluster, links: Links) -> None:
+    def _write_kernel(self, net: Net, cluster: Cluster, underlay: Card | None) -> None:
         """Routes of the node's own stack: other nodes' pods, and no way for services."""
         if not self._no_services:
             for cidr in self._service_cidrs:
                 net.route(cidr, kind="unreachable")
             self._no_services = True
-        if links.underlay is None:
+        if underlay is None:
             return
-        index = int(links.underlay["index"])
+        index = underlay.index
         me = cluster.nodes.get(self._node)
         mine = internal_ips(me) if me is not None else []
         wanted: dict[str, tuple[int, str]] = {}
@@ -281,26 +293,7 @@ class Hops:
             del self._kernel[cidr]
 
 
-def _towards(net: Net, link: dict[str, Any], ips: Iterable[str], macs: dict[str, bytes]) -> Hop:
-    """A hop to a neighbour with these addresses; without its MAC until the kernel knows it."""
-    vias = {4: _NONE, 6: _NONE}
-    known = set()
-    for ip in ips:
-        mac = macs.get(ip)
-        if mac is None:
-            net.ask(link["index"], ip)
-        else:
-            known.add(mac)
-        address = parse_address(ip)
-        family = 4 if is_ipv4(address) else 6
-        if vias[family] == _NONE:
-            vias[family] = address
-    hop = Hop(link["index"], 0, smac=link["mac"], mtu=link["mtu"], via4=vias[4], via6=vias[6])
-    # Two gateways with a MAC each: the kernel looks it up per packet.
-    return replace(hop, flags=_MAC, dmac=known.pop()) if len(known) == 1 else hop
-
-
-def _masquerading(hop: Hop, addresses: list[str]) -> Hop:
+def _masquerading(hop: Hop, addresses: Iterable[str]) -> Hop:
     masq = {4: _NONE, 6: _NONE}
     for text in addresses:
         address = parse_address(text.partition("/")[0])

@@ -19,7 +19,7 @@ def dry_run(agent: Agent, packets: list[dict[str, Any]]) -> list[dict[str, Any]]
     answers: list[dict[str, Any]] = []
     for item in packets:
         try:
-            ifindex = int(item.get("ifindex") or agent.cards.get(agent.config.underlay, 1))
+            ifindex = int(item.get("ifindex") or agent.attached.get(agent.config.underlay, 1))
             run = agent.dp.dry_run(item["at"], item["packet"], ifindex, mark)
         except (OSError, ValueError) as error:
             answers.append({"error": str(error)})

@@ -1,4 +1,4 @@
-"""Reading lists of the kernel over netlink, only the part that concerns one interface.
+"""Reading what the kernel has over netlink, only the part that concerns one interface.
 
 With hundreds of pods a node has thousands of addresses, routes and neighbours; the kernel
 leaves out (NETLINK_GET_STRICT_CHK, Linux 4.20) what is of other interfaces, and what it sends
@@ -21,6 +21,7 @@ __all__ = [
     "addresses",
     "default_gateways",
     "interfaces",
+    "link",
     "macs",
     "routes_of",
 ]
@@ -28,14 +29,14 @@ __all__ = [
 _SOL_NETLINK, _STRICT = 270, 12
 HEADER = struct.Struct("=IHHII")
 ATTRIBUTE = struct.Struct("=HH")
-_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_ONE, _DUMP = 0x1, 0x301  # NLM_F_REQUEST, and NLM_F_DUMP
 _ERROR, _DONE = 2, 3
 _GETLINK, _GETADDR, _GETROUTE, _GETNEIGH = 18, 22, 26, 30
 
+
 _IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _UP = 1
-_IFLA_IFNAME, _IFLA_LINK, _IFLA_IFALIAS = 3, 5, 20
-
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_IFALIAS = 1, 3, 4, 5, 20
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
@@ -61,7 +62,7 @@ class Interface:
 def interfaces() -> list[Interface]:
     """All links."""
     found = []
-    for body in _dump(_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
+    for body in _ask(_GETLINK, _DUMP, _IFINFO.pack(0, 0, 0, 0, 0)):
         _, _, index, flags, _ = _IFINFO.unpack_from(body)
         own = _attributes(body, _IFINFO.size)
         name = own.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
@@ -71,10 +72,17 @@ def interfaces() -> list[Interface]:
     return found
 
 
+def link(ifindex: int) -> tuple[bytes, int]:
+    """MAC and MTU of an interface; OSError with ENODEV if there is none."""
+    (body,) = _ask(_GETLINK, _ONE, _IFINFO.pack(0, 0, ifindex, 0, 0))
+    own = _attributes(body, _IFINFO.size)
+    return own.get(_IFLA_ADDRESS, b""), int.from_bytes(own[_IFLA_MTU], "little")
+
+
 def addresses(ifindex: int) -> list[str]:
     """Addresses with prefix length of an interface, link-local ones left out."""
     found = []
-    for body in _dump(_GETADDR, _IFADDR.pack(0, 0, 0, 0, ifindex)):
+    for body in _ask(_GETADDR, _DUMP, _IFADDR.pack(0, 0, 0, 0, ifindex)):
         _, length, _, _, index = _IFADDR.unpack_from(body)
         own = _attributes(body, _IFADDR.size)
         raw = own.get(_IFA_LOCAL) or own.get(_IFA_ADDRESS)
@@ -88,7 +96,7 @@ def default_gateways(ifindex: int) -> list[str]:
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
-        for body in _dump(_GETROUTE, request + _number(_RTA_OIF, ifindex)):
+        for body in _ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
             length, kind = body[1], body[7]
             own = _attributes(body, _ROUTE.size)
             gateway, card = own.get(_RTA_GATEWAY), own.get(_RTA_OIF, b"")
@@ -103,7 +111,7 @@ def routes_of(ifindex: int) -> set[str]:
     found = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
-        for body in _dump(_GETROUTE, request + _number(_RTA_OIF, ifindex)):
+        for body in _ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
             length, kind = body[1], body[7]
             own = _attributes(body, _ROUTE.size)
             address, card = own.get(_RTA_DST), own.get(_RTA_OIF, b"")
@@ -116,7 +124,7 @@ def macs(ifindex: int) -> dict[str, bytes]:
     """Addresses → MACs that the kernel knows on an interface and does not hold to be dead."""
     found: dict[str, bytes] = {}
     request = _NEIGH.pack(0, 0, 0, 0, 0) + _number(_NDA_IFINDEX, ifindex)
-    for body in _dump(_GETNEIGH, request):
+    for body in _ask(_GETNEIGH, _DUMP, request):
         family, index, state, _, _ = _NEIGH.unpack_from(body)
         own = _attributes(body, _NEIGH.size)
         address, mac = own.get(_NDA_DST), own.get(_NDA_LLADDR)
@@ -131,13 +139,13 @@ def _number(attribute: int, value: int) -> bytes:
     return ATTRIBUTE.pack(8, attribute) + value.to_bytes(4, "little")
 
 
-def _dump(request: int, payload: bytes) -> Iterator[bytes]:
+def _ask(request: int, flags: int, payload: bytes) -> Iterator[bytes]:
     """The bodies of the kernel's messages."""
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     with socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE) as sock:
         sock.setsockopt(_SOL_NETLINK, _STRICT, 1)
         sock.bind((0, 0))
-        sock.send(HEADER.pack(HEADER.size + len(payload), request, _DUMP, 1, 0) + payload)
+        sock.send(HEADER.pack(HEADER.size + len(payload), request, flags, 1, 0) + payload)
         while True:
             data = sock.recv(1 << 18)
             at = 0
@@ -151,6 +159,8 @@ def _dump(request: int, payload: bytes) -> Iterator[bytes]:
                     return
                 yield body
                 at += length + 3 & ~3
+            if flags == _ONE:
+                return
 
 
 def _attributes(body: bytes, at: int) -> dict[int, bytes]:

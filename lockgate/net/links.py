@@ -18,8 +18,6 @@ from typing import Any, Self
 
 from pyroute2 import IPRoute, NetlinkError
 
-from lockgate.net import dumps
-
 __all__ = ["GATEWAY4", "GATEWAY6", "IFINDEX_BASE", "Net", "sysctl"]
 
 IFINDEX_BASE = 65536
@@ -59,31 +57,6 @@ class Net:
         self._ip.close()
 
     # ---- Links ---------------------------------------------------------------------
-
-    def links(self) -> dict[str, int]:
-        """Names → interface indices of this namespace."""
-        return {name: index for index, name in socket.if_nameindex()}
-
-    def link(self, name: str) -> dict[str, Any] | None:
-        """{"index", "mac" (bytes), "mtu", "up"} of a link, or None."""
-        index = _index(name)
-        if index is None:
-            return None
-        try:
-            (link,) = self._ip.get_links(index)
-        except NetlinkError:
-            return None  # it went just now
-        mac = link.get_attr("IFLA_ADDRESS") or ""
-        return {
-            "index": link["index"],
-            "mac": bytes.fromhex(mac.replace(":", "")),
-            "mtu": link.get_attr("IFLA_MTU"),
-            "up": bool(link["flags"] & 1),
-        }
-
-    def addresses(self, ifindex: int) -> list[str]:
-        """Addresses with prefix length of a link, link-local ones left out."""
-        return dumps.addresses(ifindex)
 
     def remove_link(self, ifindex: int) -> bool:
         """False if there was none."""
@@ -157,15 +130,7 @@ class Net:
         with _named(f"remove route {destination}"):
             return self._gone_is_false("route", "del", dst=destination, family=_family(destination))
 
-    def default_gateways(self, ifindex: int) -> list[str]:
-        """Gateways of default routes over a link."""
-        return dumps.default_gateways(ifindex)
-
     # ---- Neighbours ------------------------------------------------------------------
-
-    def macs(self, ifindex: int) -> dict[str, bytes]:
-        """Addresses → MACs that the kernel knows on a link and does not hold to be dead."""
-        return dumps.macs(ifindex)
 
     def ask(self, ifindex: int, address: str) -> None:
         """Have the kernel resolve a neighbour, as if a packet were to be sent (NTF_USE)."""

@@ -302,7 +302,7 @@ def join(paths: dict[str, Path], outside: Path) -> None:
         for name, path in paths.items():
             v4, v6, _ = NODES[name]
             with namespaces.inside(path), Net() as net:
-                index = net.links()["underlay"]
+                index = socket.if_nametoindex("underlay")
                 net._ip.link("set", index=1, state="up")
                 net._ip.link("set", index=index, state="up")
                 net._add_address(index, f"{v4}/24")
@@ -319,7 +319,7 @@ def join(paths: dict[str, Path], outside: Path) -> None:
                 os.close(other)
             for place, name, host in ((outside, f"node{number}", 1), (path, "outside", 2)):
                 with namespaces.inside(place), Net() as net:
-                    index = net.links()[name]
+                    index = socket.if_nametoindex(name)
                     net._ip.link("set", index=index, state="up")
                     net._add_address(index, f"198.18.{number}.{host}/24")
                     net._add_address(index, f"fd18:{number}::{host}/64")

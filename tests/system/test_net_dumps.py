@@ -24,19 +24,25 @@ ip neigh add 10.2.0.1 lladdr 02:00:00:00:00:03 dev d1
 """
 _ASK = """
 import socket
-from lockgate.net.links import Net
-with Net() as net:
-    d0 = socket.if_nametoindex("d0")
-    assert set(net.links()) == {"lo", "d0", "d1"}
-    assert net.link("d0")["index"] == d0 and net.link("d0")["mtu"] == 1500
-    assert net.link("none") is None
-    assert sorted(net.addresses(d0)) == ["10.1.0.2/24", "fd00:5::2/64"]
-    assert net.default_gateways(d0) == ["10.1.0.1", "fd00:5::1"]
-    assert net.default_gateways(socket.if_nametoindex("d1")) == []
-    macs = net.macs(d0)
-    assert macs["10.1.0.1"] == bytes.fromhex("020000000001")
-    assert macs["fd00:5::1"] == bytes.fromhex("020000000002")
-    assert "10.2.0.1" not in macs
+from lockgate.agent.cards import read_cards
+from lockgate.net import dumps
+cards = read_cards("d0", "none")
+assert cards.outside is None and read_cards("", "").underlay is None
+d0 = cards.underlay
+assert d0.index == socket.if_nametoindex("d0") and d0.mtu == 1500 and len(d0.mac) == 6
+assert sorted(d0.addresses) == ["10.1.0.2/24", "fd00:5::2/64"]
+assert d0.gateways == ("10.1.0.1", "fd00:5::1")
+assert dumps.default_gateways(socket.if_nametoindex("d1")) == []
+assert d0.macs["10.1.0.1"] == bytes.fromhex("020000000001")
+assert d0.macs["fd00:5::1"] == bytes.fromhex("020000000002")
+assert "10.2.0.1" not in d0.macs
+assert read_cards("d0", "none") == cards
+try:
+    dumps.link(77)
+except OSError as error:
+    assert error.errno == 19
+else:
+    raise AssertionError("there is no such interface")
 """
 
 

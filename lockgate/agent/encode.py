@@ -74,11 +74,12 @@ class Encoder:
         self._peers = self._encode_peers(self._tables.peers)
         self._services = self._encode_services(self._tables.services)
         self._backends = self._encode_backends(self._tables.backends)
-        self._records: dict[int, EndpointRecord] = {}
+        self._records: Mapping[int, EndpointRecord] = {}
         self._slots = np.zeros(slots, self._endpoint)
 
     def encode(self, tables: Tables, endpoints: Mapping[int, EndpointRecord]) -> Wanted:
-        """`endpoints` are the local pods by slot."""
+        """`endpoints` are the local pods by slot; the same dict, and `slots` come as the same
+        array, if they did not change."""
         before, self._tables = self._tables, tables
         if tables.peers is not before.peers:
             self._peers = self._encode_peers(tables.peers)
@@ -86,7 +87,8 @@ class Encoder:
             self._services = self._encode_services(tables.services)
         if tables.backends is not before.backends:
             self._backends = self._encode_backends(tables.backends)
-        self._encode_slots(endpoints)
+        if endpoints is not self._records:
+            self._encode_slots(endpoints)
         views = self._encode_views(tables, endpoints)
         return Wanted(self._peers, self._services, self._backends, tables.image, self._slots, views)
 
@@ -127,6 +129,7 @@ class Encoder:
         ]
         gone = [slot for slot in self._records if slot not in endpoints]
         if not changed and not gone:
+            self._records = endpoints
             return
         # Another array: what was handed out stays as it is.
         self._slots = self._slots.copy()
@@ -134,7 +137,7 @@ class Encoder:
             self._slots[slot] = np.zeros((), self._endpoint)
         for slot in changed:
             self._encode_slot(self._slots[slot], endpoints[slot])
-        self._records = dict(endpoints)
+        self._records = endpoints
 
     def _encode_slot(self, row: Any, record: EndpointRecord) -> None:
         row["id"], row["flags"], row["mtu"] = record.id, EP_LIVE, record.mtu

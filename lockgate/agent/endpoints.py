@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -46,6 +46,8 @@ class Endpoints:
         # What `overlay` and `records` made last, and of what.
         self._overlaid: tuple[object, object, dict[tuple[str, str], Pod]] | None = None
         self._records: dict[str, tuple[Lease, EndpointRecord]] = {}
+        self._recorded: tuple[object, tuple[int, set[int]]] | None = None
+        self._by_slot: dict[int, EndpointRecord] = {}
 
     def slot(self, uid: str) -> int | None:
         """Slot of a pod that has a lease."""
@@ -86,10 +88,16 @@ class Endpoints:
         return pods
 
     def records(
-        self, slots: Container[int], number: Callable[[Pod], int]
+        self, slots: Collection[int], number: Callable[[Pod], int]
     ) -> dict[int, EndpointRecord]:
         """What the publisher needs of the pods in `slots`; `number` is a pod's endpoint id.
-        A record that stays the same stays the same object."""
+        What stays the same, a record or all of them, stays the same object."""
+        # Of `_overlaid` there is one object as long as pods and leases stay.
+        last, self._recorded = self._recorded, None
+        made_of = self._overlaid, (self.mtu, set(slots))
+        if last is not None and last[0] is made_of[0] and last[1] == made_of[1]:
+            self._recorded = last
+            return self._by_slot
         before, self._records = self._records, {}
         for uid, lease in self._ipam.leases.items():
             if lease.slot not in slots or uid not in self._pods:
@@ -108,7 +116,9 @@ class Endpoints:
                     EndpointRecord(own, link.pod_mac, link.host_mac, self.mtu, lease.ips),
                 )
             self._records[uid] = known
-        return {lease.slot: record for lease, record in self._records.values()}
+        self._recorded = made_of
+        self._by_slot = {lease.slot: record for lease, record in self._records.values()}
+        return self._by_slot
 
     def wired(self, lease: Lease, netns: str) -> bool:
         """Is the pod's link there, whole, with its programs, and ends in this namespace?"""

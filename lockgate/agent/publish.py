@@ -156,6 +156,8 @@ class Publisher:
         self._peers = TwoViews(self._dp.peers, self._sizes["peer_view"])
         self._services = TwoViews(self._dp.services, self._sizes["service_view"])
         self._backends = TwoViews(self._dp.backends, 1)
+        # The slots that were written last: the same array again needs no comparison.
+        self._slots: NDArray[Any] | None = None
         self._certain = True
 
     def publish(self, tables: Tables, endpoints: Mapping[int, EndpointRecord]) -> bool:
@@ -180,11 +182,13 @@ class Publisher:
         self._write_endpoints(idle, wanted)
         self._dp.state.view["epoch"][0] = following
         self._grace = self._waiter.submit(wait_grace)
-        # Slots that are no longer wanted: from here on their packets are refused, not unjudged.
-        mine = self._dp.endpoints.view
-        stale = (mine["id"] != 0) & (wanted.slots["id"] == 0)
-        for slot in np.flatnonzero(stale):
-            mine[slot] = np.zeros((), self._endpoint)
+        if wanted.slots is not self._slots:
+            # Those no longer wanted: from here on their packets are refused, not unjudged.
+            mine = self._dp.endpoints.view
+            stale = (mine["id"] != 0) & (wanted.slots["id"] == 0)
+            for slot in np.flatnonzero(stale):
+                mine[slot] = np.zeros((), self._endpoint)
+            self._slots = wanted.slots
         self._certain = True
         return True
 
@@ -201,8 +205,14 @@ class Publisher:
             and self._peers.holds(view, *wanted.peers)
             and self._services.holds(view, *wanted.services)
             and self._backends.holds(view, *wanted.backends)
-            and all(np.array_equal(mine[name], wanted.slots[name]) for name in self._static)
+            and self._has_slots(wanted.slots)
             and np.array_equal(mine["view"][:, view], wanted.views)
+        )
+
+    def _has_slots(self, slots: NDArray[Any]) -> bool:
+        mine = self._dp.endpoints.view
+        return slots is self._slots or all(
+            np.array_equal(mine[name], slots[name]) for name in self._static
         )
 
     def _write_image(self, view: int, image: NDArray[np.uint64]) -> None:
@@ -224,14 +234,15 @@ class Publisher:
 
     def _write_endpoints(self, view: int, wanted: Wanted) -> None:
         mine = self._dp.endpoints.view
-        live = (wanted.slots["flags"] & EP_LIVE) != 0
-        for name in self._static:
-            different = mine[name] != wanted.slots[name]
-            if different.ndim > 1:
-                different = different.any(axis=1)
-            at = np.flatnonzero(different & live)
-            if len(at):
-                mine[name][at] = wanted.slots[name][at]
+        if wanted.slots is not self._slots:
+            live = (wanted.slots["flags"] & EP_LIVE) != 0
+            for name in self._static:
+                different = mine[name] != wanted.slots[name]
+                if different.ndim > 1:
+                    different = different.any(axis=1)
+                at = np.flatnonzero(different & live)
+                if len(at):
+                    mine[name][at] = wanted.slots[name][at]
         different = np.flatnonzero(mine["view"][:, view] != wanted.views)
         mine["view"][different, view] = wanted.views[different]
 

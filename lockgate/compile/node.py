@@ -75,6 +75,8 @@ class People:
     #: Different profiles, in the order of the pods.
     profiles: list[Profile]
     local_profiles: list[Profile]
+    #: For each local pod the position of its profile in `local_profiles`.
+    local_profile: list[int]
 
 
 @dataclass(slots=True)
@@ -89,8 +91,11 @@ class Spots:
 
 @dataclass(slots=True)
 class Peers:
-    """The peers that are pods: as records, one per owner, and as a dict."""
+    """The peers that are pods: as records, one per owner, and as a dict. `slots` (of the local
+    pods) and `hops` are what their targets were made of."""
 
+    slots: list[int | None]
+    hops: dict[str, int]
     records: NDArray[np.int64]
     views: dict[bytes, PeerView]
 
@@ -107,6 +112,7 @@ class Cache:
     people: People | None = None
     spots: Spots | None = None
     peers: Peers | None = None
+    nodes: dict[bytes, PeerView] = field(default_factory=dict)
     services: Services | None = None
     frame: object = None
     ports: Ports | None = None
@@ -160,6 +166,9 @@ def _read_people(cluster: Cluster, node: str, before: Cache, cache: Cache) -> Pe
     local = [facts for facts in members if facts.pod.spec.node_name == node]
     claims: list[str] = []
     owners = _claims(members, claims)
+    local_profiles = {facts.profile: 0 for facts in local}
+    for position, profile in enumerate(local_profiles):
+        local_profiles[profile] = position
     return People(
         members=members,
         local=local,
@@ -168,7 +177,8 @@ def _read_people(cluster: Cluster, node: str, before: Cache, cache: Cache) -> Pe
         errors=[error for facts in members for error in facts.errors],
         claims=claims,
         profiles=list(dict.fromkeys(facts.profile for facts in members)),
-        local_profiles=list(dict.fromkeys(facts.profile for facts in local)),
+        local_profiles=list(local_profiles),
+        local_profile=[local_profiles[facts.profile] for facts in local],
     )
 
 
@@ -211,13 +221,27 @@ def _spots(people: People, addresses: Addresses, before: Cache) -> Spots:
 
 def _peers(people: People, classes: NDArray[np.int64], node: str, ids: Ids, before: Cache) -> Peers:
     """The peers that are pods; `classes` are those of the owners' addresses."""
-    nodes = {facts.pod.spec.node_name for facts in people.members}
-    hops = {name: ids.hop(name) or 0 for name in nodes}
+    last = before.peers if people is before.people else None
+    slots = [ids.slot(facts.pod.metadata.uid) for facts in people.local]
+    names = last.hops if last is not None else {f.pod.spec.node_name for f in people.members}
+    hops = {name: ids.hop(name) or 0 for name in names}
+    if last is not None and last.slots == slots and last.hops == hops:
+        different = np.flatnonzero(classes != last.records[:, 0])
+        if not len(different):
+            return last
+        records = last.records.copy()
+        records[:, 0] = classes
+        views = dict(last.views)
+        owners = list(people.owners)
+        for position, record in zip(different.tolist(), records[different].tolist(), strict=True):
+            views[owners[position]] = PeerView._make(record)
+        return Peers(slots, hops, records, views)
+    slot_of = {id(facts): slot for facts, slot in zip(people.local, slots, strict=True)}
     kinds, targets = [], []
     for facts in people.owners.values():
         where = facts.pod.spec.node_name
         if where == node:
-            slot = ids.slot(facts.pod.metadata.uid)
+            slot = slot_of[id(facts)]
             kinds.append(PEER_LOCAL)
             targets.append(NO_SLOT if slot is None else slot)
         else:
@@ -226,18 +250,8 @@ def _peers(people: People, classes: NDArray[np.int64], node: str, ids: Ids, befo
     records = np.empty((len(people.owners), 4), np.int64)
     records[:, 0], records[:, 1] = classes, people.endpoints
     records[:, 2], records[:, 3] = kinds, targets
-    last = before.peers
-    if last is None or people is not before.people:
-        views = dict(zip(people.owners, map(PeerView._make, records.tolist()), strict=True))
-        return Peers(records, views)
-    different = np.flatnonzero((records != last.records).any(axis=1))
-    if not len(different):
-        return last
-    views = dict(last.views)
-    owners = list(people.owners)
-    for position, record in zip(different.tolist(), records[different].tolist(), strict=True):
-        views[owners[position]] = PeerView._make(record)
-    return Peers(records, views)
+    views = dict(zip(people.owners, map(PeerView._make, records.tolist()), strict=True))
+    return Peers(slots, hops, records, views)
 
 
 def _nodes(
@@ -380,10 +394,13 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
     of_spot = [addresses.class_of(kinds[profile], members) for profile, members in spots.spots]
     classes = np.array(of_spot, np.int64)[spots.of]
     pods = cache.peers = _peers(people, classes, node, ids, before)
-    of_nodes = _nodes(cluster, node, ids, addresses, pods.views, errors)
-    peers = {**pods.views, **of_nodes}
-    if previous is not None and peers == previous.peers:
+    of_nodes = cache.nodes = _nodes(cluster, node, ids, addresses, pods.views, errors)
+    if previous is not None and pods is before.peers and of_nodes == before.nodes:
         peers = previous.peers
+    else:
+        peers = {**pods.views, **of_nodes}
+        if previous is not None and people is not before.people and peers == previous.peers:
+            peers = previous.peers
     addresses.close()
 
     # The image.
@@ -407,10 +424,9 @@ def compile_node(cluster: Cluster, node: str, ids: Ids, previous: Tables | None 
             compiled = compile_set(policy_set, both, ids)
         cache.sets[key] = compiled
         written[key] = (*write_set(builder, compiled[:2]), compiled[2])
-    for facts in people.local:
-        slot = ids.slot(facts.pod.metadata.uid)
+    of_profile = [written[set_of[profile]] for profile in people.local_profiles]
+    for slot, number in zip(pods.slots, people.local_profile, strict=True):
         if slot is not None:
-            rows, columns, isolated = written[set_of[facts.profile]]
-            tables.endpoints[slot] = EndpointView(rows, columns, isolated)
+            tables.endpoints[slot] = EndpointView(*of_profile[number])
     tables.image = builder.image()
     return tables

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from lockgate.garbage import collect_between
 from lockgate.kube.folder import Folder, Update
 from lockgate.objects.model import EndpointSlice, NetworkPolicy, Node, Object, Pod
 from lockgate.standalone import teardown, underlay
@@ -106,9 +106,12 @@ class Supervisor:
 
     async def _follow_until_stopped(self) -> None:
         follower = asyncio.create_task(self._follow())
+        collector = asyncio.create_task(
+            collect_between(lambda: False, lambda: self.store.objects["Pod"])
+        )
         stop = asyncio.create_task(self.stop.wait())
         done, _ = await asyncio.wait({follower, stop}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (follower, stop):
+        for task in (follower, stop, collector):
             task.cancel()
         if follower in done:
             follower.result()
@@ -373,8 +376,6 @@ def _sentence(text: str) -> str:
 
 
 async def _main(arguments: argparse.Namespace) -> None:
-    # Objects of pods stay: passing over all of them would stop a change for a tenth of a second.
-    gc.set_threshold(50_000, 20, 100)
     state = State(arguments.cluster)
     supervisor = Supervisor(state, arguments.folder, arguments.nodes)
     loop = asyncio.get_running_loop()

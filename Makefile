@@ -21,7 +21,7 @@ CNI_CFLAGS = -Os -std=gnu11 -Wall -Wextra -Wno-missing-field-initializers -stati
 
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 
-.PHONY: help run test check format build bench fuzz wheel image lock clean setup-build setup-run setup-test setup-bench artifacts bench-artifacts
+.PHONY: help run test check format build bench fuzz wheel image lock clean cluster test-cluster setup-build setup-run setup-test setup-bench setup-cluster artifacts bench-artifacts
 
 ##@ Using it
 
@@ -68,9 +68,17 @@ help: ## this list
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Not in the list yet: they start Kubernetes (cluster/), and Lockgate does not run on it so far.
+cluster: setup-cluster artifacts
+	@$(PYTHON) -m cluster up --install
+
+test-cluster: setup-cluster artifacts
+	@$(PYTHON) -m cluster build
+	@$(PYTHON) -m pytest tests/cluster $(PYTEST)
+
 # ---- set-up: runs each time, does only what is missing --------------------------------
 
-setup-build setup-run setup-test setup-bench: setup-%:
+setup-build setup-run setup-test setup-bench setup-cluster: setup-%:
 	@scripts/setup.sh $*
 
 # ---- what is built (a second make, so that clang is looked for after set-up) ----------

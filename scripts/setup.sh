@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prepares this machine for one purpose; does nothing that is already done.
 #
-#   scripts/setup.sh build|run|test|bench
+#   scripts/setup.sh build|run|test|bench|cluster
 #
 # Installs missing Debian or Ubuntu packages, mounts the BPF file system, makes
 # .venv from requirements.lock. Ends with one sentence when something is missing.
@@ -149,7 +149,8 @@ case $purpose in
     run) packages+=(curl) ;;
     test) packages+=(curl nftables) ;;
     bench) packages+=(curl nftables iperf3 iptables containernetworking-plugins) ;;
-    *) fail "unknown purpose '$purpose': build, run, test or bench." ;;
+    cluster) packages+=(curl nftables containerd runc containernetworking-plugins busybox-static openssl) ;;
+    *) fail "unknown purpose '$purpose': build, run, test, bench or cluster." ;;
 esac
 if [ "$purpose" != build ]; then
     check_kernel

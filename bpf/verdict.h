@@ -90,7 +90,7 @@ static __always_inline bool is_own(struct packet *p, const struct addr *addr, st
 }
 
 /* Never fails: an address that is no peer is of the world. */
-static __noinline int find_end(struct packet *p, const struct addr *addr, struct end *end)
+static __always_inline int find_end(struct packet *p, const struct addr *addr, struct end *end)
 {
 	struct peer *peer;
 
@@ -156,7 +156,7 @@ static __always_inline __u32 port_class(void *image, const struct tuple *t)
 
 /* The cell of one endpoint in one direction, pending in the upper half. A
  * table that does not hold what the view promises denies, for reason 0. */
-static __noinline __u64 read_cell(struct packet *p, const struct tuple *t, __u32 slot, __u32 class,
+static __always_inline __u64 read_cell(struct packet *p, const struct tuple *t, __u32 slot, __u32 class,
 				  __u32 direction)
 {
 	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &slot);

@@ -39,9 +39,13 @@ class EndpointRecord:
     ips: tuple[str, ...]
 
     @cached_property
-    def addresses(self) -> tuple[bytes, ...]:
-        """`ips` as the kernel has them."""
-        return tuple(parse_address(ip) for ip in self.ips)
+    def by_family(self) -> tuple[bytes, bytes]:
+        """The IPv4 and the IPv6 address as the kernel has them; zeroes for none."""
+        found = [bytes(16), bytes(16)]
+        for ip in self.ips:
+            address = parse_address(ip)
+            found[not is_ipv4(address)] = address
+        return found[0], found[1]
 
 
 @dataclass(slots=True)
@@ -76,6 +80,9 @@ class Encoder:
         self._backends = self._encode_backends(self._tables.backends)
         self._records: Mapping[int, EndpointRecord] = {}
         self._slots = np.zeros(slots, self._endpoint)
+        # What peers say of the local pods, and of which peers and slots that was.
+        self._own: dict[int, tuple[int, int, int]] = {}
+        self._own_of: tuple[object, object] = (None, None)
 
     def encode(self, tables: Tables, endpoints: Mapping[int, EndpointRecord]) -> Wanted:
         """`endpoints` are the local pods by slot; the same dict, and `slots` come as the same
@@ -143,41 +150,36 @@ class Encoder:
         row["id"], row["flags"], row["mtu"] = record.id, EP_LIVE, record.mtu
         row["mac"] = np.frombuffer(record.mac, np.uint8)
         row["host_mac"] = np.frombuffer(record.host_mac, np.uint8)
-        for address in record.addresses:
-            field = "addr4" if is_ipv4(address) else "addr6"
+        for field, address in zip(("addr4", "addr6"), record.by_family, strict=True):
             row[field] = np.frombuffer(address, np.uint8)
 
     def _encode_views(
         self, tables: Tables, endpoints: Mapping[int, EndpointRecord]
     ) -> NDArray[Any]:
+        if tables.peers is not self._own_of[0] or self._slots is not self._own_of[1]:
+            self._own = {s: _own_peers(tables.peers, s, r) for s, r in endpoints.items()}
+            self._own_of = tables.peers, self._slots
+        own = self._own
         views = np.zeros(len(self._slots), self._endpoint_view)
-        known = [
-            (slot, *own, *self._own_peers(tables.peers, slot, endpoints[slot]))
-            for slot, own in tables.endpoints.items()
-            if slot in endpoints
-        ]
-        if known:
-            columns = np.array(known, np.int64).T
-            places = columns[0]
-            for name, column in zip(self._endpoint_view.names or (), columns[1:], strict=True):
-                views[name][places] = column
+        places = [slot for slot in tables.endpoints if slot in own]
+        views[places] = structured(
+            (tables.endpoints[slot] + own[slot] for slot in places), self._endpoint_view
+        )
         return views
 
-    @staticmethod
-    def _own_peers(
-        peers: Mapping[bytes, PeerView], slot: int, record: EndpointRecord
-    ) -> tuple[int, int, int]:
-        """The pod's id and, by family, its class if peers know its address as its own."""
-        class4 = class6 = NO_CLASS
-        for address in record.addresses:
-            peer = peers.get(address)
-            own = peer is not None and peer[1:] == (record.id, PEER_LOCAL, slot)
-            cls = peer.cls if peer is not None and own else NO_CLASS
-            if is_ipv4(address):
-                class4 = cls
-            else:
-                class6 = cls
-        return record.id, class4, class6
+
+def _own_peers(
+    peers: Mapping[bytes, PeerView], slot: int, record: EndpointRecord
+) -> tuple[int, int, int]:
+    """The pod's id and, by family, its class if peers know its address as its own."""
+    classes = []
+    for address in record.by_family:
+        peer = peers.get(address)
+        if peer is None or peer.kind != PEER_LOCAL or peer[1::2] != (record.id, slot):
+            classes.append(NO_CLASS)
+        else:
+            classes.append(peer.cls)
+    return record.id, classes[0], classes[1]
 
 
 # ---- Rows of bytes ---------------------------------------------------------------

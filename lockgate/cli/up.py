@@ -134,7 +134,7 @@ def _clear(state: State, quiet: bool) -> None:
 
 def _start(state: State, folder: Path, nodes: int, detach: bool) -> subprocess.Popen[bytes]:
     state.root.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", "lockgate.standalone.supervisor", "--cluster", state.cluster]
+    argv = [sys.executable, "-m", "lockgate.standalone.main", "--cluster", state.cluster]
     argv += ["--nodes", str(nodes), *(["--detached"] if detach else []), str(folder.absolute())]
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))

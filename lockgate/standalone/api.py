@@ -12,7 +12,8 @@ POST /v1/shutdown                    ends the cluster and removes it
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -20,9 +21,7 @@ from aiohttp import web
 from lockgate.objects.model import Pod
 from lockgate.standalone.runtime import pod_spec
 from lockgate.standalone.store import object_json
-
-if TYPE_CHECKING:
-    from lockgate.standalone.supervisor import Supervisor
+from lockgate.standalone.supervisor import Supervisor
 
 __all__ = ["serve"]
 
@@ -36,8 +35,8 @@ _COLLECTIONS = {
 }
 
 
-async def serve(supervisor: Supervisor) -> web.AppRunner:
-    """Listens; the runner's cleanup() ends it."""
+async def serve(supervisor: Supervisor) -> Callable[[], Awaitable[None]]:
+    """Listens; what is returned ends it."""
     api = _Api(supervisor)
     app = web.Application(middlewares=[_errors])
     app.add_routes(
@@ -60,7 +59,7 @@ async def serve(supervisor: Supervisor) -> web.AppRunner:
         await web.UnixSite(runner, str(path)).start()
     finally:
         os.umask(old)
-    return runner
+    return runner.cleanup
 
 
 @web.middleware

@@ -2,23 +2,19 @@
 
 One asyncio loop: the folder's updates become a plan (controllers), the plan's pods become
 PodRunners, and everything together becomes the stream that the agents follow (store). A change of
-policies goes from the folder to the stream in one step, without waiting for anything.
-
-    python -m lockgate.standalone.supervisor --cluster NAME --nodes N [--detached] FOLDER
+policies goes from the folder to the stream in one step, without waiting for anything. Its API is
+in api.py; main.py runs both.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import logging
 import os
-import signal
-import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,7 @@ import msgspec
 from lockgate.garbage import collect_between
 from lockgate.kube.folder import Folder, Update
 from lockgate.objects.model import EndpointSlice, NetworkPolicy, Node, Object, Pod
-from lockgate.standalone import teardown, underlay
+from lockgate.standalone import underlay
 from lockgate.standalone.children import Child, write_config
 from lockgate.standalone.controllers import (
     Memory,
@@ -43,11 +39,13 @@ from lockgate.standalone.pods import AgentRefused, PodRunner
 from lockgate.standalone.state import State
 from lockgate.standalone.store import Store
 
-__all__ = ["Supervisor", "main"]
+__all__ = ["Serve", "Supervisor"]
 
 log = logging.getLogger("lockgate.supervisor")
 
 Key = tuple[str, str]
+#: Begins to answer for the cluster; what it returns ends that.
+Serve = Callable[["Supervisor"], Awaitable[Callable[[], Awaitable[None]]]]
 
 #: Pods that change their status close together make one revision.
 SETTLE = 0.005
@@ -83,16 +81,15 @@ class Supervisor:
         self._hosts_written: dict[str, str] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
-    async def run(self) -> None:
-        from lockgate.standalone.api import serve
-
+    async def run(self, serve: Serve) -> None:
+        """`serve` makes the cluster answer on control.sock."""
         first = self.folder.refresh(first=True)
         if first.errors:
             raise SystemExit("\n".join(first.errors))
         self.nodes = make_nodes(first.objects, self._node_count)
         for folder in (self.state.hosts, self.state.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        server = await serve(self)
+        stop_serving = await serve(self)
         try:
             numbers = [(name, node_number(node)) for name, node in self.nodes.items()]
             await asyncio.to_thread(underlay.build, self.state, numbers)
@@ -102,7 +99,7 @@ class Supervisor:
         finally:
             self.phase = "stopping"
             await self._shut_down()
-            await server.cleanup()
+            await stop_serving()
 
     async def _follow_until_stopped(self) -> None:
         follower = asyncio.create_task(self._follow())
@@ -373,54 +370,3 @@ def _sentence(text: str) -> str:
     except ValueError:
         return text.strip() or "no reason given"
     return str(answer.get("error", text)) if isinstance(answer, dict) else text
-
-
-async def _main(arguments: argparse.Namespace) -> None:
-    state = State(arguments.cluster)
-    supervisor = Supervisor(state, arguments.folder, arguments.nodes)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, supervisor.stop.set)
-    if not arguments.detached:
-        # The command that started us holds the other end: the cluster ends with it.
-        reader = asyncio.StreamReader()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-
-        async def until_closed() -> None:
-            await reader.read()
-            supervisor.stop.set()
-
-        supervisor_task = asyncio.create_task(until_closed())
-        supervisor_task.add_done_callback(lambda _: None)
-    await supervisor.run()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="lockgate supervisor")
-    parser.add_argument("--cluster", required=True)
-    parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--detached", action="store_true")
-    parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    state = State(arguments.cluster)
-    other = teardown.supervisor_pid(state)
-    if other is not None and other != os.getpid():
-        raise SystemExit(f"the cluster {state.cluster!r} is running already (process {other})")
-    state.root.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "cluster": state.cluster,
-        "pid": os.getpid(),
-        "folder": str(arguments.folder.absolute()),
-    }
-    state.settings.write_bytes(msgspec.json.encode(settings) + b"\n")
-    try:
-        asyncio.run(_main(arguments))
-    finally:
-        teardown.remove(state)
-
-
-if __name__ == "__main__":
-    main()

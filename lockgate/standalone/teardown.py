@@ -26,7 +26,7 @@ def supervisor_pid(state: State) -> int | None:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ValueError, KeyError, msgspec.DecodeError):
         return None
-    return pid if b"lockgate.standalone.supervisor" in command else None
+    return pid if b"lockgate.standalone." in command else None
 
 
 def remove(state: State) -> list[str]:

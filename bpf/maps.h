@@ -18,6 +18,14 @@ struct {
 	__type(value, struct node_state);
 } state SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct last_ids);
+} ids SEC(".maps");
+
 /* The agent puts an image of the size it needs in here: BPF_F_INNER_MAP
  * lets inner maps differ in max_entries. */
 struct image {

@@ -33,6 +33,14 @@ struct node_state {
 	__u32 reserved[2];
 };
 
+/* The last id of each kind that was given out: no program reads it. It lasts as
+ * long as ids can be in other maps and in the ring, whatever becomes of the
+ * journal on disk. */
+struct last_ids {
+	__u32 endpoint, reason, service;
+	__u32 pad;
+};
+
 /* ---- Peers: what an address is ------------------------------------------- */
 
 enum peer_kind {

@@ -83,8 +83,8 @@ class Agent:
     def _start(self) -> None:
         config = self.config
         self._state.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(self._state / "journal.jsonl")
         self.dp = Datapath(config.object_path, config.pins)
+        self.journal = Journal(self._state / "journal.jsonl", self.dp.ids.view[0])
         self.ipam = Ipam(self._state / "ipam.json", len(self.dp.endpoints))
         self.publisher = Publisher(self.dp)
         self.endpoints = Endpoints(self.dp, self.ipam, config.node)
@@ -197,9 +197,15 @@ class Agent:
             self._refresh_hops(cluster)
             self._hop_nodes = cluster.nodes
         self.journal.cluster = cluster
-        tables = compile_node(cluster, self.config.node, self._ids, self._tables)
-        records = self.endpoints.records(tables.endpoints, self.journal.endpoint)
+        overgrown = self.journal.overgrown
+        with self.journal.asking() if overgrown else contextlib.nullcontext():
+            reusable = None if overgrown else self._tables
+            tables = compile_node(cluster, self.config.node, self._ids, reusable)
+            records = self.endpoints.records(tables.endpoints, self.journal.endpoint)
         self.journal.commit()
+        if overgrown:
+            with contextlib.suppress(OSError):
+                self.journal.shorten()
         moved = self.publisher.publish(tables, records)
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
             log.warning("%s", text)

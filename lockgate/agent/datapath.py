@@ -67,6 +67,7 @@ class Datapath:
         obj, dtype = self.object, self.object.schema.dtype
         u32 = np.dtype("<u4")
         self.state = MappedArray.of(obj, "state", dtype("node_state"))
+        self.ids = MappedArray.of(obj, "ids", dtype("last_ids"))
         self.images = ArrayOfMaps.of(obj, "images", np.dtype("<u8"))
         self.peers = HashMap.of(obj, "peers", dtype("addr"), dtype("peer"))
         self.endpoints = MappedArray.of(obj, "endpoints", dtype("endpoint"))

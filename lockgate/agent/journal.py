@@ -1,8 +1,9 @@
 """The journal: what ids mean, kept for late readers (docs/architecture.md, The journal).
 
-Append only, one JSON object a line. The agent writes a line, and syncs it to disk, before the
-id in it can reach a packet; so whoever sees an id finds its line. Ids are never reused; a later
-line with the same id replaces what is known of it (a pod's labels or addresses changed).
+One JSON object a line. The agent writes a line, and syncs it to disk, before the id in it can
+reach a packet; so whoever sees an id finds its line. Ids are never reused; a later line with the
+same id replaces what is known of it (a pod's labels or addresses changed). The observer reads it
+(`lockgate.observer.journal`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,29 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 from lockgate.compile.tables import Direction, Rule, Verdict
 from lockgate.objects.model import Cluster, Pod
 
-__all__ = ["Journal", "Reader"]
+__all__ = ["Journal", "LastIds"]
+
+#: Seconds and lines that must have come since the last time before the file is made shorter.
+REST = 600.0
+SLACK = 4096
+
+Kind = Literal["endpoint", "reason", "service"]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class LastIds(Protocol):
+    """A second place for the last id of each kind: a record of the map `ids`, or a dict."""
+
+    def __getitem__(self, kind: Kind, /) -> Any: ...
+
+    def __setitem__(self, kind: Kind, number: int, /) -> None: ...
 
 
 class Journal:
@@ -28,20 +44,30 @@ class Journal:
     must return before they go live.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, last: LastIds | None = None) -> None:
         """Opens or makes the file. A last line that was cut short by a crash is cut off; its id
-        never went live."""
+        never went live. What a damaged or lost file no longer says is asked of `last`: ids go on
+        from there."""
         self.path = path
         self._endpoints: dict[str, tuple[int, dict[str, Any]]] = {}
         # The objects that were asked for last: pods don't change, so they cost nothing again.
         self._seen: dict[str, tuple[Pod, int]] = {}
         self._reasons: dict[tuple[str, str, tuple[Rule, ...]], int] = {}
         self._services: dict[tuple[str, str, str, str, int], tuple[int, str]] = {}
-        self._last = {"endpoint": 0, "reason": 0, "service": 0}
+        self._last: dict[Kind, int] = dict.fromkeys(_KINDS, 0)
+        self._second = last
         self._pending: list[bytes] = []
+        # Ids that are asked for while everything is, and those of the time before.
+        self._asked: set[tuple[Kind, int]] | None = None
+        self._before: set[tuple[Kind, int]] | None = None
+        self._lines = self._kept = 0
+        self._rested = time.monotonic()
         self.cluster = Cluster()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
         self._load()
+        if last is not None:
+            for kind in _KINDS:
+                last[kind] = self._last[kind] = max(self._last[kind], int(last[kind]))
 
     def close(self) -> None:
         """Close the file; what was not committed is lost. May be called again."""
@@ -62,9 +88,12 @@ class Journal:
         meta = pod.metadata
         seen = self._seen.get(meta.uid)
         if seen is not None and seen[0] is pod:
-            return seen[1]
-        number = self._endpoint(pod)
-        self._seen[meta.uid] = pod, number
+            number = seen[1]
+        else:
+            number = self._endpoint(pod)
+            self._seen[meta.uid] = pod, number
+        if self._asked is not None:
+            self._asked.add(("endpoint", number))
         return number
 
     def _endpoint(self, pod: Pod) -> int:
@@ -82,7 +111,7 @@ class Journal:
             return known[0]
         number = known[0] if known is not None else self._next("endpoint")
         self._endpoints[meta.uid] = number, facts
-        self._write({"k": "endpoint", "id": number, **facts})
+        self._write("endpoint", number, facts)
         return number
 
     def reason(self, verdict: Verdict, direction: Direction, rules: tuple[Rule, ...]) -> int:
@@ -91,15 +120,9 @@ class Journal:
         number = self._reasons.get(key)
         if number is None:
             number = self._reasons[key] = self._next("reason")
-            self._write(
-                {
-                    "k": "reason",
-                    "id": number,
-                    "verdict": verdict,
-                    "direction": direction,
-                    "rules": [list(rule) for rule in rules],
-                }
-            )
+            self._write("reason", number, _reason_facts(*key))
+        if self._asked is not None:
+            self._asked.add(("reason", number))
         return number
 
     def service(self, namespace: str, name: str, port_name: str, protocol: str, port: int) -> int:
@@ -109,21 +132,13 @@ class Journal:
         ip = next(iter(service.cluster_ips), "") if service is not None else ""
         known = self._services.get(key)
         if known is not None and known[1] == ip:
-            return known[0]
-        number = known[0] if known is not None else self._next("service")
-        self._services[key] = number, ip
-        self._write(
-            {
-                "k": "service",
-                "id": number,
-                "namespace": namespace,
-                "name": name,
-                "port": port,
-                "portName": port_name,
-                "protocol": protocol,
-                "ip": ip,
-            }
-        )
+            number = known[0]
+        else:
+            number = known[0] if known is not None else self._next("service")
+            self._services[key] = number, ip
+            self._write("service", number, _service_facts(key, ip))
+        if self._asked is not None:
+            self._asked.add(("service", number))
         return number
 
     def commit(self) -> int:
@@ -131,6 +146,9 @@ class Journal:
         the lines stay for the next commit."""
         if not self._pending:
             return 0
+        if self._second is not None:
+            for kind, number in self._last.items():
+                self._second[kind] = number
         data = b"".join(self._pending)
         start = os.fstat(self._fd).st_size
         try:
@@ -143,17 +161,61 @@ class Journal:
             raise
         count = len(self._pending)
         self._pending.clear()
+        self._lines += count
         return count
+
+    # ---- Growing no further ------------------------------------------------------
+
+    @property
+    def overgrown(self) -> bool:
+        """Whether it is time for `asking` and `shorten`."""
+        return self._lines > 2 * self._kept + SLACK and time.monotonic() - self._rested >= REST
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """In this block every id that is wanted must be asked for, also what was known."""
+        self._asked = set()
+        try:
+            yield
+        except BaseException:
+            self._asked = None
+            raise
+
+    def shorten(self) -> None:
+        """Write the file anew after `asking`, without the ids that were wanted neither then nor
+        the time before: records of those times are still about. Readers see another file.
+        On OSError the old one stays."""
+        assert self._asked is not None
+        self.commit()
+        asked, self._asked = self._asked, None
+        before, self._before = self._before, asked
+        self._rested = time.monotonic()
+        if before is None:
+            return  # nothing is known of the time before
+        wanted = asked | before
+        endpoints = {u: v for u, v in self._endpoints.items() if ("endpoint", v[0]) in wanted}
+        reasons = {k: n for k, n in self._reasons.items() if ("reason", n) in wanted}
+        services = {k: v for k, v in self._services.items() if ("service", v[0]) in wanted}
+        lasts = {str(kind): number for kind, number in self._last.items()}
+        lines = [_line({"k": "last", **lasts})]
+        lines += [_record("endpoint", n, facts) for n, facts in endpoints.values()]
+        lines += [_record("reason", n, _reason_facts(*key)) for key, n in reasons.items()]
+        lines += [_record("service", n, _service_facts(k, ip)) for k, (n, ip) in services.items()]
+        fd = _replace(self.path, lines)
+        os.close(self._fd)
+        self._fd = fd
+        self._endpoints, self._reasons, self._services = endpoints, reasons, services
+        self._seen = {uid: seen for uid, seen in self._seen.items() if uid in endpoints}
+        self._lines = self._kept = len(lines)
 
     # ---- Inside ------------------------------------------------------------------
 
-    def _next(self, kind: str) -> int:
+    def _next(self, kind: Kind) -> int:
         self._last[kind] += 1
         return self._last[kind]
 
-    def _write(self, line: dict[str, Any]) -> None:
-        line["t"] = round(time.time(), 3)
-        self._pending.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+    def _write(self, kind: Kind, number: int, facts: dict[str, Any]) -> None:
+        self._pending.append(_record(kind, number, facts))
 
     def _load(self) -> None:
         end = 0
@@ -162,6 +224,7 @@ class Journal:
                 if not raw.endswith(b"\n"):
                     break
                 end += len(raw)
+                self._lines += 1
                 line = _decode(raw)
                 if line is not None:
                     with contextlib.suppress(KeyError, IndexError, TypeError):
@@ -170,7 +233,10 @@ class Journal:
 
     def _learn(self, line: dict[str, Any]) -> None:
         kind, number = line.get("k"), line.get("id")
-        if not isinstance(kind, str) or not isinstance(number, int) or kind not in self._last:
+        if kind == "last":
+            for name in _KINDS:
+                self._last[name] = max(self._last[name], int(line[name]))
+        if kind not in _KINDS or not isinstance(number, int):
             return
         self._last[kind] = max(self._last[kind], number)
         if kind == "endpoint":
@@ -190,52 +256,44 @@ class Journal:
             self._services[key] = number, line.get("ip", "")
 
 
-class Reader:
-    """Follows a journal that another process writes.
+def _reason_facts(verdict: str, direction: str, rules: tuple[Rule, ...]) -> dict[str, Any]:
+    return {"verdict": verdict, "direction": direction, "rules": [list(rule) for rule in rules]}
 
-    reader = Reader(path)
-    reader.update()                # whenever an id is not known yet
-    reader.endpoints[7]["name"]
-    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.endpoints: dict[int, dict[str, Any]] = {}
-        self.reasons: dict[int, dict[str, Any]] = {}
-        self.services: dict[int, dict[str, Any]] = {}
-        self._offset = 0
+def _service_facts(key: tuple[str, str, str, str, int], ip: str) -> dict[str, Any]:
+    return dict(zip(("namespace", "name", "portName", "protocol", "port"), key, strict=True)) | {
+        "ip": ip
+    }
 
-    def update(self) -> int:
-        """Read what was added; returns the number of lines. A line in the making is left for the
-        next time, a file that is not there yet is empty."""
-        count = 0
-        for line in self._lines():
-            kind, number = line.get("k"), line.get("id")
-            table = {
-                "endpoint": self.endpoints,
-                "reason": self.reasons,
-                "service": self.services,
-            }.get(str(kind))
-            if table is not None and isinstance(number, int):
-                table[number] = line
-                count += 1
-        return count
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+def _record(kind: Kind, number: int, facts: dict[str, Any]) -> bytes:
+    return _line({"k": kind, "id": number, **facts, "t": round(time.time(), 3)})
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _replace(path: Path, lines: Iterable[bytes]) -> int:
+    """Another file under the name, on disk before it has it; open for appending."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.unlink(missing_ok=True)
+    fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+    try:
+        view = memoryview(b"".join(lines))
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+        os.rename(fresh, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size == self._offset:
-                    return
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for raw in whole.splitlines():
-            line = _decode(raw)
-            if line is not None:
-                yield line
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _decode(raw: bytes) -> dict[str, Any] | None:

@@ -144,6 +144,8 @@ class Journal:
     def _take(self, line: bytes) -> None:
         try:
             record = msgspec.json.decode(line)
+            if record["k"] == "last":
+                return  # for the writer
             id_ = int(record["id"])
             if not 0 < id_ < _MAX_ID:
                 raise ValueError(id_)

@@ -20,13 +20,13 @@ import pytest
 from aiohttp import web
 from scapy.layers.inet import IP, TCP
 
-from lockgate.agent.journal import Reader
 from lockgate.bpf import links as bpf_links
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import ArrayMap
 from lockgate.net import cgroup, namespaces
 from lockgate.net.links import Net
 from lockgate.net.pods import remove
+from lockgate.observer.journal import Journal
 from lockgate.paths import bpf_object
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -387,9 +387,9 @@ async def test_pods_are_wired_judged_and_kept_through_a_crash(bed: Bed) -> None:
     await bed.supervisor.wait(revision, "one")
     assert await reach("client") == "server"
 
-    reader = Reader(one.state / "journal.jsonl")
-    reader.update()
-    assert reader.endpoints[server["endpoint"]]["name"] == "server"
+    reader = Journal(one.state / "journal.jsonl")
+    reader.refresh()
+    assert reader.endpoints[server["endpoint"]].name == "server"
 
     # DEL, also with everything gone.
     assert (await one.call("DELETE", "/v1/endpoints/client"))[1] == {"deleted": True}

@@ -208,10 +208,17 @@ def test_a_damaged_ipam_file_is_rebuilt_from_the_links_and_kept(cluster: Cluster
     assert "Every one is as the specification says." in cluster.lockgate("probe").stdout
 
 
-def test_a_damaged_journal_is_written_anew(cluster: Cluster) -> None:
+def test_a_damaged_journal_is_written_anew_with_other_ids(cluster: Cluster) -> None:
     path = cluster.state.node("node-1") / "journal.jsonl"
+
+    def endpoint_ids() -> set[int]:
+        lines = path.read_bytes().splitlines()
+        return {json.loads(line)["id"] for line in lines if b'"k":"endpoint"' in line}
+
+    before = endpoint_ids()
     kill_agent_after(cluster, "node-1", path, b'{"k": "endpoint", "id"\n\0\0\0\n{"k":')
     until(lambda: path.read_bytes().count(b'"uid"') >= 2, "both pods are in it", deadline=20)
+    assert min(endpoint_ids()) > max(before)
     cluster.wait()
     assert cluster.lockgate("probe").returncode == 0
     found = cluster.lockgate("flows", "--json", "--pod", "end/p-0").stdout.splitlines()

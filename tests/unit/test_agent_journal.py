@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from lockgate.agent.journal import Journal, Reader
+from lockgate.agent import journal as journal_module
+from lockgate.agent.ids import NodeIds
+from lockgate.agent.journal import Journal, LastIds
+from lockgate.compile import compile_node
 from lockgate.objects.model import ObjectMeta, Pod
+from lockgate.observer.journal import Journal as Reader
+from tests import generate
 
 
 def pod(name: str, **labels: str) -> Pod:
     return Pod(metadata=ObjectMeta(name=name, namespace="shop", uid=f"uid-{name}", labels=labels))
+
+
+def read(path: Path) -> Reader:
+    reader = Reader(path)
+    reader.refresh()
+    return reader
 
 
 def test_ids_are_the_same_after_a_restart_and_never_reused(tmp_path: Path) -> None:
@@ -37,9 +50,7 @@ def test_new_labels_are_told_under_the_same_id(tmp_path: Path) -> None:
         number = journal.endpoint(pod("a", app="x"))
         assert journal.endpoint(pod("a", app="y")) == number
         journal.commit()
-    reader = Reader(path)
-    assert reader.update() == 2
-    assert reader.endpoints[number]["labels"] == {"app": "y"}
+    assert read(path).endpoints[number].labels == {"app": "y"}
 
 
 @pytest.mark.parametrize("torn", [b'{"k":"endpoint","id":9', b"\xff\xfe", b'{"k"'])
@@ -53,9 +64,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
     with Journal(path) as journal:
         assert journal.endpoint(pod("b")) == 2
         journal.commit()
-    reader = Reader(path)
-    assert reader.update() == 2
-    assert [reader.endpoints[n]["name"] for n in (1, 2)] == ["a", "b"]
+    assert {n: found.name for n, found in read(path).endpoints.items()} == {1: "a", 2: "b"}
 
 
 def test_a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
@@ -65,20 +74,152 @@ def test_a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
         assert journal.reason("deny", "egress", (("shop", "p", 0),)) == 5
 
 
-def test_a_reader_follows_and_leaves_a_line_in_the_making(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    reader = Reader(path)
-    assert reader.update() == 0
-    with path.open("ab", buffering=0) as file:
-        file.write(b'{"k":"endpoint","id":1,"name":"a"}\n{"k":"endpoint",')
-        assert reader.update() == 1
-        file.write(b'"id":2,"name":"b"}\n')
-        assert reader.update() == 1
-    assert reader.endpoints[2]["name"] == "b"
-
-
 def test_nothing_is_on_disk_before_commit(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal:
         journal.endpoint(pod("a"))
         assert path.read_bytes() == b""
+
+
+LINE = b'{"k":"endpoint","id":3,"uid":"uid-c","namespace":"shop","name":"c"}\n'
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: b"", lambda text: text[:-20], lambda text: text[:-30] + b"\0" * 30,
+     lambda text: text.replace(b'"id":3', b'"id":1'), None],
+    ids=["emptied", "cut", "overwritten", "changed", "deleted"],
+)  # fmt: skip
+def test_ids_are_not_reused_whatever_becomes_of_the_file(
+    tmp_path: Path, damage: Callable[[bytes], bytes] | None
+) -> None:
+    path, last = tmp_path / "journal.jsonl", new_last()
+    with Journal(path, last) as journal:
+        for name in "abc":
+            journal.endpoint(pod(name))
+        journal.reason("allow", "ingress", (("shop", "p", 0),))
+        journal.commit()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with Journal(path, last) as journal:
+        assert journal.endpoint(pod("d")) == 4
+        assert journal.reason("deny", "ingress", (("shop", "p", 0),)) == 2
+
+
+def test_the_second_place_learns_from_the_file(tmp_path: Path) -> None:
+    path, last = tmp_path / "journal.jsonl", new_last()
+    path.write_bytes(LINE)
+    Journal(path, last).close()
+    assert last == {"endpoint": 3, "reason": 0, "service": 0}
+
+
+def new_last() -> LastIds:
+    return {"endpoint": 0, "reason": 0, "service": 0}
+
+
+def ask(journal: Journal, pods: str, rules: str) -> dict[str, int]:
+    """As a compilation from nothing does."""
+    with journal.asking():
+        ids = {name: journal.endpoint(pod(name)) for name in pods}
+        ids |= {name: journal.reason("allow", "ingress", (("shop", name, 0),)) for name in rules}
+        ids["web"] = journal.service("shop", "web", "http", "TCP", 80)
+    journal.commit()
+    journal.shorten()
+    return ids
+
+
+def test_what_was_wanted_twice_no_more_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        first = ask(journal, "abc", "pqr")
+        before = path.stat().st_ino
+        following = Reader(path)
+        following.refresh()
+        second = ask(journal, "ab", "p")
+        assert path.stat().st_ino != before
+        assert sorted(read(path).endpoints) == [1, 2, 3], "records of c may be about"
+        third = ask(journal, "abd", "p")
+        found = read(path)
+        assert {n: one.name for n, one in found.endpoints.items()} == {1: "a", 2: "b", 4: "d"}
+        assert list(found.reasons) == [first["p"]] == [second["p"]] == [third["p"]]
+        assert list(found.services) == [first["web"]]
+        following.refresh()
+        assert following.endpoints.keys() == {1, 2, 3, 4}, "a follower forgets nothing"
+        assert following.damaged == found.damaged == 0
+        assert ask(journal, "c", "")["c"] == 5, "another id than before"
+    with Journal(path) as journal:
+        assert [journal.endpoint(pod(name)) for name in "abd"] == [1, 2, 4]
+        assert journal.endpoint(pod("e")) == 6
+        assert journal.reason("allow", "ingress", (("shop", "q", 0),)) == 4
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_compilation_from_nothing_asks_for_every_id_in_its_tables(
+    tmp_path: Path, seed: int
+) -> None:
+    cluster = generate.cluster(Random(seed))
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        journal.cluster = cluster
+        ids = NodeIds(journal, NoEndpoints(), NoHops())  # type: ignore[arg-type]
+        cold = compile_node(cluster, "a", ids)
+        journal.commit()
+        all_of_them = journal.path.read_bytes().splitlines()
+        for _ in range(2):
+            compile_node(cluster, "a", ids, cold)
+            with journal.asking():
+                compile_node(cluster, "a", ids, None)
+            journal.shorten()
+        shorter = journal.path.read_bytes().splitlines()
+        assert len(shorter) == len(all_of_them) + 1, "all, and the line with the last ids"
+
+
+class NoEndpoints:
+    def slot(self, uid: str) -> int | None:
+        return None
+
+
+class NoHops:
+    def number(self, node: str) -> int | None:
+        return None
+
+
+def test_the_last_ids_outlive_what_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        for pods in ("abc", "a", "a"):
+            ask(journal, pods, "")
+    with Journal(path) as journal:
+        assert journal.endpoint(pod("d")) == 4
+
+
+def test_it_is_overgrown_when_most_of_it_is_of_the_past(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "SLACK", 4)
+    monkeypatch.setattr(journal_module, "REST", 0.0)
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        answers = []
+        for number in range(20):
+            journal.endpoint(pod("a", version=str(number)))
+            journal.commit()
+            answers.append(journal.overgrown)
+            if journal.overgrown:
+                ask(journal, "a", "")
+        assert True in answers
+        assert len(journal.path.read_bytes().splitlines()) < 14
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        ask(journal, "ab", "")
+        text = path.read_bytes()
+        (tmp_path / "journal.jsonl.new").mkdir()  # as good a reason as a full disk
+        with pytest.raises(OSError):
+            ask(journal, "a", "")
+        assert path.read_bytes() == text
+        assert journal.endpoint(pod("c")) == 3
+        journal.commit()
+        assert len(path.read_bytes().splitlines()) == 4

@@ -7,12 +7,16 @@ The real API server is tested against in tests/cluster.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from lockgate.kube.kinds import KINDS
+from lockgate.net import namespaces
 
 __all__ = ["ApiServer"]
 
@@ -23,8 +27,9 @@ class ApiServer:
     """Objects by kind and key, and what happened to them; each change is a version.
 
     `paged`: lists are given in pages of `limit`. `unknown_selectors`: field selectors that are
-    answered with 400. `refuse`: HTTP status with which everything is answered. `delay_lists`: kinds
+    answered with 400. `refuse`: HTTP status with which everything is answered. `hold`: kinds
     whose lists are not answered before the event is set. `requests`: (kind, query, headers).
+    `patches` of nodes' status and `created` events.
     """
 
     def __init__(self) -> None:
@@ -34,6 +39,7 @@ class ApiServer:
         self.history: dict[str, list[tuple[int, bytes]]] = {k: [] for k in PATHS}
         self.paged = False
         self.refuse = 0
+        self.refused = 0
         self.unknown_selectors: set[str] = set()
         self.hold: dict[str, asyncio.Event] = {}
         self.requests: list[tuple[str, dict[str, str], dict[str, str]]] = []
@@ -45,7 +51,8 @@ class ApiServer:
 
     # ---- Life --------------------------------------------------------------------------
 
-    async def start(self, port: int = 0, ssl: Any = None) -> str:
+    async def start(self, ssl: Any = None, netns: Path | None = None) -> str:
+        """Listens on loopback, of the network namespace `netns` if there is one; the URL."""
         app = web.Application(middlewares=[self._gate])
         for kind, path in PATHS.items():
             app.router.add_get(path, self._handler(kind))
@@ -53,8 +60,9 @@ class ApiServer:
         app.router.add_post("/apis/events.k8s.io/v1/namespaces/{namespace}/events", self._create)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port or self.port, ssl_context=ssl)
-        await site.start()
+        with namespaces.inside(netns) if netns else contextlib.nullcontext():
+            listener = socket.create_server(("127.0.0.1", self.port))
+        await web.SockSite(self._runner, listener, ssl_context=ssl).start()
         self.port = self._runner.addresses[0][1]
         return f"{'https' if ssl else 'http'}://127.0.0.1:{self.port}"
 
@@ -118,6 +126,7 @@ class ApiServer:
     @web.middleware
     async def _gate(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if self.refuse:
+            self.refused += 1
             return _status(self.refuse, "Refused")
         answer: web.StreamResponse = await handler(request)
         return answer

@@ -24,9 +24,11 @@ from lockgate.agent.hops import Hops, pod_cidrs
 from lockgate.agent.ids import NodeIds
 from lockgate.agent.ipam import Ipam
 from lockgate.agent.journal import Journal
+from lockgate.agent.metrics import Metrics
 from lockgate.agent.publish import Publisher
 from lockgate.agent.requests import Requests
 from lockgate.agent.sweep import sweep
+from lockgate.agent.writeback import WriteBack
 from lockgate.bpf.features import probe
 from lockgate.compile import Tables, compile_node
 from lockgate.garbage import collect_between
@@ -70,6 +72,9 @@ class Agent:
         self._reported = -1
         self.object_errors: list[str] = []
         self.errors: dict[str, list[str]] = {}
+        #: Pods that got no address, to be told as events.
+        self.refused: list[str] = []
+        self.metrics = Metrics()
         self.started = time.time()
         self.swept = 0
         self.features = [f._asdict() for f in probe()]
@@ -111,6 +116,8 @@ class Agent:
                 group.create_task(self._watch_hops())
                 group.create_task(self._sweep())
                 group.create_task(collect_between(self.turn.locked, self._pods))
+                if isinstance(self.source, ApiSource):
+                    group.create_task(WriteBack(self, self.source.client).run())
         finally:
             stop()
 
@@ -127,8 +134,9 @@ class Agent:
     # ---- Objects into the kernel -----------------------------------------------------
 
     async def _follow(self) -> None:
-        async for transaction in self.source.transactions():
-            await self._take(transaction)
+        async with contextlib.aclosing(self.source.transactions()) as transactions:
+            async for transaction in transactions:
+                await self._take(transaction)
 
     async def _take(self, transaction: stream.Transaction) -> None:
         cluster = stream.apply(self.cluster or Cluster(), transaction)
@@ -174,7 +182,8 @@ class Agent:
     async def _publish_safely(self) -> str:
         """Publish; returns the error that kept it from happening."""
         try:
-            await self.work(self.publish)
+            with self.metrics.publish.time():
+                await self.work(self.publish)
         except Exception as error:
             # Whatever is wrong with the new state, the one in force stays, and so do we.
             log.exception("the new state can't be put in force")

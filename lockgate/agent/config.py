@@ -23,7 +23,8 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     run_dir: str = ""  # agent.sock; "" = the state folder
     control: str = ""  # socket of the watch stream
     kubernetes: Settings | None = None
-    web: str = ""  # HOST:PORT of /healthz, /readyz and /metrics; "" = none
+    # HOST:PORT of /healthz, /readyz and /metrics; "" = none; absent: port 9781 with `kubernetes`
+    web: str | None = None
     netns: str = ""  # name in /run/netns or a path; "" = the agent's own
     cgroup: str = ""  # the node's cgroup v2 directory; "" = no programs on sockets
     underlay: str = "underlay"  # link to other nodes; "" = none
@@ -64,6 +65,8 @@ def read(path: Path) -> Config:
         raise ValueError(f"{path}, field node: expected the node's name, here or in NODE_NAME")
     if bool(config.control) == (config.kubernetes is not None):
         raise ValueError(f"{path}: expected one of control and kubernetes")
+    if config.web is None:
+        config.web = ":9781" if config.kubernetes is not None else ""
     if config.web:
         listen(config.web, f"{path}, field web")
     return config

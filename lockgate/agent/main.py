@@ -14,7 +14,8 @@ from aiohttp import web
 
 from lockgate.agent.agent import Agent
 from lockgate.agent.api import application
-from lockgate.agent.config import Config, read
+from lockgate.agent.config import Config, listen, read
+from lockgate.agent.web import application as pages_of
 from lockgate.bpf.features import MissingFeature, require
 from lockgate.bpf.object import LoadError
 from lockgate.net.namespaces import enter
@@ -57,6 +58,11 @@ async def _serve(config: Config) -> None:
     socket.parent.mkdir(parents=True, exist_ok=True)
     socket.unlink(missing_ok=True)
     await web.UnixSite(runner, str(socket)).start()
+    pages = web.AppRunner(pages_of(agent), access_log=None, shutdown_timeout=1)
+    await pages.setup()
+    if config.web:
+        host, port = listen(config.web)
+        await web.TCPSite(pages, host or None, port).start()
     log.info("node %s: epoch %d taken over", config.node, agent.publisher.epoch)
     running = asyncio.create_task(agent.run())
     loop = asyncio.get_running_loop()
@@ -66,5 +72,6 @@ async def _serve(config: Config) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await running
     finally:
+        await pages.cleanup()
         await runner.cleanup()
         await agent.close()

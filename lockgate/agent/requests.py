@@ -53,6 +53,10 @@ class Requests:
 
     async def add(self, who: Attachment, timeout: float = 30.0) -> dict[str, Any]:
         """CNI ADD. The same answer again for a pod that is wired."""
+        with self._agent.metrics.request("add"):
+            return await self._asked(who, timeout)
+
+    async def _asked(self, who: Attachment, timeout: float) -> dict[str, Any]:
         uid = who.uid
         if not namespace_exists(who.netns):
             raise EndpointError(400, f"pod {uid}: there is no network namespace {who.netns}")
@@ -145,6 +149,7 @@ class Requests:
         try:
             return self._agent.ipam.acquire(uid, who.sandbox)
         except PoolExhausted as error:
+            self._agent.refused.append(f"{title}: {error}")
             return error
 
     def _wire(self, who: Attachment, lease: Lease, new: bool) -> dict[str, Any]:
@@ -180,9 +185,10 @@ class Requests:
         answer = self._deletes.get(key)
         if answer is None:
             answer = self._deletes[key] = asyncio.get_running_loop().create_future()
-        async with self._agent.turn:
-            await self._delete_waiting()
-        return await answer
+        with self._agent.metrics.request("delete"):
+            async with self._agent.turn:
+                await self._delete_waiting()
+            return await answer
 
     async def _delete_waiting(self) -> None:
         """All that wait when the turn of the first comes, with one change of the tables."""

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class ApiSource:
         """Is everything that changes heard of?"""
         return self._away_since is None
 
-    async def transactions(self) -> AsyncIterator[Transaction]:
+    async def transactions(self) -> AsyncGenerator[Transaction, None]:
         """Never ends."""
         tasks = [asyncio.create_task(one.run()) for one in self._reflectors]
         tasks.append(asyncio.create_task(self._keep_snapshot()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -136,7 +136,7 @@ class Source(Protocol):
     def connected(self) -> bool:
         """Is everything that changes heard of?"""
 
-    def transactions(self) -> AsyncIterator[Transaction]:
+    def transactions(self) -> AsyncGenerator[Transaction, None]:
         """What changes, the first transaction complete; never ends. `errors` are all objects
         that can't be read at present."""
 
@@ -161,7 +161,7 @@ class StreamSource:
         self._reporter = Reporter(control, node)
         self.connected = False
 
-    async def transactions(self) -> AsyncIterator[Transaction]:
+    async def transactions(self) -> AsyncGenerator[Transaction, None]:
         wait = 0.1
         while True:
             try:

@@ -8,6 +8,7 @@ EXAMPLE ?= examples/shop
 SECONDS_TO_FUZZ := $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),60)
 BENCH ?=
 PYTEST ?=
+HELM ?= helm
 
 PYTHON   := .venv/bin/python
 CLANG    = $(shell command -v clang-19 clang-18 clang-17 clang-16 | head -n 1)
@@ -21,7 +22,7 @@ CNI_CFLAGS = -Os -std=gnu11 -Wall -Wextra -Wno-missing-field-initializers -stati
 
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 
-.PHONY: help run test check format build bench fuzz wheel image lock clean cluster test-cluster setup-build setup-run setup-test setup-bench setup-cluster artifacts bench-artifacts
+.PHONY: help run test check format build bench fuzz wheel image manifests lock clean cluster test-cluster setup-build setup-run setup-test setup-bench setup-cluster artifacts bench-artifacts
 
 ##@ Using it
 
@@ -57,6 +58,11 @@ wheel: setup-build artifacts ## dist/*.whl, with the kernel programs inside
 image: setup-build artifacts ## dist/lockgate-image.tar, for `ctr -n k8s.io images import`
 	@$(PYTHON) -m scripts.image
 
+manifests: ## deploy/lockgate.yaml anew from the chart (needs helm; HELM=path)
+	@{ echo "# Made by 'make manifests' from deploy/chart. Install: kubectl apply -f deploy/lockgate.yaml (docs/install.md)."; \
+	   $(HELM) template lockgate deploy/chart --namespace kube-system --kube-version 1.30; } > deploy/lockgate.yaml.part
+	@mv deploy/lockgate.yaml.part deploy/lockgate.yaml
+
 lock: setup-build ## write requirements.lock anew from what .venv has
 	@{ head -n 1 requirements.lock; $(PYTHON) -m pip freeze --exclude-editable; } > build/lock && mv build/lock requirements.lock
 
@@ -66,7 +72,7 @@ clean: ## remove everything that was built, the virtual environment too
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Not in the list yet: they start Kubernetes (cluster/), and Lockgate does not run on it so far.
 cluster: setup-cluster artifacts

@@ -97,8 +97,8 @@ class Agent:
             self.dp, config.node, config.underlay, config.outside, config.service_cidrs
         )
         self._ids = NodeIds(self.journal, self.endpoints, self.hops)
-        if config.cgroup:
-            self.dp.attach_cgroup(Path(config.cgroup))
+        if config.cgroup_path is not None:
+            self.dp.attach_cgroup(config.cgroup_path)
         cards = self._read_cards()
         self._set_mtu(cards)
         with Net() as net:

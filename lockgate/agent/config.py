@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 
 from lockgate.kube.client import Settings
+from lockgate.net import cgroup
+from lockgate.objects.address import listen
 from lockgate.paths import bpf_object
 
 __all__ = ["Config", "listen", "read"]
@@ -26,7 +28,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     # HOST:PORT of /healthz, /readyz and /metrics; "" = none; absent: port 9781 with `kubernetes`
     web: str | None = None
     netns: str = ""  # name in /run/netns or a path; "" = the agent's own
-    cgroup: str = ""  # the node's cgroup v2 directory; "" = no programs on sockets
+    cgroup: str = ""  # the node's cgroup v2 directory; "auto" = its root, "" = none
     underlay: str = "underlay"  # link to other nodes; "" = none
     outside: str = ""  # link to the world; "" = the underlay leads there
     service_cidrs: list[str] = []
@@ -42,6 +44,13 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     @property
     def object_path(self) -> Path:
         return Path(self.object) if self.object else bpf_object()
+
+    @property
+    def cgroup_path(self) -> Path | None:
+        """Where programs on sockets are attached. FileNotFoundError if there is no cgroup v2."""
+        if not self.cgroup:
+            return None
+        return cgroup.find() if self.cgroup == "auto" else Path(self.cgroup)
 
     @property
     def pins(self) -> Path:
@@ -70,11 +79,3 @@ def read(path: Path) -> Config:
     if config.web:
         listen(config.web, f"{path}, field web")
     return config
-
-
-def listen(text: str, where: str = "web") -> tuple[str, int]:
-    """HOST:PORT, [HOST]:PORT or :PORT; ValueError says `where`."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{where}: expected HOST:PORT, got {text!r}")
-    return host.strip("[]"), int(port)

@@ -10,7 +10,15 @@ from __future__ import annotations
 import re
 from ipaddress import IPv4Address, IPv6Address
 
-__all__ = ["contains", "format_address", "format_cidr", "is_ipv4", "parse_address", "parse_cidr"]
+__all__ = [
+    "contains",
+    "format_address",
+    "format_cidr",
+    "is_ipv4",
+    "listen",
+    "parse_address",
+    "parse_cidr",
+]
 
 _MAPPED = bytes(10) + b"\xff\xff"
 _PREFIX_LENGTH = re.compile(r"0|[1-9][0-9]{0,2}")
@@ -79,3 +87,11 @@ def contains(cidr: str, address: str) -> bool:
         return False
     shift = 128 - length
     return int.from_bytes(value, "big") >> shift == int.from_bytes(network, "big") >> shift
+
+
+def listen(text: str, where: str = "web") -> tuple[str, int]:
+    """HOST:PORT, [HOST]:PORT or :PORT; ValueError says `where`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{where}: expected HOST:PORT, got {text!r}")
+    return host.strip("[]"), int(port)

@@ -8,22 +8,23 @@ import logging
 import sys
 from pathlib import Path
 
-import msgspec
-
 from lockgate.bpf.btf import BtfError, Schema
-from lockgate.observer.server import Config, run
+from lockgate.observer.config import read
+from lockgate.observer.server import run
 from lockgate.paths import bpf_object
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="lockgate.observer", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="the agent's settings (JSON)")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="JSON, see lockgate/observer/config.py"
+    )
     path = parser.parse_args().config
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        config = msgspec.json.decode(path.read_bytes(), type=Config)
+        config = read(path)
         schema = Schema.from_object(bpf_object())
-    except (OSError, msgspec.MsgspecError, BtfError) as error:
+    except (OSError, ValueError, BtfError) as error:
         print(f"lockgate observer: {error}", file=sys.stderr)
         return 2
     asyncio.run(run(config, schema))

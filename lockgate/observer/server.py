@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -16,27 +15,18 @@ import msgspec
 from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
 
 from lockgate.bpf.btf import Schema
+from lockgate.objects.address import listen
+from lockgate.observer.config import Config
 from lockgate.observer.flows import FilterError, FlowLog, Names, parse_filter
 from lockgate.observer.journal import Journal
 from lockgate.observer.source import Source
 
-__all__ = ["Config", "Observer", "run"]
+__all__ = ["Observer", "run"]
 
 _log = logging.getLogger("lockgate.observer")
 _CHECK = 0.5  # seconds between looks for pins that came or were replaced
 _GATHER = 0.01  # seconds that events gather before they are read
 _CHUNK = 1000  # records a write
-
-
-class Config(msgspec.Struct):
-    """The agent's settings; those that an observer needs."""
-
-    cluster: str
-    node: str
-    pins: str
-    journal: str
-    observer_socket: str
-    control: str = ""
 
 
 class Observer:
@@ -55,7 +45,7 @@ class Observer:
             config.node,
             capacity=capacity,
         )
-        self.source = Source(Path(config.pins), schema, self.log)
+        self.source = Source(config.pins, schema, self.log)
         self._arrived = asyncio.Event()
         self._watched: list[int] = []
         self._scheduled = False
@@ -157,6 +147,21 @@ class Observer:
         app.cleanup_ctx.append(self._background)
         return app
 
+    def probes(self) -> web.Application:
+        """What the kubelet asks: alive, as long as it answers; ready, once it reads the rings."""
+        app = web.Application(client_max_size=1024)
+        app.router.add_get("/healthz", self._health)
+        app.router.add_get("/readyz", self._ready)
+        return app
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        if self.source.ready:
+            return web.Response(text="ok\n")
+        return web.Response(text=f"{self.source.error}\n", status=503)
+
     async def _background(self, _app: web.Application) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(self.keep_reading()),
@@ -221,18 +226,29 @@ async def _send(response: web.StreamResponse, records: list[dict[str, Any]]) -> 
 async def run(config: Config, schema: Schema) -> None:
     """Serves until SIGTERM or SIGINT."""
     observer = Observer(config, schema)
-    runner = web.AppRunner(observer.application(), access_log=None, shutdown_timeout=1)
-    await runner.setup()
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(config.observer_socket)
-    await web.UnixSite(runner, config.observer_socket).start()
-    os.chmod(config.observer_socket, 0o600)
-    done = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, done.set)
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        await _serve(stack, observer.application(), config.socket)
+        if config.web:
+            await _serve(stack, observer.probes(), listen(config.web))
+        done = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, done.set)
         await done.wait()
-    finally:
-        await runner.cleanup()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(config.observer_socket)
+
+
+async def _serve(
+    stack: contextlib.AsyncExitStack, app: web.Application, place: str | tuple[str, int]
+) -> None:
+    """On a unix socket, for root only, or on a port, until `stack` ends."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    if isinstance(place, str):
+        path = Path(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        stack.callback(path.unlink, missing_ok=True)
+        await web.UnixSite(runner, place).start()
+        path.chmod(0o600)
+    else:
+        await web.TCPSite(runner, *place).start()

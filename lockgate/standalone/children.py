@@ -47,9 +47,9 @@ def write_config(state: State, node: str, role: str) -> Path:
         }
     else:
         config |= {
-            "pins": str(state.pins() / node),
+            "bpffs": str(bpffs()),
             "journal": str(folder / "journal.jsonl"),
-            "observer_socket": str(state.observer(node)),
+            "socket": str(state.observer(node)),
             "control": str(state.control),
         }
     path = folder / f"{role}.json"

@@ -187,6 +187,10 @@ def sctp(sport: int = 40000, dport: int = 70) -> Packet:
     return Raw(head + b"\1\0\0\4")
 
 
+#: How much of a packet an ICMP error of ours quotes, by family.
+QUOTED = {4: 576 - 28, 6: 1280 - 48}
+
+
 def unreachable(family: int, quoted: Packet, length: int | None = None) -> Packet:
     """Port unreachable about a packet, quoting it (or its first `length` bytes)."""
     quote = Raw(bytes(quoted)[:length])
@@ -197,14 +201,14 @@ def unreachable(family: int, quoted: Packet, length: int | None = None) -> Packe
 
 def time_exceeded(family: int, quoted: Packet) -> Packet:
     if family == 4:
-        return ICMP(type=11, code=0) / Raw(bytes(quoted)[:28])
-    return ICMPv6TimeExceeded(code=0) / Raw(bytes(quoted)[:48])
+        return ICMP(type=11, code=0) / Raw(bytes(quoted)[: QUOTED[family]])
+    return ICMPv6TimeExceeded(code=0) / Raw(bytes(quoted)[: QUOTED[family]])
 
 
 def too_big(family: int, quoted: Packet, mtu: int) -> Packet:
     if family == 4:
-        return ICMP(type=3, code=4, nexthopmtu=mtu) / Raw(bytes(quoted)[:28])
-    return ICMPv6PacketTooBig(mtu=mtu) / Raw(bytes(quoted)[:48])
+        return ICMP(type=3, code=4, nexthopmtu=mtu) / Raw(bytes(quoted)[: QUOTED[family]])
+    return ICMPv6PacketTooBig(mtu=mtu) / Raw(bytes(quoted)[: QUOTED[family]])
 
 
 def answer4(packet: Packet) -> Packet:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from scapy.layers.inet import ICMP, IP
+from scapy.layers.inet import ICMP, IP, IPOption_NOP
 from scapy.layers.inet import TCP as Tcp
 from scapy.layers.inet import UDP as Udp
-from scapy.layers.inet6 import IPv6
-from scapy.packet import Raw
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop
+from scapy.packet import Padding, Raw
 
 from tests.bytecode.goldens import (
     ADDRESSES,
     FAMILIES,
     IDS,
+    QUOTED,
     A,
     B,
     Golden,
@@ -148,7 +149,7 @@ def ways(f: int) -> Iterator[Golden]:
         from_pod(A) / sent,
         at_pod(A),
         REDIRECT,
-        to_pod(A) / answer4(ip(f, "svc", "a") / unreachable(f, sent, 28 if f == 4 else 48)),
+        to_pod(A) / answer4(ip(f, "svc", "a") / unreachable(f, sent, QUOTED[f])),
         dropped("sctp-port-rewrite", service=28),
     )
     yield Golden(
@@ -170,7 +171,7 @@ def ways(f: int) -> Iterator[Golden]:
         from_pod(A) / sent,
         at_pod(A),
         REDIRECT,
-        to_pod(A) / answer4(ip(f, "svc", "a") / unreachable(f, sent, 28 if f == 4 else 48)),
+        to_pod(A) / answer4(ip(f, "svc", "a") / unreachable(f, sent, QUOTED[f])),
         dropped("no-backend", service=26),
     )
     yield Golden(
@@ -259,7 +260,7 @@ def test_ping_of_a_service_stays_on_the_node(world, family):
             from_pod(A) / sent,
             at_pod(A),
             REDIRECT,
-            to_pod(A) / answer4(ip(f, "svc", "a") / unreachable(f, sent, 28 if f == 4 else 48)),
+            to_pod(A) / answer4(ip(f, "svc", "a") / unreachable(f, sent, QUOTED[f])),
             dropped("unknown-service-port"),
         ),
     )
@@ -276,6 +277,34 @@ def test_an_error_is_never_answered_by_an_error(world, family, target):
     outcome = send(world, "from_pod", frame, at_pod(A), DROP)
     cause = {"svc": "unknown-service-port", "remote": "ttl-exceeded"}[target]
     assert outcome.events[-1]["cause"] == cause
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", [0, 60])
+@pytest.mark.parametrize("payload", [0, 1, 99, 100, 101, 400, 519, 520, 521, 1192, 1300])
+def test_an_error_quotes_as_much_as_fits(world, family, payload, padding):
+    """RFC 1812 4.3.2.3, RFC 4443 2.4 (c): behind options and extensions too, padding never."""
+    f = family
+    world.publish(base())
+    head = ip(f, "a", "svc")
+    if f == 4:
+        head.options = [IPOption_NOP()] * 12
+    else:
+        head = head / IPv6ExtHdrDestOpt() / IPv6ExtHdrHopByHop()
+    body = Raw(bytes(n % 251 for n in range(payload)))
+    sent = type(head)(bytes(head / udp(dport=90) / body))
+    check(
+        world,
+        Golden(
+            "",
+            "from_pod",
+            from_pod(A) / sent / Padding(bytes(padding)),
+            at_pod(A),
+            REDIRECT,
+            to_pod(A) / answer4(ip(f, "svc", "a") / unreachable(f, sent, QUOTED[f])),
+            dropped("no-backend", service=26),
+        ),
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -203,8 +203,9 @@ def _greet(status: dict[str, Any], cluster: str, late: list[str]) -> None:
     for sentence in late:
         click.echo(f"lockgate: {sentence}", err=True)
     count = status["pods"]
+    nodes = len(status["nodes"])
     click.echo(
-        f"Cluster {cluster}: {len(status['nodes'])} nodes, {count['ready']} of"
+        f"Cluster {cluster}: {nodes} node{'s' * (nodes != 1)}, {count['ready']} of"
         f" {count['total']} pods ready, watching {status['folder']}"
     )
 

@@ -380,4 +380,4 @@ def _process(child: Row) -> str:
     if not child.get("up"):
         return "down"
     restarts = child.get("restarts", 0)
-    return "up" + (f", {restarts} restarts" if restarts else "")
+    return "up" + (f", {restarts} restart{'s' * (restarts > 1)}" if restarts else "")

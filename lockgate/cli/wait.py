@@ -30,7 +30,7 @@ def wait(timeout: float, cluster: str, as_json: bool) -> None:
     """
     state = running(cluster)
     try:
-        answer = call(state.control, "POST", f"/v1/wait?timeout={timeout}", timeout=timeout + 30)
+        answer = call(state.control, "POST", f"/v1/wait?timeout={timeout}", timeout=timeout + 5)
     except (Refused, OSError) as error:
         fail(f"the cluster does not answer: {error}", 1)
     if as_json:

@@ -38,7 +38,10 @@ State: /run/lockgate-cluster/NAME/{kubeconfig,cluster.json,certificates/,logs/,n
 containerd's and the kubelets' files: /var/lib/lockgate-cluster/NAME/NODE/; processes: cgroup
 `<cgroup2>/lockgate-cluster/NAME/`, one cgroup per program, the one record of what runs.
 
-Images in each node: localhost/pause, localhost/agnhost, localhost/busybox, and the same under the
+With `--cni bridge` a cluster is an ordinary one: the distribution's bridge plugin, kube-proxy and
+CoreDNS. With none, install.install(cluster) puts Lockgate and CoreDNS on it.
+
+Images in each node: localhost/{pause,agnhost,busybox,coredns}:1, and the first three under the
 names that Kubernetes' conformance tests use.
 """
 

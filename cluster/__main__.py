@@ -84,7 +84,7 @@ def status(name: str) -> None:
     for machine, programs in running.items():
         print(f"{machine}: {', '.join(programs) or 'nothing runs'}")
     print(cluster.kubectl("get", "nodes", "-o", "wide"), end="")
-    wanted = [len(cluster.control.programs)] + [2] * len(cluster.nodes)
+    wanted = [len(cluster.control.programs)] + [len(cluster.node_programs)] * len(cluster.nodes)
     sys.exit([len(programs) for programs in running.values()] != wanted)
 
 

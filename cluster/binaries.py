@@ -35,6 +35,7 @@ _GO_SINCE = (1, 26)
 _PACKAGES = {
     "agnhost": "k8s.io/kubernetes/test/images/agnhost",
     "cnitool": "github.com/containernetworking/cni/cnitool",
+    "coredns": "lockgate.invalid/cluster/coredns",
     "etcd": "go.etcd.io/etcd/server/v3",
     "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
     "kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager",
@@ -91,7 +92,12 @@ def kubernetes_version() -> str:
 
 
 def _hash_of_sources() -> str:
-    paths = [_MODULE / "go.mod", _MODULE / "go.sum", _HERE / "pause.c"]
+    paths = [
+        _MODULE / "go.mod",
+        _MODULE / "go.sum",
+        _MODULE / "coredns" / "main.go",
+        _HERE / "pause.c",
+    ]
     parts = [path.read_bytes() for path in paths]
     parts.append(json.dumps([_PACKAGES, _flags()]).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
@@ -182,7 +188,7 @@ def _go() -> Path:
     if found and _go_version(found) >= _GO_SINCE:
         return Path(found)
     folder = cache() / "go"
-    go = folder / "bin" / "go"
+    go = folder / "go" / "bin" / "go"
     if not go.exists():
         unfinished = folder.with_suffix(".new")
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -25,6 +25,7 @@ __all__ = ["Cluster"]
 
 T = TypeVar("T")
 _STOP_GRACE = 2.0
+_DNS = Path(__file__).parent / "dns.yaml"
 
 
 class Cluster:
@@ -45,6 +46,12 @@ class Cluster:
             node: Kubelet(Machine(self.state, node), number, self.binaries)
             for number, node in enumerate(self.nodes, 1)
         }
+
+    @property
+    def node_programs(self) -> tuple[str, ...]:
+        """What runs on each node."""
+        proxy = ("kube-proxy",) if self.cni == "bridge" else ()
+        return ("containerd", "kubelet", *proxy)
 
     @classmethod
     def up(
@@ -99,7 +106,10 @@ class Cluster:
             self._route(ranges, self.nodes)
             for node, networks in ranges.items():
                 cni_module.write_bridge(self.node_path(node, "/etc/cni/net.d"), networks)
+            for node in self.nodes:
+                self.start("kube-proxy", node)
             self.wait_ready(60)
+            self.start_dns()
 
     def _boot(self, kubelet: Kubelet) -> None:
         kubelet.configure(self.control.authority, SERVER)
@@ -167,6 +177,12 @@ class Cluster:
         """What a command prints in a pod's first container."""
         return self.kubectl("exec", "-n", namespace, pod, "--", *command, timeout=timeout)
 
+    def start_dns(self, deadline: float = 60) -> None:
+        """Start CoreDNS and wait for it; it needs a CNI, and services."""
+        self.apply(_DNS)
+        wait = ("rollout", "status", "deployment/coredns", f"--timeout={deadline:.0f}s")
+        self.kubectl("-n", "kube-system", *wait, timeout=deadline + 10)
+
     def wait_api(self, deadline: float = 60) -> None:
         """Until the API server is ready. Raises Failed, with its last log lines if it ended."""
 
@@ -222,7 +238,7 @@ class Cluster:
             list(pool.map(lambda kubelet: kubelet.load_image(Path(archive).resolve()), wanted))
 
     def program(self, program: str, node: str = CONTROL) -> Path:
-        """The cgroup of a control plane program, or of "kubelet" or "containerd" of a node."""
+        """The cgroup of a control plane program, or of one of a node's programs."""
         return self.state.program(node, program)
 
     def start(self, program: str, node: str = CONTROL) -> None:
@@ -231,10 +247,14 @@ class Cluster:
             raise Failed(f"{program} of {node} is running")
         if node == CONTROL:
             self.control.start(program)
-        elif program == "kubelet":
-            self._kubelet(node).start()
         else:
-            self._kubelet(node).start_containerd()
+            kubelet = self._kubelet(node)
+            programs = {
+                "containerd": kubelet.start_containerd,
+                "kubelet": kubelet.start,
+                "kube-proxy": kubelet.start_proxy,
+            }
+            programs[program]()
 
     def stop(self, program: str, node: str = CONTROL, grace: float = _STOP_GRACE) -> None:
         """SIGTERM, and SIGKILL after `grace` seconds (0: at once). Pods go on."""
@@ -243,7 +263,7 @@ class Cluster:
     def running(self) -> dict[str, list[str]]:
         """Machine -> those of its programs that run."""
         expected: dict[str, tuple[str, ...]] = {CONTROL: ControlPlane.programs}
-        expected |= dict.fromkeys(self.nodes, ("containerd", "kubelet"))
+        expected |= dict.fromkeys(self.nodes, self.node_programs)
         return {
             machine: [name for name in programs if processes.alive(self.program(name, machine))]
             for machine, programs in expected.items()

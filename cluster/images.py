@@ -40,7 +40,7 @@ class Image(NamedTuple):
 
 
 def build_all(binaries: Binaries) -> Path:
-    """One archive with pause, agnhost and busybox, kept beside the binaries. Raises Failed."""
+    """One archive of all images, kept beside the binaries. Raises Failed."""
     path = binaries.folder / f"images-{_digest()}.tar"
     if not path.exists():
         unfinished = path.with_suffix(".new")
@@ -77,7 +77,10 @@ def _images(binaries: Binaries) -> list[Image]:
         ["/agnhost"],
         ["pause"],
     )
-    return [pause, busybox, agnhost]
+    coredns = Image(
+        ("localhost/coredns:1",), {"/coredns": binaries.path("coredns")}, {}, ["/coredns"]
+    )
+    return [pause, busybox, agnhost, coredns]
 
 
 def _busybox() -> tuple[dict[str, Path], dict[str, str]]:

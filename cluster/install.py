@@ -19,7 +19,7 @@ _MANIFEST = _ROOT / "deploy" / "lockgate.yaml"
 
 def install(cluster: Cluster, deadline: float = 120) -> None:
     """Load the image that `make image` built into every node, apply deploy/lockgate.yaml, and wait
-    until the DaemonSet is there and every node is Ready. Raises Failed."""
+    until the DaemonSet is there, every node is Ready and DNS answers. Raises Failed."""
     for path, advice in ((_IMAGE, "make image builds it"), (_MANIFEST, "it is part of a checkout")):
         if not path.exists():
             raise Failed(f"{path} is missing: {advice}")
@@ -31,3 +31,4 @@ def install(cluster: Cluster, deadline: float = 120) -> None:
         timeout=deadline + 10,
     )
     cluster.wait_ready(deadline)
+    cluster.start_dns(deadline)

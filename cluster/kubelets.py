@@ -10,7 +10,7 @@ from cluster.binaries import Binaries
 from cluster.certificates import Authority
 from cluster.commands import Failed, run
 from cluster.machines import Machine
-from cluster.state import DNS4, node_addresses
+from cluster.state import DNS4, PODS4, PODS6, node_addresses
 
 __all__ = ["SOCKET", "Kubelet"]
 
@@ -58,6 +58,8 @@ class Kubelet:
         ):
             (kubernetes / target).write_bytes(source.read_bytes())
         authority.kubeconfig(kubernetes / "kubelet.conf", server, certificate, key)
+        files = authority.sign(f"{name}-proxy", "system:kube-proxy")
+        authority.kubeconfig(kubernetes / "kube-proxy.conf", server, *files)
         (kubernetes / "kubelet.yaml").write_text(yaml.safe_dump(_configuration()))
         containerd = etc / "containerd"
         containerd.mkdir(exist_ok=True)
@@ -77,6 +79,18 @@ class Kubelet:
             f"--hostname-override={self.machine.name}",
             f"--node-ip={','.join(node_addresses(self.number))}",
             "--v=2",
+        )
+
+    def start_proxy(self) -> None:
+        """Start kube-proxy, for clusters whose CNI has no services of its own."""
+        self.machine.start(
+            "kube-proxy",
+            self.binaries.path("kube-proxy"),
+            "--kubeconfig=/etc/kubernetes/kube-proxy.conf",
+            f"--hostname-override={self.machine.name}",
+            "--proxy-mode=nftables",
+            f"--cluster-cidr={PODS4},{PODS6}",
+            "--conntrack-max-per-core=0",  # the machine's, not the node's
         )
 
     def load_image(self, archive: Path) -> None:

@@ -9,6 +9,8 @@ from lockgate.net import cgroup
 from lockgate.standalone import state
 
 __all__ = [
+    "API_SERVICE4",
+    "API_SERVICE6",
     "CONTROL",
     "CONTROL4",
     "CONTROL6",

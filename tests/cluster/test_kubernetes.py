@@ -33,6 +33,13 @@ spec:
       - name: web
         image: localhost/agnhost:1
         args: [netexec, --http-port=8080]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: kubernetes}
+spec:
+  selector: {app: web}
+  ports: [{port: 80, targetPort: 8080}]
 """
 
 
@@ -55,8 +62,8 @@ def pods(bare: Cluster) -> list[dict[str, str]]:
 def test_control_plane_and_nodes_run(bare: Cluster) -> None:
     assert bare.running() == {
         "control": ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"],
-        "node-1": ["containerd", "kubelet"],
-        "node-2": ["containerd", "kubelet"],
+        "node-1": ["containerd", "kubelet", "kube-proxy"],
+        "node-2": ["containerd", "kubelet", "kube-proxy"],
     }
     assert bare.kubectl("get", "--raw", "/readyz") == "ok"
 
@@ -79,6 +86,12 @@ def test_pods_of_different_nodes_reach_one_another(
         "kubernetes", one["name"], "curl", "-s", f"http://{two['ip']}:8080/hostname"
     )
     assert answer == two["name"]
+
+
+def test_services_have_names_and_addresses(bare: Cluster, pods: list[dict[str, str]]) -> None:
+    url = "http://web.kubernetes.svc.cluster.local/hostname"
+    answer = bare.pod_exec("kubernetes", pods[0]["name"], "curl", "-s", "--max-time", "10", url)
+    assert answer in {pod["name"] for pod in pods}
 
 
 def test_logs_exec_and_cp_work(bare: Cluster, pods: list[dict[str, str]], tmp_path: Path) -> None:

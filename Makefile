@@ -75,7 +75,7 @@ help: ## this list
 	  /^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Not in the list yet: they start Kubernetes (cluster/), and Lockgate does not run on it so far.
-cluster: setup-cluster artifacts
+cluster: setup-cluster image
 	@$(PYTHON) -m cluster up --install
 
 test-cluster: setup-cluster artifacts

@@ -90,8 +90,11 @@ def test_pods_of_different_nodes_reach_one_another(
 
 def test_services_have_names_and_addresses(bare: Cluster, pods: list[dict[str, str]]) -> None:
     url = "http://web.kubernetes.svc.cluster.local/hostname"
-    answer = bare.pod_exec("kubernetes", pods[0]["name"], "curl", "-s", "--max-time", "10", url)
-    assert answer in {pod["name"] for pod in pods}
+
+    def answer() -> str:
+        return bare.pod_exec("kubernetes", pods[0]["name"], "curl", "-s", "-m", "10", url)
+
+    assert until("an answer of the service", answer, 30) in {pod["name"] for pod in pods}
 
 
 def test_logs_exec_and_cp_work(bare: Cluster, pods: list[dict[str, str]], tmp_path: Path) -> None:

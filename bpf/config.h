@@ -22,6 +22,9 @@
 /* 0 removes the code that copies packets into events_raw. */
 const volatile __u32 config_capture = 1;
 
+/* 0 removes the short way of established connections (fast.h): tests compare. */
+const volatile __u32 config_fast = 1;
+
 /* Ports that masquerade may take, host order, both included: below what the
  * kernel gives to the node's own sockets (ip_local_port_range) and below NodePorts. */
 const volatile __u16 masquerade_port_min = 10000;

@@ -69,7 +69,7 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 	__u8 flags = found;
 
 	p->reply = 0;
-	if (p->place == PLACE_FROM_POD && !p->service && !p->dry && has_ports(p->wire.proto)) {
+	if (p->place == PLACE_FROM_POD && !p->service && !p->dry && has_ports(p->wire.proto) && may_have_asked(skb)) {
 		struct socket_peer *asked = service_asked(skb, p);
 
 		if (asked) {
@@ -213,8 +213,18 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 	return forward(skb, p);
 }
 
+/* Is it the address of a pod, of whatever node? */
+static __always_inline bool is_pod(struct packet *p, const struct addr *addr)
+{
+	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
+	__u32 kind = peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
+
+	return kind == PEER_LOCAL || kind == PEER_REMOTE;
+}
+
 /* The connection of tuple `t` as seen on the wire, and in p->now the tuple it
- * is known by. */
+ * is known by. On the wire another than its own only stands towards a service's
+ * address or a node's, so what goes to a pod is spared the look-up in `nat`. */
 static __always_inline struct ct *find_connection(struct packet *p, const struct tuple *t)
 {
 	struct ct *ct = ct_find(p, t);
@@ -223,7 +233,7 @@ static __always_inline struct ct *find_connection(struct packet *p, const struct
 		p->now = *t;
 		return ct;
 	}
-	struct nat *translated = nat_find(p, t);
+	struct nat *translated = is_pod(p, &t->daddr) ? NULL : nat_find(p, t);
 
 	if (translated) {
 		p->now = translated->to;

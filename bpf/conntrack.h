@@ -4,7 +4,8 @@
  *
  * A connection is keyed by the two real ends: after a service address became
  * a backend, before a pod's address became the node's. It begins in
- * `half_open` and moves to `connections` with the first reply.
+ * `half_open` and moves to `connections` with the first reply, unless it
+ * begins there again.
  */
 #ifndef LOCKGATE_CONNTRACK_H
 #define LOCKGATE_CONNTRACK_H
@@ -50,6 +51,7 @@ static __noinline struct ct *ct_find(struct packet *p, const struct tuple *t)
 	struct ct *ct = bpf_map_lookup_elem(&connections, &p->key);
 
 	p->reply = 0;
+	p->half_open = !ct;
 	if (!ct)
 		ct = bpf_map_lookup_elem(&half_open, &p->key);
 	if (!ct || p->dry)
@@ -65,38 +67,68 @@ static __noinline struct ct *ct_find(struct packet *p, const struct tuple *t)
 /* A reset closes. We do not follow sequence numbers, so it may be a forged one
  * that its receiver ignores: then the receiver goes on, and so does the entry.
  * If it was true, the sender answers that with another. */
-static __always_inline void ct_reset(struct packet *p, struct ct *ct)
+static __always_inline void ct_reset(struct ct *ct, __u8 tcp_flags, bool reply)
 {
 	const __u8 fins = CT_FIN_ORIGIN | CT_FIN_REPLY;
 
-	if (p->tcp_flags & TCP_RST) {
+	if (tcp_flags & TCP_RST) {
 		ct->state = CT_CLOSED;
-		ct->flags = p->reply ? ct->flags | CT_RST_REPLY : ct->flags & ~CT_RST_REPLY;
-	} else if (!!(ct->flags & CT_RST_REPLY) != p->reply && (ct->flags & fins) != fins) {
+		ct->flags = reply ? ct->flags | CT_RST_REPLY : ct->flags & ~CT_RST_REPLY;
+	} else if (!!(ct->flags & CT_RST_REPLY) != reply && (ct->flags & fins) != fins) {
 		ct->state = CT_ESTABLISHED;
 	}
 }
 
-/* A packet of the connection passed: states, FIN and RST, and the move out
- * of the half-open map. An ICMP error changes nothing. */
+/* A packet of the connection passed: its states, by either way of the packet. */
+static __always_inline void ct_follow(struct ct *ct, __u8 tcp_flags, bool reply, __u32 now)
+{
+	const __u8 fins = CT_FIN_ORIGIN | CT_FIN_REPLY;
+
+	if (ct->seen != now)
+		ct->seen = now;
+	if (tcp_flags & TCP_FIN)
+		ct->flags |= reply ? CT_FIN_REPLY : CT_FIN_ORIGIN;
+	if (tcp_flags & TCP_RST || ct->state == CT_CLOSED)
+		ct_reset(ct, tcp_flags, reply);
+	else if ((ct->flags & fins) == fins)
+		ct->state = CT_CLOSED;
+	else if (ct->flags & fins && ct->state == CT_ESTABLISHED)
+		ct->state = CT_CLOSING;
+	else if (ct->state == CT_NEW && reply)
+		ct->state = CT_ESTABLISHED;
+}
+
+/* The same, and the move out of the half-open map. */
 static __always_inline void ct_seen(struct packet *p, struct ct *ct)
 {
-	if (ct->seen != p->now_s)
-		ct->seen = p->now_s;
-	if (p->tcp_flags & TCP_FIN)
-		ct->flags |= p->reply ? CT_FIN_REPLY : CT_FIN_ORIGIN;
-	if (p->tcp_flags & TCP_RST || ct->state == CT_CLOSED)
-		ct_reset(p, ct);
-	else if ((ct->flags & (CT_FIN_ORIGIN | CT_FIN_REPLY)) == (CT_FIN_ORIGIN | CT_FIN_REPLY))
-		ct->state = CT_CLOSED;
-	else if (ct->flags & (CT_FIN_ORIGIN | CT_FIN_REPLY) && ct->state == CT_ESTABLISHED)
-		ct->state = CT_CLOSING;
-	if (ct->state == CT_NEW && p->reply) {
+	bool opens = p->half_open && ct->state == CT_NEW;
+
+	ct_follow(ct, p->tcp_flags, p->reply, p->now_s);
+	if (opens && ct->state == CT_ESTABLISHED) {
 		p->fresh = *ct;
-		p->fresh.state = CT_ESTABLISHED;
 		bpf_map_update_elem(&connections, &p->key, &p->fresh, BPF_ANY);
 		bpf_map_delete_elem(&half_open, &p->key);
 	}
+}
+
+/* The same two ends begin again what was closed or expired, as clients do that
+ * run out of ports: the entry in `connections` begins anew where it is. That
+ * spares the moves between the maps, and evicts nobody. False: they are not
+ * the same, or do not talk the same way. */
+static __always_inline bool ct_reopen(struct ct *past, const struct ct *ct)
+{
+	const __u8 lasting = CT_ORIGIN_HI | CT_EXEMPT | CT_NAT_ORIGIN | CT_NAT_REPLY;
+
+	if ((past->flags ^ ct->flags) & lasting || past->src_endpoint != ct->src_endpoint ||
+	    past->dst_endpoint != ct->dst_endpoint || past->target[0] != ct->target[0] ||
+	    past->target[1] != ct->target[1])
+		return false;
+	past->seen = ct->seen;
+	past->epoch = ct->epoch;
+	past->service = ct->service;
+	past->flags = ct->flags;
+	past->state = CT_NEW;
+	return true;
 }
 
 /* Remember a connection begun by `t`, whose flags, ends and targets are in
@@ -114,10 +146,14 @@ static __always_inline void ct_begin(struct packet *p, const struct tuple *t)
 		ct->flags |= CT_ORIGIN_HI;
 	ct->pad = 0;
 	ct->service = p->service;
-	/* A closed or expired predecessor would hide the new entry. */
-	bpf_map_delete_elem(&connections, &p->key);
-	bpf_map_update_elem(&half_open, &p->key, ct, BPF_ANY);
 	count(COUNT_FORWARDED);
+	struct ct *past = bpf_map_lookup_elem(&connections, &p->key);
+
+	if (past && ct_reopen(past, ct))
+		return;
+	if (past)	/* would hide the new entry */
+		bpf_map_delete_elem(&connections, &p->key);
+	bpf_map_update_elem(&half_open, &p->key, ct, BPF_ANY);
 }
 
 static __always_inline void ct_forget(struct packet *p)

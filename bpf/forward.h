@@ -69,16 +69,17 @@ static __always_inline int decrement_ttl(struct __sk_buff *skb, struct packet *p
 	return bpf_skb_store_bytes(skb, p->l3 + 8, &ttl, 1, 0);
 }
 
-/* Does a frame of it fit? GSO packets are cut into segments later. */
-static __always_inline bool fits(struct __sk_buff *skb, struct packet *p, __u32 mtu)
+/* Does a frame of it fit? GSO packets are cut into segments later. `head` is
+ * the length of the IP header with its options. */
+static __always_inline bool fits(struct __sk_buff *skb, __u32 head, __u32 mtu)
 {
 	__u32 length = skb->len - ETH_HLEN;
 
 	if (skb->gso_size)
-		length = p->l4 - p->l3 + 60 + skb->gso_size;	/* at most: TCP header with options */
+		length = head + 60 + skb->gso_size;	/* at most: TCP header with options */
 	if (length <= mtu)
 		return true;
-	return skb->gso_size && p->l4 - p->l3 + 20 + skb->gso_size <= mtu;
+	return skb->gso_size && head + 20 + skb->gso_size <= mtu;
 }
 
 static __noinline int leave(struct __sk_buff *skb, struct packet *p, __u32 index)
@@ -132,7 +133,7 @@ static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p,
 		*verdict = drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_TIME << 8 : ICMP6_TIME << 8, 0));
 		return 1;
 	}
-	if (!hop->mtu || fits(skb, p, hop->mtu))
+	if (!hop->mtu || fits(skb, p->l4 - p->l3, hop->mtu))
 		return 0;
 	GIVE_UP(p, CAUSE_PACKET_TOO_BIG);
 	*verdict = drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_UNREACH << 8 | 4 : ICMP6_TOO_BIG << 8,

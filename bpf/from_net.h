@@ -3,16 +3,14 @@
 #ifndef LOCKGATE_FROM_NET_H
 #define LOCKGATE_FROM_NET_H
 
-#include "connection.h"
+#include "fast.h"
 
 /* A pod's address that comes from where no pod can be. */
 static __always_inline bool spoofed_from_outside(struct __sk_buff *skb, struct packet *p)
 {
-	__u32 ifindex = skb->ifindex;
-	__u32 *role = bpf_map_lookup_elem(&link_roles, &ifindex);
 	struct peer *peer;
 
-	if (!role || *role != LINK_OUTSIDE)
+	if (!leads_outside(skb))
 		return false;
 	peer = bpf_map_lookup_elem(&peers, &p->wire.saddr);
 	if (!peer)
@@ -25,6 +23,10 @@ static __always_inline bool spoofed_from_outside(struct __sk_buff *skb, struct p
 SEC("tc")
 int from_net(struct __sk_buff *skb)
 {
+	int verdict = fast(skb, PLACE_FROM_NET);
+
+	if (verdict != LONG_WAY)
+		return verdict;
 	struct packet *p = packet_begin(skb, PLACE_FROM_NET);
 
 	if (!p)

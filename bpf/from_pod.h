@@ -3,12 +3,15 @@
 #ifndef LOCKGATE_FROM_POD_H
 #define LOCKGATE_FROM_POD_H
 
-#include "connection.h"
-#include "spoof.h"
+#include "fast.h"
 
 SEC("tc")
 int from_pod(struct __sk_buff *skb)
 {
+	int verdict = fast(skb, PLACE_FROM_POD);
+
+	if (verdict != LONG_WAY)
+		return verdict;
 	struct packet *p = packet_begin(skb, PLACE_FROM_POD);
 	__u32 slot = skb->ifindex - IFINDEX_BASE;
 	struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &slot);

@@ -137,6 +137,15 @@ struct {
 	__type(value, struct socket_peer);
 } sockets SEC(".maps");
 
+/* The sockets that ever asked for a service: spares all others the look-up in
+ * `sockets` with each connection. Ends with the socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} askers SEC(".maps");
+
 /* ---- What the programs tell -------------------------------------------------- */
 
 /* One record type per ring: struct event, struct event_raw. */

@@ -68,7 +68,7 @@ struct packet {
 	__u8  judged;		/* directions judged: 1 << enum direction */
 	__u8  reply;		/* the packet flows from responder to originator */
 	__u8  own_socket;	/* sent by a socket of this node */
-	__u8  pad;
+	__u8  half_open;	/* the connection found lives in that map */
 
 	/* Both ends as the last verdict saw them, originator first. */
 	__u32 src_endpoint, dst_endpoint;
@@ -169,11 +169,21 @@ static __always_inline bool has_ports(__u8 proto)
 	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
 }
 
-/* Was it last seen more than `timeout` seconds ago? Signed: another CPU may
- * have seen it in the second after this packet's. */
+static __always_inline __u32 now_seconds(void)
+{
+	return bpf_ktime_get_coarse_ns() / 1000000000ull;
+}
+
+/* Was it last seen more than `timeout` seconds before `now`? Signed: another
+ * CPU may have seen it in the second after this packet's. */
+static __always_inline bool is_later(__u32 now, __u32 seen, __s32 timeout)
+{
+	return (__s32)(now - seen) > timeout;
+}
+
 static __always_inline bool is_past(const struct packet *p, __u32 seen, __s32 timeout)
 {
-	return (__s32)(p->now_s - seen) > timeout;
+	return is_later(p->now_s, seen, timeout);
 }
 
 /* The packet in hand of this CPU, cleared of what the last one left. */
@@ -187,7 +197,7 @@ static __always_inline struct packet *packet_begin(struct __sk_buff *skb, __u32 
 	p->dry = which;
 	p->place = place;
 	p->epoch = node_epoch();
-	p->now_s = bpf_ktime_get_coarse_ns() / 1000000000ull;
+	p->now_s = now_seconds();
 	p->slot = NO_SLOT;
 	p->service = p->target = p->cause = p->line = 0;
 	p->tcp_flags = p->icmp_type = p->icmp_code = p->icmp_error = 0;

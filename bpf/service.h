@@ -92,6 +92,18 @@ static __noinline int service_begin(struct packet *p, __u8 *flags)
 	return TRANSLATED;
 }
 
+/* Did the sender's socket ever ask for a service? A full socket knows; of what
+ * stands in for one (a request, TIME_WAIT) it is not known. */
+static __always_inline bool may_have_asked(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (!sk)
+		return false;
+	sk = bpf_sk_fullsock(sk);
+	return !sk || bpf_sk_storage_get(&askers, sk, NULL, 0);
+}
+
 /* The service that the sender's socket asked for when it was given this
  * destination, or NULL. */
 static __always_inline struct socket_peer *service_asked(struct __sk_buff *skb, struct packet *p)

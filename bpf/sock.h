@@ -181,6 +181,8 @@ static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
 		bpf_set_retval(-ECONNREFUSED);
 		return SOCK_REFUSE;
 	}
+	if (ctx->sk)
+		bpf_sk_storage_get(&askers, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	by_backend = socket_key(ctx, &chosen);
 	remember(&by_backend, name, view->id);
 	*name = chosen;

@@ -3,12 +3,15 @@
 #ifndef LOCKGATE_TO_POD_H
 #define LOCKGATE_TO_POD_H
 
-#include "connection.h"
-#include "spoof.h"
+#include "fast.h"
 
 SEC("tc")
 int to_pod(struct __sk_buff *skb)
 {
+	int verdict = fast(skb, PLACE_TO_POD);
+
+	if (verdict != LONG_WAY)
+		return verdict;
 	struct packet *p = packet_begin(skb, PLACE_TO_POD);
 	struct bpf_sock *sk = skb->sk;
 

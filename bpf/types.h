@@ -243,7 +243,7 @@ struct ct_key {
 } __attribute__((aligned(8)));
 
 enum ct_state {
-	CT_NEW         = 1,	/* no reply seen; lives in the half-open map */
+	CT_NEW         = 1,	/* no reply seen; in the half-open map, if it is the first of its key */
 	CT_ESTABLISHED = 2,
 	CT_CLOSING     = 3,	/* one side sent FIN */
 	CT_CLOSED      = 4,	/* both did, or RST */

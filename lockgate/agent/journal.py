@@ -104,7 +104,7 @@ class Journal:
             "name": meta.name,
             "node": pod.spec.node_name,
             "ips": pod.ips,
-            "labels": dict(meta.labels),
+            "labels": meta.labels,
         }
         known = self._endpoints.get(meta.uid)
         if known is not None and known[1] == facts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lockgate.compile.cidr import pack
@@ -76,6 +76,46 @@ class Entry:
     count: int
 
 
+#: Addresses and ports of a service's backends, and what could not be read.
+Chosen = tuple[list[tuple[bytes, int]], list[str]]
+
+
+@dataclass(slots=True)
+class Made:
+    """One port of a service at one address, and the endpoint ids that went into its words."""
+
+    endpoints: tuple[int, ...]
+    entry: Entry
+    backends: frozenset[tuple[bytes, int, int, int]]
+
+
+@dataclass(slots=True)
+class Part:
+    """What one service came to. It serves again as long as its objects are the same."""
+
+    service: Service
+    slices: list[EndpointSlice]
+    #: By position of the port and family.
+    chosen: dict[tuple[int, bool], Chosen] = field(default_factory=dict)
+    made: dict[tuple[bytes, int, int], Made] = field(default_factory=dict)
+
+    def backends(self, position: int, v4: bool) -> Chosen:
+        """The backends of one port, read once."""
+        known = self.chosen.get((position, v4))
+        if known is None:
+            errors: list[str] = []
+            service, port = self.service, self.service.spec.ports[position]
+            found = _backends(service, port, v4, self.slices, errors)
+            if len(found) > MAX_BACKENDS:
+                errors.append(
+                    f"Service {service.metadata.namespace}/{service.metadata.name}:"
+                    f" {len(found)} backends, the first {MAX_BACKENDS} serve"
+                )
+                del found[MAX_BACKENDS:]
+            known = self.chosen[position, v4] = found, errors
+        return known
+
+
 @dataclass(slots=True)
 class Services:
     """The services of a compilation. `people` and `of` are what they were made of."""
@@ -85,6 +125,8 @@ class Services:
     entries: list[Entry]
     backends: set[tuple[bytes, int, int, int]]
     errors: list[str]
+    parts: dict[tuple[str, str], Part] = field(default_factory=dict)
+    made: list[Made] = field(default_factory=list)
     #: Where the backend lists begin, and the views that point there.
     start: int = -1
     views: dict[tuple[bytes, int, int], ServiceView] = field(default_factory=dict)
@@ -105,7 +147,7 @@ def compile_services(
     if before is not None and before.people is people and _same(before.of, of):
         result = before
     else:
-        result = _read(cluster, ids, people, of, peers)
+        result = _read(cluster, ids, people, of, peers, before)
     start = builder.words
     places = [builder.add(entry.words) if entry.words else 0 for entry in result.entries]
     if result.start != start:
@@ -117,7 +159,7 @@ def compile_services(
     return result
 
 
-def _same(one: list[object], other: list[object]) -> bool:
+def _same(one: Sequence[object], other: Sequence[object]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
@@ -127,6 +169,7 @@ def _read(
     people: object,
     of: list[object],
     peers: Mapping[bytes, PeerView],
+    before: Services | None,
 ) -> Services:
     slices: dict[tuple[str, str], list[EndpointSlice]] = defaultdict(list)
     for slice_ in cluster.slices.values():
@@ -135,7 +178,13 @@ def _read(
     result = Services(people, of, [], set(), [])
     seen: set[tuple[bytes, int, int]] = set()
     owners: dict[bytes, str] = {}
+    known = before.parts if before is not None else {}
     for (namespace, name), service in sorted(cluster.services.items()):
+        own = slices.get((namespace, name), [])
+        part = known.get((namespace, name))
+        if part is None or part.service is not service or not _same(part.slices, own):
+            part = Part(service, own)
+        result.parts[namespace, name] = part
         for ip in service.cluster_ips:
             try:
                 address = pack(ip)
@@ -150,28 +199,40 @@ def _read(
                 continue
             owners[address] = f"{namespace}/{name}"
             result.entries.append(Entry((address, 0, 0), 0, b"", 0))
-            for port in service.spec.ports:
+            for position, port in enumerate(service.spec.ports):
                 protocol = PROTOCOL_NUMBER[port.protocol]
                 key = (address, port.port, protocol)
                 if key in seen:
                     continue
                 seen.add(key)
-                number = ids.service(namespace, name, port.name, port.protocol, port.port)
-                own = slices.get((namespace, name), [])
-                chosen = _backends(service, port, ":" not in ip, own, result.errors)
-                if len(chosen) > MAX_BACKENDS:
-                    result.errors.append(
-                        f"Service {namespace}/{name}: {len(chosen)} backends, the first"
-                        f" {MAX_BACKENDS} serve"
-                    )
-                    del chosen[MAX_BACKENDS:]
-                words = b"".join(
-                    _ADDRESS_PORT.pack(backend, target)
-                    + _FLAGS_ENDPOINT.pack(0, peers[backend].endpoint if backend in peers else 0)
-                    for backend, target in chosen
-                )
-                result.entries.append(Entry(key, number, words, len(chosen)))
-                result.backends.update(
-                    (backend, number, target, protocol) for backend, target in chosen
-                )
+                chosen, errors = part.backends(position, ":" not in ip)
+                result.errors += errors
+                # Most backends are pods, and few pods are new.
+                endpoints = tuple([peers[one].endpoint if one in peers else 0 for one, _ in chosen])
+                made = part.made.get(key)
+                if made is None or made.endpoints != endpoints:
+                    number = ids.service(namespace, name, port.name, port.protocol, port.port)
+                    made = part.made[key] = _make(key, number, chosen, endpoints)
+                result.entries.append(made.entry)
+                result.made.append(made)
+    if before is not None and _same(
+        [made.backends for made in before.made], [made.backends for made in result.made]
+    ):
+        result.backends = before.backends
+    else:
+        result.backends = set().union(*(made.backends for made in result.made))
     return result
+
+
+def _make(
+    key: tuple[bytes, int, int],
+    number: int,
+    chosen: list[tuple[bytes, int]],
+    endpoints: tuple[int, ...],
+) -> Made:
+    words = b"".join(
+        _ADDRESS_PORT.pack(backend, target) + _FLAGS_ENDPOINT.pack(0, endpoint)
+        for (backend, target), endpoint in zip(chosen, endpoints, strict=True)
+    )
+    backends = frozenset((backend, number, target, key[2]) for backend, target in chosen)
+    return Made(endpoints, Entry(key, number, words, len(chosen)), backends)

@@ -69,11 +69,14 @@ def _images(binaries: Binaries) -> list[Image]:
         [],
         ["sh"],
     )
-    # The tests run curl in it; busybox's wget is no match for its options.
+    # The conformance tests run these in it with options that busybox's do not have.
+    tools: dict[str, Path] = {}
+    for tool, name in (("curl", "curl"), ("nc.openbsd", "nc"), ("dig", "dig"), ("ip", "ip")):
+        tools |= _with_libraries(tool, f"/bin/{name}")
     agnhost = Image(
         ("localhost/agnhost:1", f"{_CONFORMANCE}/agnhost:2.63.0"),
-        {"/agnhost": binaries.path("agnhost"), **shell_files, **_with_libraries("curl")},
-        {name: target for name, target in shell_links.items() if name != "/bin/curl"},
+        {"/agnhost": binaries.path("agnhost"), **shell_files, **tools},
+        {name: target for name, target in shell_links.items() if name not in tools},
         ["/agnhost"],
         ["pause"],
     )
@@ -91,11 +94,12 @@ def _busybox() -> tuple[dict[str, Path], dict[str, str]]:
     }
 
 
-def _with_libraries(name: str) -> dict[str, Path]:
-    """The program and what ldd lists for it ("x.so => /path (address)", "/ld.so (address)")."""
+def _with_libraries(name: str, place: str) -> dict[str, Path]:
+    """The program, at a place in the image, and the libraries that ldd lists for it
+    ("x.so => /path (address)", "/ld.so (address)")."""
     program = _program(name)
     found = re.findall(r"^\s(?:\S+ => )?(/\S+) \(", run("ldd", program), re.M)
-    return {f"/bin/{name}": program} | {path: Path(path) for path in found}
+    return {place: program} | {path: Path(path) for path in found}
 
 
 def _program(name: str) -> Path:

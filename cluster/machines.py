@@ -47,7 +47,7 @@ class Machine:
         )
         processes.launch(command, roots, self.state.log_of(self.name, "machine"))
         try:
-            until(f"{self.name}'s first process", self.pid, 10)
+            until(f"{self.name}'s first process", self.pid, 30)
         except Failed as error:
             log = self.state.log_of(self.name, "machine").read_text()
             raise Failed(f"{error}\n{log.strip()}") from None

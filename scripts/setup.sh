@@ -149,7 +149,8 @@ case $purpose in
     run) packages+=(curl) ;;
     test) packages+=(curl nftables) ;;
     bench) packages+=(curl nftables iperf3 iptables containernetworking-plugins) ;;
-    cluster) packages+=(curl nftables containerd runc containernetworking-plugins busybox-static openssl) ;;
+    cluster) packages+=(curl nftables containerd runc containernetworking-plugins busybox-static openssl
+        netcat-openbsd bind9-dnsutils) ;;
     *) fail "unknown purpose '$purpose': build, run, test, bench or cluster." ;;
 esac
 if [ "$purpose" != build ]; then

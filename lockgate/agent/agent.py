@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,7 +62,10 @@ class Agent:
         self._hops_changed = asyncio.Event()
         self.seen = asyncio.Condition()
         self.cluster: Cluster | None = None
+        self._noted: deque[stream.Transaction] = deque()
+        #: Of the pods that are known, those noted included.
         self.uids: set[str] = set()
+        self._uid_of: dict[tuple[str, str], str] = {}
         self.requests = Requests(self)
         #: Cards with our program, by name → ifindex.
         self.attached: dict[str, int] = {}
@@ -139,7 +143,8 @@ class Agent:
                 await self._take(transaction)
 
     async def _take(self, transaction: stream.Transaction) -> None:
-        cluster = stream.apply(self.cluster or Cluster(), transaction)
+        """Note what changed; the next turn applies all that was noted, with one copy of each
+        table: a copy for each change would cost more than the changes."""
         for error in transaction.errors:
             if error not in self.object_errors:
                 log.warning("%s", error)
@@ -147,11 +152,29 @@ class Agent:
             self._reported = -1
         self.object_errors = transaction.errors
         async with self.seen:
-            if self.cluster is None or cluster.pods is not self.cluster.pods:
-                self.uids = {pod.metadata.uid for pod in cluster.pods.values()}
-            self.cluster, self.revision = cluster, transaction.revision
+            self._note_uids(transaction)
+            self._noted.append(transaction)
+            self.revision = transaction.revision
             self.seen.notify_all()
         self._changed.set()
+
+    def _note_uids(self, transaction: stream.Transaction) -> None:
+        if transaction.complete:
+            self.uids.clear()
+            self._uid_of.clear()
+        for change in transaction.changes:
+            if change.object.kind == "Pod":
+                key, uid = change.object.key, change.object.metadata.uid
+                self.uids.discard(self._uid_of.pop(key, ""))
+                if change.verb != "DELETED":
+                    self._uid_of[key] = uid
+                    self.uids.add(uid)
+
+    def catch_up(self) -> None:
+        """Apply what was noted, from the worker, in turn."""
+        noted = [self._noted.popleft() for _ in range(len(self._noted))]
+        if noted:
+            self.cluster = stream.apply(self.cluster or Cluster(), *noted)
 
     async def _apply(self) -> None:
         while True:
@@ -195,6 +218,7 @@ class Agent:
     def publish(self) -> bool:
         """Compile and bring in force, from the worker, in turn. Nothing before the first
         complete view of the objects: an empty store must not wipe a working node."""
+        self.catch_up()
         if self.cluster is None:
             return False
         cluster = self.endpoints.overlay(self.cluster)

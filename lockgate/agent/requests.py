@@ -105,6 +105,7 @@ class Requests:
 
     def _add(self, batch: list[Attachment]) -> list[dict[str, Any] | Exception]:
         """The answer, or what kept it from being made, for each of `batch`."""
+        self._agent.catch_up()
         assert self._agent.cluster is not None
         pods = {pod.metadata.uid: pod for pod in self._agent.cluster.pods.values()}
         before = dict(self._agent.ipam.leases)

@@ -110,23 +110,26 @@ def _excerpt(line: _Line) -> str:
     return bytes(line.object)[:200].decode(errors="replace")
 
 
-def apply(cluster: Cluster, transaction: Transaction) -> Cluster:
-    """The cluster after a transaction; the one before is left as it was, and shares with it
-    the dicts of kinds that did not change."""
-    before = Cluster() if transaction.complete else cluster
+def apply(cluster: Cluster, *transactions: Transaction) -> Cluster:
+    """The cluster after transactions, in their order; the one before is left as it was, and
+    shares with it the dicts of kinds that did not change. A dict is copied once, however many
+    transactions there are."""
     changed: dict[str, dict[Any, Any]] = {}
-    for change in transaction.changes:
-        meta = change.object.metadata
-        field, namespaced = _FIELDS[change.object.kind]
-        table = changed.get(field)
-        if table is None:
-            table = changed[field] = dict(getattr(before, field))
-        key = (meta.namespace, meta.name) if namespaced else meta.name
-        if change.verb == "DELETED":
-            table.pop(key, None)
-        else:
-            table[key] = change.object
-    return msgspec.structs.replace(before, **changed)
+    for transaction in transactions:
+        if transaction.complete:
+            cluster, changed = Cluster(), {}
+        for change in transaction.changes:
+            meta = change.object.metadata
+            field, namespaced = _FIELDS[change.object.kind]
+            table = changed.get(field)
+            if table is None:
+                table = changed[field] = dict(getattr(cluster, field))
+            key = (meta.namespace, meta.name) if namespaced else meta.name
+            if change.verb == "DELETED":
+                table.pop(key, None)
+            else:
+                table[key] = change.object
+    return msgspec.structs.replace(cluster, **changed)
 
 
 class Source(Protocol):

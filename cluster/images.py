@@ -69,10 +69,17 @@ def _images(binaries: Binaries) -> list[Image]:
         [],
         ["sh"],
     )
-    # The conformance tests run these in it with options that busybox's do not have.
+    # The conformance tests run these in it with options that busybox's do not have. The shell is
+    # not busybox's either: that one prefers busybox's programs to those in PATH.
     tools: dict[str, Path] = {}
-    for tool, name in (("curl", "curl"), ("nc.openbsd", "nc"), ("dig", "dig"), ("ip", "ip")):
-        tools |= _with_libraries(tool, f"/bin/{name}")
+    for tool, place in (
+        ("dash", "/bin/sh"),
+        ("curl", "/bin/curl"),
+        ("nc.openbsd", "/bin/nc"),
+        ("dig", "/bin/dig"),
+        ("ip", "/bin/ip"),
+    ):
+        tools |= _with_libraries(tool, place)
     agnhost = Image(
         ("localhost/agnhost:1", f"{_CONFORMANCE}/agnhost:2.63.0"),
         {"/agnhost": binaries.path("agnhost"), **shell_files, **tools},

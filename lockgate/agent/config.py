@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -36,10 +37,21 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     object: str = ""  # "" = the one that was built or installed
     mtu: int = 0  # of pods; 0 = the underlay's
     sweep_seconds: float = 30
+    cni_bin: str = ""  # the host's /opt/cni/bin as it is mounted here; "" = nothing is put there
+    cni_conf: str = ""  # the host's /etc/cni/net.d, likewise
+    cni_chain: list[dict[str, Any]] = []  # CNI plugins to run after ours
 
     @property
     def socket(self) -> Path:
         return Path(self.run_dir or self.state_dir, "agent.sock")
+
+    @property
+    def cni_bin_dir(self) -> Path | None:
+        return Path(self.cni_bin) if self.cni_bin else None
+
+    @property
+    def cni_conf_dir(self) -> Path | None:
+        return Path(self.cni_conf) if self.cni_conf else None
 
     @property
     def object_path(self) -> Path:

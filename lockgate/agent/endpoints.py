@@ -27,11 +27,21 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """Who asks for an endpoint. `netns` is a path that need not outlive the request; `sandbox`
-    is "CONTAINERID/IFNAME", or "" when who asks knows no sandboxes (a pod has one, then)."""
+    is "CONTAINERID/IFNAME", or "" when who asks knows no sandboxes (a pod has one, then);
+    `name` is (namespace, name), where it is known."""
 
     uid: str
     netns: str
     sandbox: str = ""
+    name: tuple[str, str] = ("", "")
+
+    @property
+    def key(self) -> str:
+        """What DEL will know it by; as `Lease.key`."""
+        return self.sandbox or self.uid
+
+    def __str__(self) -> str:
+        return f"pod {'/'.join(self.name)} ({self.uid})" if any(self.name) else f"pod {self.uid}"
 
 
 class Endpoints:

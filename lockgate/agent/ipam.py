@@ -40,6 +40,11 @@ class Lease:
     sandbox: str = ""
 
     @property
+    def key(self) -> str:
+        """What DEL knows it by."""
+        return self.sandbox or self.uid
+
+    @property
     def ifname(self) -> str:
         return self.sandbox.rpartition("/")[2] or "eth0"
 
@@ -100,6 +105,17 @@ class Ipam:
             lease = Lease(uid, known.ips, known.slot, sandbox)
             self._save(uid, lease, dict(self._next))
             return lease
+        ips, slot, following = self._pick()
+        lease = Lease(uid, ips, slot, sandbox)
+        self._save(uid, lease, following)
+        return lease
+
+    def room(self) -> None:
+        """PoolExhausted if `acquire` would be refused now."""
+        self._pick()
+
+    def _pick(self) -> tuple[tuple[str, ...], int, dict[str, int]]:
+        """(addresses, slot, what is next then)."""
         if not self.pools:
             raise PoolExhausted("the Node object has no spec.podCIDRs to take addresses from")
         following = dict(self._next)
@@ -121,9 +137,7 @@ class Ipam:
         if slot is None:
             raise PoolExhausted(f"all {self.slots} endpoint slots of the node are in use")
         following["slots"] = (slot + 1) % self.slots
-        lease = Lease(uid, tuple(ips), slot, sandbox)
-        self._save(uid, lease, following)
-        return lease
+        return tuple(ips), slot, following
 
     def release(self, uid: str) -> Lease | None:
         """Give back; None if there was no lease."""

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from lockgate.agent.agent import Agent
 from lockgate.agent.api import application
+from lockgate.agent.cni import CniServer
 from lockgate.agent.config import Config, listen, read
 from lockgate.agent.web import application as pages_of
 from lockgate.bpf.features import MissingFeature, require
@@ -63,6 +64,8 @@ async def _serve(config: Config) -> None:
     if config.web:
         host, port = listen(config.web)
         await web.TCPSite(pages, host or None, port).start()
+    cni = CniServer(agent, socket.with_name("cni.sock"))
+    cni.start()
     log.info("node %s: epoch %d taken over", config.node, agent.publisher.epoch)
     running = asyncio.create_task(agent.run())
     loop = asyncio.get_running_loop()
@@ -73,5 +76,6 @@ async def _serve(config: Config) -> None:
             await running
     finally:
         await pages.cleanup()
+        await cni.close()
         await runner.cleanup()
         await agent.close()

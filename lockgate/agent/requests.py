@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lockgate.agent.endpoints import Attachment, namespace_exists
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["EndpointError", "Requests"]
 
 log = logging.getLogger(__name__)
+_MIRROR = "kubernetes.io/config.mirror"
 
 
 class EndpointError(Exception):
@@ -45,10 +46,10 @@ class Requests:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._waiting: set[tuple[str, str]] = set()
-        self._gone: set[tuple[str, str]] = set()
+        self._waiting: set[str] = set()
+        self._gone: set[str] = set()
         self._adds: list[_Add] = []
-        self._deletes: dict[tuple[str, str], asyncio.Future[bool]] = {}
+        self._deletes: dict[str, asyncio.Future[bool]] = {}
         self._adder: asyncio.Task[None] | None = None
 
     async def add(self, who: Attachment, timeout: float = 30.0) -> dict[str, Any]:
@@ -57,31 +58,44 @@ class Requests:
             return await self._asked(who, timeout)
 
     async def _asked(self, who: Attachment, timeout: float) -> dict[str, Any]:
-        uid = who.uid
         if not namespace_exists(who.netns):
-            raise EndpointError(400, f"pod {uid}: there is no network namespace {who.netns}")
-        key = uid, who.sandbox
-        self._waiting.add(key)
+            raise EndpointError(400, f"{who}: there is no network namespace {who.netns}")
+        self._waiting.add(who.key)
         try:
             async with asyncio.timeout(timeout), self._agent.seen:
                 await self._agent.seen.wait_for(
-                    lambda: uid in self._agent.uids or key in self._gone
+                    lambda: self._uid(who) is not None or who.key in self._gone
                 )
         except TimeoutError:
             raise EndpointError(
-                504, f"pod {uid}: no Pod object with this uid came within {timeout:g} s"
+                504, f"{who}: no Pod object with this uid came within {timeout:g} s"
             ) from None
         finally:
-            gone = key in self._gone
-            self._waiting.discard(key)
-            self._gone.discard(key)
-        if gone:
-            raise EndpointError(409, f"pod {uid} was deleted meanwhile")
+            gone = who.key in self._gone
+            self._waiting.discard(who.key)
+            self._gone.discard(who.key)
+        uid = self._uid(who)
+        if gone or uid is None:
+            raise EndpointError(409, f"{who} was deleted meanwhile")
+        who = replace(who, uid=uid)
         one = _Add(who, asyncio.get_running_loop().create_future())
         self._adds.append(one)
         if self._adder is None:
             self._adder = asyncio.create_task(self._add_waiting())
         return await one.answer
+
+    def _uid(self, who: Attachment) -> str | None:
+        """Uid of the Pod object that is meant, if it is known."""
+        if who.uid in self._agent.uids:
+            return who.uid
+        cluster = self._agent.cluster
+        pod = None if cluster is None else cluster.pods.get(who.name)
+        if pod is None:
+            return None
+        # The kubelet's uid of a static pod is not the one that the API server gave the object
+        # which mirrors it; and some runtimes tell no uid.
+        mirrored = pod.metadata.annotations.get(_MIRROR)
+        return pod.metadata.uid if who.uid in ("", mirrored) else None
 
     async def _add_waiting(self) -> None:
         """All that wait when their turn comes, with one change of the tables."""
@@ -160,6 +174,7 @@ class Requests:
             self._agent.endpoints.wire(lease, who.netns, tuple(internal_ips(me)))
         pod = self._agent.endpoints.pod(lease.uid)
         return {
+            "uid": lease.uid,
             "ips": list(lease.ips),
             "slot": lease.slot,
             "endpoint": self._agent.journal.endpoint(pod),
@@ -171,18 +186,17 @@ class Requests:
             self._agent.ipam.release(uid)
         self._agent.changed_soon()
 
-    async def delete(self, uid: str, sandbox: str = "") -> bool:
-        """CNI DEL of a pod's sandbox; False if there was nothing to be done: a newer sandbox of
-        the pod is left alone."""
-        key = uid, sandbox
+    async def delete(self, key: str) -> bool:
+        """CNI DEL of an attachment by its key; False if there was nothing to be done: a newer
+        sandbox of the pod is left alone."""
         async with self._agent.seen:
             if key in self._waiting:
                 self._gone.add(key)
                 self._agent.seen.notify_all()
-        for one in [one for one in self._adds if (one.who.uid, one.who.sandbox) == key]:
+        for one in [one for one in self._adds if one.who.key == key]:
             self._adds.remove(one)
             if not one.answer.done():
-                one.answer.set_exception(EndpointError(409, f"pod {uid} was deleted meanwhile"))
+                one.answer.set_exception(EndpointError(409, f"{one.who} was deleted meanwhile"))
         answer = self._deletes.get(key)
         if answer is None:
             answer = self._deletes[key] = asyncio.get_running_loop().create_future()
@@ -211,21 +225,18 @@ class Requests:
     async def collect(self, keep: set[str]) -> int:
         """CNI GC: delete what belongs to other sandboxes than `keep`; returns how many."""
         async with self._agent.turn:
-            leases = self._agent.ipam.leases.values()
-            over = {
-                (one.uid, one.sandbox) for one in leases if one.sandbox and one.sandbox not in keep
-            }
-            return len(await self._agent.work(self._delete, over))
+            known = {one.sandbox for one in self._agent.ipam.leases.values()} - {""}
+            return len(await self._agent.work(self._delete, known - keep))
 
-    def _delete(self, sandboxes: set[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Which of the sandboxes had a lease. The tables follow soon; until they have, the
+    def _delete(self, keys: set[str]) -> set[str]:
+        """Which of the attachments had a lease. The tables follow soon; until they have, the
         addresses are not another's."""
         agent = self._agent
-        over = [one for one in agent.ipam.leases.values() if (one.uid, one.sandbox) in sandboxes]
+        over = [one for one in agent.ipam.leases.values() if one.key in keys]
         if over:
             agent.endpoints.unwire([one.slot for one in over])
             with agent.ipam.together():
                 for one in over:
                     agent.ipam.release(one.uid)
             agent.changed_soon()
-        return {(one.uid, one.sandbox) for one in over}
+        return {one.key for one in over}

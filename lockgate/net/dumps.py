@@ -17,12 +17,14 @@ from ipaddress import ip_address
 __all__ = [
     "ATTRIBUTE",
     "HEADER",
+    "ROUTE_PROTOCOL",
     "Interface",
     "addresses",
     "default_gateways",
     "interfaces",
     "link",
     "macs",
+    "own_routes",
     "routes_of",
 ]
 
@@ -42,6 +44,8 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
 _UNICAST = 1
+#: Who made a route (rtm_protocol), on all of ours. Above what rtnetlink.h names.
+ROUTE_PROTOCOL = 108
 _NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 # REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT
@@ -79,14 +83,16 @@ def link(ifindex: int) -> tuple[bytes, int]:
     return own.get(_IFLA_ADDRESS, b""), int.from_bytes(own[_IFLA_MTU], "little")
 
 
-def addresses(ifindex: int) -> list[str]:
-    """Addresses with prefix length of an interface, link-local ones left out."""
+def addresses(ifindex: int, *, link_local: bool = False) -> list[str]:
+    """Addresses with prefix length of an interface, link-local ones left out unless asked for."""
     found = []
     for body in _ask(_GETADDR, _DUMP, _IFADDR.pack(0, 0, 0, 0, ifindex)):
         _, length, _, _, index = _IFADDR.unpack_from(body)
         own = _attributes(body, _IFADDR.size)
         raw = own.get(_IFA_LOCAL) or own.get(_IFA_ADDRESS)
-        if index == ifindex and raw is not None and not ip_address(raw).is_link_local:
+        if index != ifindex or raw is None:
+            continue
+        if link_local or not ip_address(raw).is_link_local:
             found.append(f"{ip_address(raw)}/{length}")
     return found
 
@@ -117,6 +123,19 @@ def routes_of(ifindex: int) -> set[str]:
             address, card = own.get(_RTA_DST), own.get(_RTA_OIF, b"")
             if address and kind == _UNICAST and int.from_bytes(card, "little") == ifindex:
                 found.add(f"{ip_address(address)}/{length}")
+    return found
+
+
+def own_routes() -> list[str]:
+    """Destinations of all routes of ours."""
+    found = []
+    for family, anywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        for body in _ask(
+            _GETROUTE, _DUMP, _ROUTE.pack(family, 0, 0, 0, 0, ROUTE_PROTOCOL, 0, 0, 0)
+        ):
+            if body[5] == ROUTE_PROTOCOL:
+                address = _attributes(body, _ROUTE.size).get(_RTA_DST)
+                found.append(f"{ip_address(address) if address else anywhere}/{body[1]}")
     return found
 
 

@@ -18,6 +18,8 @@ from typing import Any, Self
 
 from pyroute2 import IPRoute, NetlinkError
 
+from lockgate.net.dumps import ROUTE_PROTOCOL
+
 __all__ = ["GATEWAY4", "GATEWAY6", "IFINDEX_BASE", "Net", "sysctl"]
 
 IFINDEX_BASE = 65536
@@ -114,7 +116,11 @@ class Net:
         kind: str = "unicast",
     ) -> None:
         """Set the route to a block; `kind` may be "unreachable" (senders get EHOSTUNREACH)."""
-        request: dict[str, Any] = {"dst": destination, "family": _family(destination)}
+        request: dict[str, Any] = {
+            "dst": destination,
+            "family": _family(destination),
+            "proto": ROUTE_PROTOCOL,
+        }
         if kind != "unicast":
             request["type"] = kind
         else:

@@ -14,14 +14,14 @@ from collections.abc import Container
 from ipaddress import ip_interface
 from typing import Self
 
-from lockgate.net.dumps import ATTRIBUTE, HEADER
+from lockgate.net.dumps import ATTRIBUTE, HEADER, ROUTE_PROTOCOL
 
 __all__ = ["Batch", "attribute", "text"]
 
 _REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 1, 4, 0x100, 0x200, 0x400
 _ERROR = 2
 NEWLINK, DELLINK, SETLINK = 16, 17, 19
-_NEWADDR, _NEWROUTE, _NEWNEIGH = 20, 24, 28
+_NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _NEWNEIGH = 20, 21, 24, 25, 28
 
 _IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, mask
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
@@ -32,8 +32,8 @@ _UP = 1
 _NODAD = 2
 _PERMANENT = 0x80
 _ONLINK = 4
-_TABLE_MAIN, _BY_STATIC, _UNICAST = 254, 4, 1
-_SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
+_TABLE_MAIN, _UNICAST = 254, 1
+_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_NOWHERE = 0, 253, 255
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 18, 20
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD = 26, 27, 28
@@ -153,6 +153,14 @@ class Batch:
         payload += attribute(_IFA_LOCAL, value.packed) + attribute(_IFA_ADDRESS, value.packed)
         self.add(f"add {address} to interface {index}", _NEWADDR, payload, _CREATE, {errno.EEXIST})
 
+    def remove_address(self, index: int, address: str) -> None:
+        """Nothing there is success."""
+        value = ip_interface(address)
+        payload = _IFADDR.pack(_family(address), value.network.prefixlen, 0, 0, index)
+        payload += attribute(_IFA_LOCAL, value.packed)
+        fine = {errno.EADDRNOTAVAIL, errno.ENODEV}
+        self.add(f"remove {address} from interface {index}", _DELADDR, payload, 0, fine)
+
     def neighbour(self, index: int, address: str, mac: bytes) -> None:
         """A permanent entry."""
         payload = _NEIGH.pack(_family(address), index, _PERMANENT, 0, _UNICAST)
@@ -165,13 +173,21 @@ class Batch:
         # What has no gateway is on the link; IPv6 has no scopes of routes.
         scope = _SCOPE_UNIVERSE if gateway or ":" in address else _SCOPE_LINK
         flags = _ONLINK if gateway and ":" not in gateway else 0
-        kind = (0, _TABLE_MAIN, _BY_STATIC, scope, _UNICAST, flags)
+        kind = (0, _TABLE_MAIN, ROUTE_PROTOCOL, scope, _UNICAST, flags)
         payload = _ROUTE.pack(_family(address), int(length), 0, *kind)
         payload += attribute(_RTA_DST, _packed(address)) if int(length) else b""
         payload += attribute(_RTA_OIF, index)
         payload += attribute(_RTA_GATEWAY, _packed(gateway)) if gateway else b""
         payload += attribute(_RTA_PREFSRC, _packed(source)) if source else b""
         self.add(f"set route {destination}", _NEWROUTE, payload, _CREATE | _REPLACE)
+
+    def remove_route(self, destination: str) -> None:
+        """A route of ours to a block, of whatever kind. Nothing there is success."""
+        address, _, length = destination.partition("/")
+        kind = (0, _TABLE_MAIN, ROUTE_PROTOCOL, _SCOPE_NOWHERE, 0, 0)
+        payload = _ROUTE.pack(_family(address), int(length), 0, *kind)
+        payload += attribute(_RTA_DST, _packed(address)) if int(length) else b""
+        self.add(f"remove route {destination}", _DELROUTE, payload, 0, {errno.ESRCH})
 
 
 def _family(address: str) -> int:

@@ -55,8 +55,8 @@ def test_those_that_come_first_are_named(tmp_path: Path) -> None:
 
 
 def snapshot(node: Node) -> dict[str, object]:
-    """What the node is made of, as far as Lockgate touches it. Without fe80::, which the kernel
-    gives the cables in its own time."""
+    """What the node is made of, as far as Lockgate touches it. Without what the kernel gives the
+    cables by itself, in its own time."""
 
     def ip(*arguments: str) -> str:
         command = ["ip", "-n", node.netns, *arguments]
@@ -74,7 +74,9 @@ def snapshot(node: Node) -> dict[str, object]:
             for one in json.loads(ip("-j", "address"))
         ],
         "routes": sorted(
-            line for line in (ip("route") + ip("-6", "route")).splitlines() if line[:4] != "fe80"
+            line
+            for line in (ip("route") + ip("-6", "route")).splitlines()
+            if "proto kernel" not in line
         ),
         "sysctls": sorted(settings.splitlines()),
         "pins": node.pins.exists(),

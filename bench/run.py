@@ -23,6 +23,7 @@ NAMES = {
     "sweep": "one sweep over 500,000 connections, and what a packet notices of it",
     "publish": "saved policy file to enforced, 1,000 pods known",
     "bigapi": "an agent among 1,000 nodes and 50,000 pods: CPU, memory, delay of changes",
+    "cni": "CNI ADD and DEL beside the bridge plugin with host-local",
     "net": "pod to pod: throughput, latency, connections; bare veth, bridge and Lockgate",
 }
 WIDTH = 100

@@ -127,6 +127,7 @@ class Agent:
 
     async def close(self) -> None:
         """Let go; what is in the kernel goes on working."""
+        await self.requests.close()
         await self.source.close()
         await self.work(self._close)
         self._worker.shutdown()

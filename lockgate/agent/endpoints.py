@@ -151,11 +151,17 @@ class Endpoints:
             self._dp.detach_pod(lease.slot)
             raise
 
+    def retire(self, slots: list[int]) -> None:
+        """Cut pods off; `unwire` is to follow. Their slots stay taken until then."""
+        pods.retire(slots)
+        self._ipam.retired |= set(slots)
+
     def unwire(self, slots: list[int]) -> None:
         """Take away what there is of the slots' wiring. Nothing there is success."""
         pods.remove(slots)
         for slot in slots:
             self._dp.detach_pod(slot)
+        self._ipam.retired -= set(slots)
 
     def reconcile(self) -> list[str]:
         """At start, make leases and wiring agree: links tell whose they are, should the leases

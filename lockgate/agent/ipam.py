@@ -58,6 +58,7 @@ class Ipam:
     pools: list[str] = field(default_factory=list)
     leases: dict[str, Lease] = field(default_factory=dict)
     damaged: str = ""
+    retired: set[int] = field(default_factory=set)  # slots whose links have not gone yet
     _next: dict[str, int] = field(default_factory=dict)
     _waits: bool = False
 
@@ -132,7 +133,7 @@ class Ipam:
                 raise PoolExhausted(f"pool {pool} is exhausted: all {count} addresses are in use")
             following[pool] = (index + 1) % count
             ips.append(str(network[0] + (low - int(network[0]) + index)))
-        slots = {lease.slot for lease in self.leases.values()}
+        slots = {lease.slot for lease in self.leases.values()} | self.retired
         slot = _first_free(slots, self.slots, following.get("slots", 0))
         if slot is None:
             raise PoolExhausted(f"all {self.slots} endpoint slots of the node are in use")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["EndpointError", "Requests"]
 
 log = logging.getLogger(__name__)
+_FEW = 4
 _MIRROR = "kubernetes.io/config.mirror"
 
 
@@ -51,6 +52,7 @@ class Requests:
         self._adds: list[_Add] = []
         self._deletes: dict[str, asyncio.Future[bool]] = {}
         self._adder: asyncio.Task[None] | None = None
+        self._cleaner: asyncio.Task[None] | None = None
 
     async def add(self, who: Attachment, timeout: float = 30.0) -> dict[str, Any]:
         """CNI ADD. The same answer again for a pod that is wired."""
@@ -212,6 +214,7 @@ class Requests:
             return
         try:
             done = await self._agent.work(self._delete, set(batch))
+            self._clean_up()
             for key, answer in batch.items():
                 answer.set_result(key in done)
         except BaseException as error:
@@ -226,15 +229,36 @@ class Requests:
         """CNI GC: delete what belongs to other sandboxes than `keep`; returns how many."""
         async with self._agent.turn:
             known = {one.sandbox for one in self._agent.ipam.leases.values()} - {""}
-            return len(await self._agent.work(self._delete, known - keep))
+            done = await self._agent.work(self._delete, known - keep)
+            self._clean_up()
+            return len(done)
+
+    def _clean_up(self) -> None:
+        """Take retired links away, a few at a time: others want to change links too."""
+        if self._cleaner is None or self._cleaner.done():
+            self._cleaner = asyncio.create_task(self._clean())
+
+    async def _clean(self) -> None:
+        while slots := sorted(self._agent.ipam.retired)[:_FEW]:
+            try:
+                await asyncio.to_thread(self._agent.endpoints.unwire, slots)
+            except OSError as error:
+                log.warning("links of pods that went: %s", error)
+                await asyncio.sleep(1)
+
+    async def close(self) -> None:
+        """What is left to be cleaned up, the next agent finds."""
+        if self._cleaner is not None:
+            self._cleaner.cancel()
+            await asyncio.gather(self._cleaner, return_exceptions=True)
 
     def _delete(self, keys: set[str]) -> set[str]:
-        """Which of the attachments had a lease. The tables follow soon; until they have, the
-        addresses are not another's."""
+        """Which of the attachments had a lease. They are cut off now; links and tables go soon,
+        and until they have, nobody else gets the slots and addresses."""
         agent = self._agent
         over = [one for one in agent.ipam.leases.values() if one.key in keys]
         if over:
-            agent.endpoints.unwire([one.slot for one in over])
+            agent.endpoints.retire([one.slot for one in over])
             with agent.ipam.together():
                 for one in over:
                     agent.ipam.release(one.uid)

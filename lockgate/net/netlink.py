@@ -37,6 +37,8 @@ _SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_NOWHERE = 0, 253, 255
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 18, 20
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD = 26, 27, 28
+#: Group of the links that are about to go; a number that nobody else is likely to use.
+_GOING = 0x6C67676F
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
 _INET6_ADDR_GEN_MODE, _GEN_MODE_NONE = 8, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
@@ -137,10 +139,24 @@ class Batch:
             payload += attribute(IFLA_AF_SPEC, attribute(int(socket.AF_INET6), mode))
         self.add(f"bring up interface {index}", SETLINK, payload)
 
-    def remove(self, index: int) -> None:
-        """Nothing there is success."""
-        payload = _IFINFO.pack(0, 0, index, 0, 0)
-        self.add(f"remove interface {index}", DELLINK, payload, fine={errno.ENODEV})
+    def retire(self, index: int) -> None:
+        """Take a link down and its alias away, at once. Nothing there is success."""
+        payload = _IFINFO.pack(0, 0, index, 0, _UP) + attribute(IFLA_IFALIAS, b"")
+        self.add(f"take down interface {index}", SETLINK, payload, fine={errno.ENODEV})
+
+    def remove(self, *indices: int) -> None:
+        """Nothing there is success. Several go as a group: the kernel's waits for readers are
+        shared then."""
+        if len(indices) == 1:
+            payload = _IFINFO.pack(0, 0, indices[0], 0, 0)
+            self.add(f"remove interface {indices[0]}", DELLINK, payload, fine={errno.ENODEV})
+            return
+        group = attribute(IFLA_GROUP, _GOING)
+        for index in indices:
+            payload = _IFINFO.pack(0, 0, index, 0, 0) + group
+            self.add(f"remove interface {index}", SETLINK, payload, fine={errno.ENODEV})
+        payload = _IFINFO.pack(0, 0, 0, 0, 0) + group
+        self.add("remove interfaces", DELLINK, payload, fine={errno.ENODEV})
 
     # ---- Addresses, neighbours, routes -------------------------------------------------
 

@@ -18,7 +18,7 @@ from lockgate.net.links import GATEWAY4, GATEWAY6, IFINDEX_BASE, sysctl
 from lockgate.net.namespaces import inside
 from lockgate.net.netlink import Batch
 
-__all__ = ["PodLink", "Seal", "problems", "remove", "seals", "wire"]
+__all__ = ["PodLink", "Seal", "problems", "remove", "retire", "seals", "wire"]
 
 _ALIAS_MAX = 255
 _LO = 1
@@ -153,11 +153,20 @@ def _wire_host(host: Batch, link: PodLink, sources: tuple[str, ...]) -> None:
         host.route(f"{address}/{_bits(address)}", link.ifindex, source=source)
 
 
-def remove(slots: list[int]) -> None:
-    """Take links away, with the ends in the pods. Nothing there is success."""
+def retire(slots: list[int]) -> None:
+    """Cut pods off, at once: their links are down and nobody's. Nothing there is success."""
     with Batch() as host:
         for slot in slots:
-            host.remove(IFINDEX_BASE + slot)
+            host.retire(IFINDEX_BASE + slot)
+        host.send()
+
+
+def remove(slots: list[int]) -> None:
+    """Take links away, with the ends in the pods. Takes the kernel about 40 ms for each that has
+    programs, while it lets nobody change links. Nothing there is success."""
+    with Batch() as host:
+        if slots:
+            host.remove(*[IFINDEX_BASE + slot for slot in slots])
         host.send()
 
 

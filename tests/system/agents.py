@@ -275,7 +275,8 @@ async def make_bed(tmp_path: Path, *agents: str) -> AsyncIterator[Bed]:
             await node.kill()
             if node.process is None:
                 continue
-            print((node.state / "agent.log").read_text())
+            if (node.state / "agent.log").exists():
+                print((node.state / "agent.log").read_text())
             for name in bpf_links.links_in(str(node.pins / "links")):
                 bpf_links.remove(str(node.pins / "links" / name))
             shutil.rmtree(node.pins, ignore_errors=True)
@@ -325,8 +326,9 @@ def join(paths: dict[str, Path], outside: Path) -> None:
                     net._add_address(index, f"198.18.{number}.{host}/24")
                     net._add_address(index, f"fd18:{number}::{host}/64")
                     if host == 2:
-                        net.route("0.0.0.0/0", index, gateway=f"198.18.{number}.1")
-                        net.route("::/0", index, gateway=f"fd18:{number}::1")
+                        for gateway in (f"198.18.{number}.1", f"fd18:{number}::1"):
+                            default = "::/0" if ":" in gateway else "0.0.0.0/0"
+                            net._ip.route("replace", dst=default, oif=index, gateway=gateway)
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -96,10 +96,21 @@ class Runtime:
         found: set[str] = set()
 
         def look() -> None:
-            found.update("?" if one is None else one.sandbox for one in seals().values())
+            found.update(one.sandbox for one in seals().values() if one is not None)
 
         inside(self.node.netns, look)
         return found
+
+    async def clean(self) -> None:
+        """Wait until no link and no pin is left."""
+        links = str(self.node.pins / "links")
+
+        def is_clean() -> bool:
+            left: list[int] = []
+            inside(self.node.netns, lambda: left.extend(seals()))
+            return not left and not [n for n in bpf_links.links_in(links) if "pod-" in n]
+
+        await until(is_clean)
 
 
 def inside(netns: str, work: Callable[[], None]) -> None:
@@ -431,7 +442,7 @@ async def test_fifty_at_once_have_addresses_of_their_own(runtime: Runtime) -> No
     done = await asyncio.gather(*[runtime.of("DEL", uid) for uid in uids])
     assert done == [(0, {})] * 50
     assert runtime.wired() == set()
-    assert not [n for n in bpf_links.links_in(str(runtime.node.pins / "links")) if "pod-" in n]
+    await runtime.clean()
 
 
 async def killed(runtime: Runtime, task: asyncio.Task[Any], milliseconds: float) -> None:
@@ -463,8 +474,7 @@ async def test_a_kill_in_the_middle_is_made_good_by_trying_again(runtime: Runtim
                     assert checked == (0, {})
             else:
                 assert runtime.wired() == set()
-                pins = bpf_links.links_in(str(runtime.node.pins / "links"))
-                assert not [name for name in pins if "pod-" in name]
+                await runtime.clean()
 
 
 @pytest.mark.parametrize("lost", ["gone", "damaged", "older"])

@@ -23,7 +23,7 @@ static __always_inline bool masquerades(struct packet *p)
 
 	if (p->place != PLACE_FROM_POD || target_kind(p->target) != TO_HOP)
 		return false;
-	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+	struct hop_view *hop = hop_of(p->epoch, index);
 
 	return hop && hop->flags & HOP_MASQ && !(hop->flags & HOP_DROP);
 }
@@ -97,7 +97,7 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 	}
 	if (flags & CT_NAT_ORIGIN) {
 		__u32 index = target_index(p->target);
-		struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+		struct hop_view *hop = hop_of(p->epoch, index);
 
 		if (!hop || !masquerade(p, hop)) {
 			ct_forget(p);
@@ -170,7 +170,7 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 static __noinline int masquerade_again(struct packet *p)
 {
 	__u32 index = target_index(p->target);
-	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+	struct hop_view *hop = hop_of(p->epoch, index);
 
 	GIVE_UP(p, CAUSE_NAT_FAILED);
 	return hop && masquerade(p, hop);

@@ -132,10 +132,10 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, __u32 place, __u
 
 /* Out by a hop; see leave(). MACs, TTL and its checksum lie within the first
  * bytes of the frame: one store. */
-static __always_inline int leave_plain(struct __sk_buff *skb, __u32 index, __u8 ttl)
+static __always_inline int leave_plain(struct __sk_buff *skb, __u32 epoch, __u32 index, __u8 ttl)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+	struct hop_view *hop = hop_of(epoch, index);
 	bool v4 = skb->protocol == bpf_htons(ETH_P_IP);
 	__u32 head = v4 ? sizeof(struct ipv4) : sizeof(struct ipv6);
 	__u8 front[ETH_HLEN + 12];
@@ -197,7 +197,7 @@ static __always_inline int fast(struct __sk_buff *skb, const __u32 place)
 	if (target_kind(target) == TO_LOCAL)
 		verdict = deliver_plain(skb, place, index);
 	else if (target_kind(target) == TO_HOP && place == PLACE_FROM_POD)
-		verdict = leave_plain(skb, index, plain.ttl);
+		verdict = leave_plain(skb, epoch, index, plain.ttl);
 	else if (target_kind(target) == TO_HOST && place == PLACE_FROM_POD)
 		verdict = TCX_NEXT;
 	if (verdict != LONG_WAY)

@@ -84,7 +84,7 @@ static __always_inline bool fits(struct __sk_buff *skb, __u32 head, __u32 mtu)
 
 static __noinline int leave(struct __sk_buff *skb, struct packet *p, __u32 index)
 {
-	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+	struct hop_view *hop = hop_of(p->epoch, index);
 
 	if (!hop || !hop->ifindex || hop->flags & HOP_DROP) {
 		GIVE_UP(p, CAUSE_NO_ROUTE);
@@ -124,7 +124,7 @@ static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p,
 	if (target_kind(p->target) != TO_HOP)
 		return 0;
 	__u32 index = target_index(p->target);
-	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+	struct hop_view *hop = hop_of(p->epoch, index);
 
 	if (!hop || !hop->ifindex || hop->flags & HOP_DROP)
 		return 0;	/* leave() says so */

@@ -78,6 +78,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, MAX_HOPS);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
 	__type(value, struct hop);
 } hops SEC(".maps");
@@ -183,6 +184,14 @@ static __always_inline void *image_of(__u32 epoch)
 	__u32 view = epoch & 1;
 
 	return bpf_map_lookup_elem(&images, &view);
+}
+
+/* A hop as the epoch has it, or NULL. */
+static __always_inline struct hop_view *hop_of(__u32 epoch, __u32 index)
+{
+	struct hop *hop = bpf_map_lookup_elem(&hops, &index);
+
+	return hop ? &hop->view[epoch & 1] : NULL;
 }
 
 /* Word of an image, or NULL beyond its end. `image` is not NULL. */

@@ -208,7 +208,7 @@ __noinline int masquerade_as(struct packet *p, const struct tuple *out)
 
 /* Give the connection p->now (pod → world) a source address and port of the
  * node's. Leaves p->now translated; false with a cause when none is free. */
-static __noinline int masquerade(struct packet *p, const struct hop *hop)
+static __noinline int masquerade(struct packet *p, const struct hop_view *hop)
 {
 	__u32 span = masquerade_port_max - masquerade_port_min + 1;
 	const struct addr *source = p->family == 4 ? &hop->masq4 : &hop->masq6;

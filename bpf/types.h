@@ -201,7 +201,7 @@ enum hop_flag {
 	HOP_DROP = 4,		/* no way there: drop as unroutable */
 };
 
-struct hop {
+struct hop_view {
 	__u32 ifindex;
 	__u32 flags;		/* enum hop_flag bits */
 	__u8  dmac[6];
@@ -211,6 +211,10 @@ struct hop {
 	struct addr via6;
 	struct addr masq4;	/* source address after masquerade */
 	struct addr masq6;
+};
+
+struct hop {			/* all zero = no way there */
+	struct hop_view view[2];
 };
 
 struct route_key {		/* longest prefix; for what is no peer */

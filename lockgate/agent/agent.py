@@ -98,7 +98,12 @@ class Agent:
         self.publisher = Publisher(self.dp)
         self.endpoints = Endpoints(self.dp, self.ipam, config.node)
         self.hops = Hops(
-            self.dp, config.node, config.underlay, config.outside, config.service_cidrs
+            self.dp,
+            self.publisher.hops(),
+            config.node,
+            config.underlay,
+            config.outside,
+            config.service_cidrs,
         )
         self._ids = NodeIds(self.journal, self.endpoints, self.hops)
         if config.cgroup_path is not None:
@@ -240,7 +245,8 @@ class Agent:
         if overgrown:
             with contextlib.suppress(OSError):
                 self.journal.shorten()
-        moved = self.publisher.publish(tables, records)
+        moved = self.publisher.publish(tables, records, self.hops.table)
+        self.hops.write_routes()
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
             log.warning("%s", text)
         self.errors["objects"] = tables.errors
@@ -262,6 +268,7 @@ class Agent:
                 if self.hops.need(cards):
                     async with self.turn:
                         await self.work(self._refresh_hops, self.cluster, cards)
+                    self._changed.set()
 
     def _refresh_hops(self, cluster: Cluster | None, cards: Cards | None = None) -> None:
         if cluster is None:

@@ -75,7 +75,7 @@ class Datapath:
         self.backends = HashMap.of(
             obj, "service_backends", dtype("backend_key"), dtype("backend_state")
         )
-        self.hops = ArrayMap.of(obj, "hops", dtype("hop"))
+        self.hops = MappedArray.of(obj, "hops", dtype("hop"))
         self.routes = LpmTrie.of(obj, "routes", dtype("route_key"), u32)
         self.link_roles = HashMap.of(obj, "link_roles", u32, u32)
         self.connections = HashMap.of(obj, "connections", dtype("ct_key"), dtype("ct"))

@@ -2,6 +2,9 @@
 
 Hop numbers are remembered by connections, so a node keeps its number: those in use are found
 again in the kernel's table by the next hop's address. Numbers below FIRST_NODE are fixed.
+
+Hops are published with all else that a packet decides by; routes and roles are words of their
+own that lead to them (docs/architecture.md, Two views, one epoch).
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_interface
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lockgate.agent.cards import Card, Cards
 from lockgate.agent.datapath import Datapath
@@ -35,7 +40,7 @@ _NONE = bytes(16)
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """`struct hop`, addresses as 16 bytes."""
+    """`struct hop_view`, addresses as 16 bytes."""
 
     ifindex: int = 0
     flags: int = _DROP
@@ -65,18 +70,28 @@ def pod_cidrs(node: Node) -> list[str]:
 
 
 class Hops:
-    """The node's hops. `number` and `assign` touch memory only; `refresh` the kernel, from the
-    worker thread that is in the node's namespace."""
+    """The node's hops. `number` and `assign` touch memory only; the others the kernel, from the
+    worker thread that is in the node's namespace.
+
+    `table` has `struct hop_view` by number, to be published; a change makes it another array. It
+    begins as what is `in_force`, so that an agent that starts changes nothing."""
 
     def __init__(
-        self, dp: Datapath, node: str, underlay: str, outside: str, service_cidrs: list[str]
+        self,
+        dp: Datapath,
+        in_force: NDArray[Any],
+        node: str,
+        underlay: str,
+        outside: str,
+        service_cidrs: list[str],
     ) -> None:
         self._dp, self._node = dp, node
         self._underlay, self._outside = underlay, outside
         self._service_cidrs = service_cidrs
-        self._written: dict[int, Hop] = {}
+        self.table = in_force
         self._roles: dict[int, int] | None = None
         self._routes: dict[tuple[bytes, int], int] | None = None
+        self._wanted_routes: dict[tuple[bytes, int], int] | None = None
         self._made_of: Cards | None = None
         self._asking = False
         self._kernel: dict[str, tuple[int, str]] = {}
@@ -86,7 +101,7 @@ class Hops:
         self.errors: list[str] = []
         self._old = {
             bytes(row[via]): number
-            for number, row in enumerate(dp.hops.values())
+            for number, row in enumerate(in_force)
             for via in ("via4", "via6")
             if number >= FIRST_NODE and bytes(row[via]) != _NONE
         }
@@ -109,7 +124,7 @@ class Hops:
             known = [self._old[a] for a in addresses if a in self._old]
             # The number that was given up longest ago: what still remembers one does not
             # find another node behind it.
-            last = len(self._dp.hops)
+            last = len(self.table)
             free = (
                 n
                 for n in (*range(self._next, last), *range(FIRST_NODE, self._next))
@@ -127,7 +142,8 @@ class Hops:
         return cards != self._made_of or self._asking or bool(self.errors)
 
     def refresh(self, net: Net, cards: Cards, cluster: Cluster) -> None:
-        """Bring hops, routes and roles up to what the kernel and the objects say."""
+        """Bring the table, roles and the stack's routes up to what the kernel and the objects
+        say. `write_routes` is due when the table was published."""
         self.errors = []
         self._made_of, self._asking = None, False
         for name, card in ((self._underlay, cards.underlay), (self._outside, cards.outside)):
@@ -141,15 +157,31 @@ class Hops:
         self._nodes(net, cluster, cards.underlay, wanted)
         self._near(cards, wanted, routes)
         self._world(net, cards.outside or cards.underlay, wanted, routes)
-        for number, hop in wanted.items():
-            if self._written.get(number) != hop:
-                self._dp.hops[number] = self._record(hop)
-        for number in set(self._written) - set(wanted):
-            self._dp.hops[number] = self._record(Hop())
-        self._written = wanted
-        self._write_routes(routes)
+        table = self._records(wanted)
+        if not np.array_equal(table.view(np.uint8), self.table.view(np.uint8)):
+            self.table = table
+        self._wanted_routes = routes
         self._write_kernel(net, cluster, cards.underlay)
         self._made_of = cards
+
+    def write_routes(self) -> None:
+        """Have the programs' routes lead to the hops, which are in force by now."""
+        wanted, found = self._wanted_routes, self._routes
+        if wanted is None or wanted is found:
+            return
+        self._routes = None
+        if found is None:
+            keys, values = self._dp.routes.items()
+            found = {
+                (bytes(k["addr"]), int(k["prefixlen"])): int(v)
+                for k, v in zip(keys, values, strict=True)
+            }
+        for prefix, hop in wanted.items():
+            if found.get(prefix) != hop:
+                self._dp.routes.set(self._route_key(*prefix), hop)
+        for prefix in set(found) - set(wanted):
+            self._dp.routes.delete(self._route_key(*prefix))
+        self._routes = wanted
 
     # ---- Inside --------------------------------------------------------------------
 
@@ -234,32 +266,23 @@ class Hops:
                 self._dp.link_roles.set(ifindex, role)
         self._roles = roles
 
-    def _write_routes(self, wanted: dict[tuple[bytes, int], int]) -> None:
-        found, self._routes = self._routes, None
-        if found is None:
-            keys, values = self._dp.routes.items()
-            found = {
-                (bytes(k["addr"]), int(k["prefixlen"])): int(v)
-                for k, v in zip(keys, values, strict=True)
-            }
-        for prefix, hop in wanted.items():
-            if found.get(prefix) != hop:
-                self._dp.routes.set(self._route_key(*prefix), hop)
-        for prefix in set(found) - set(wanted):
-            self._dp.routes.delete(self._route_key(*prefix))
-        self._routes = wanted
-
     def _route_key(self, address: bytes, length: int) -> bytes:
         key = np.zeros((), self._dp.routes.key_dtype)
         key["prefixlen"], key["addr"] = length, np.frombuffer(address, np.uint8)
         return key.tobytes()
 
-    def _record(self, hop: Hop) -> bytes:
-        record = np.zeros((), self._dp.hops.value_dtype)
-        for name in self._dp.hops.value_dtype.names or ():
-            value = getattr(hop, name)
-            record[name] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
-        return record.tobytes()
+    def _records(self, hops: Mapping[int, Hop]) -> NDArray[Any]:
+        table = np.zeros_like(self.table)
+        numbers = list(hops)
+        for name in table.dtype.names or ():
+            values = [getattr(hop, name) for hop in hops.values()]
+            if table.dtype[name].subdtype is not None:
+                table[name][numbers] = np.frombuffer(b"".join(values), np.uint8).reshape(
+                    len(hops), -1
+                )
+            else:
+                table[name][numbers] = values
+        return table
 
     def _write_kernel(self, net: Net, cluster: Cluster, underlay: Card | None) -> None:
         """Routes of the node's own stack: other nodes' pods, and no way for services."""

@@ -133,6 +133,7 @@ class Publisher:
         # for a predecessor's last move.
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="grace")
         self._grace = self._waiter.submit(wait_grace)
+        self._hops = _by_view(datapath.hops.view)
         self.read_back()
 
     @property
@@ -158,16 +159,24 @@ class Publisher:
         self._backends = TwoViews(self._dp.backends, 1)
         # The slots that were written last: the same array again needs no comparison.
         self._slots: NDArray[Any] | None = None
+        self._hop_tables: list[NDArray[Any] | None] = [None, None]
         self._certain = True
 
-    def publish(self, tables: Tables, endpoints: Mapping[int, EndpointRecord]) -> bool:
-        """Bring `tables`, with the local pods `endpoints` by slot, in force together; False if
-        they are already. On an error what was in force still is. Blocks for a grace period."""
+    def hops(self) -> NDArray[Any]:
+        """A copy of the hops in force, as `struct hop_view` by number."""
+        return self._dp.hops.view["view"][:, self.epoch & 1].copy()
+
+    def publish(
+        self, tables: Tables, endpoints: Mapping[int, EndpointRecord], hops: NDArray[Any]
+    ) -> bool:
+        """Bring `tables`, with the local pods `endpoints` by slot and the `hops` by number, in
+        force together; False if they are already. On an error what was in force still is. Blocks
+        for a grace period. `hops` that changed are to be another array."""
         if not self._certain:
             self.read_back()
         wanted = self._encoder.encode(tables, endpoints)
         epoch = self.epoch
-        if epoch and self._in_force(epoch & 1, wanted):
+        if epoch and self._in_force(epoch & 1, wanted) and self._has_hops(epoch & 1, hops):
             return False
         following = epoch + 1 if epoch < _MAX_EPOCH else 2
         idle = following & 1
@@ -180,6 +189,7 @@ class Publisher:
         self._services.write(idle, *wanted.services)
         self._backends.write(idle, *wanted.backends)
         self._write_endpoints(idle, wanted)
+        self._write_hops(idle, hops)
         self._dp.state.view["epoch"][0] = following
         self._grace = self._waiter.submit(wait_grace)
         if wanted.slots is not self._slots:
@@ -215,6 +225,20 @@ class Publisher:
             np.array_equal(mine[name], slots[name]) for name in self._static
         )
 
+    def _has_hops(self, view: int, hops: NDArray[Any]) -> bool:
+        if self._hop_tables[view] is not hops:
+            if not np.array_equal(self._hops[:, view], _as_rows(hops)):
+                return False
+            self._hop_tables[view] = hops
+        return True
+
+    def _write_hops(self, view: int, hops: NDArray[Any]) -> None:
+        if self._hop_tables[view] is not hops:
+            mine, wanted = self._hops[:, view], _as_rows(hops)
+            different = np.flatnonzero((mine != wanted).any(axis=1))
+            mine[different] = wanted[different]
+            self._hop_tables[view] = hops
+
     def _write_image(self, view: int, image: NDArray[np.uint64]) -> None:
         inner = self._inner[view]
         if inner is not None and len(inner) >= len(image):
@@ -245,6 +269,15 @@ class Publisher:
                     mine[name][at] = wanted.slots[name][at]
         different = np.flatnonzero(mine["view"][:, view] != wanted.views)
         mine["view"][different, view] = wanted.views[different]
+
+
+def _by_view(records: NDArray[Any]) -> Bytes:
+    """Records of two views as bytes: [number, view, byte]."""
+    return records.view(np.uint8).reshape(len(records), 2, -1)
+
+
+def _as_rows(records: NDArray[Any]) -> Bytes:
+    return rows(records, records.dtype.itemsize)
 
 
 def _find(union: Bytes, keys: Bytes) -> NDArray[np.intp]:

@@ -132,8 +132,8 @@ class Case:
             )
             for slot, pod in enumerate(local)
         }
-        self.world.write_ways(WAYS)
-        self.world.publisher.publish(self.tables, records)
+        self.world.write_routes(WAYS)
+        self.world.publisher.publish(self.tables, records, self.world.hop_table(WAYS))
         self.own = {
             parse_address(a.address)
             for a in self.cluster.nodes[self.node].status.addresses

@@ -36,6 +36,7 @@ from tests.bytecode.goldens import (
 from tests.bytecode.world import (
     DROP,
     EGRESS,
+    HOP_MAC,
     INGRESS,
     LOCAL,
     NEXT,
@@ -43,8 +44,10 @@ from tests.bytecode.world import (
     TCP,
     UDP,
     UNDERLAY,
+    Hop,
     Peer,
     Service,
+    mac_bytes,
 )
 
 NEW, ESTABLISHED, CLOSING, CLOSED = 1, 2, 3, 4  # enum ct_state
@@ -402,7 +405,7 @@ def test_no_packet_sees_a_mixture_of_two_views(world):
             allow = dict.fromkeys(cells[cls], ids)
             scene = base().but(peers=peers, reason=70 + ids).isolate(B, INGRESS, allow)
             scenes.append(scene)
-        tables = [(scene.tables(), scene.records()) for scene in scenes]
+        tables = [(s.tables(), s.records(), world.hop_table(s)) for s in scenes]
         world.publish(scenes[0])
         flips = 40
         finished = threading.Event()
@@ -434,6 +437,33 @@ def test_no_packet_sees_a_mixture_of_two_views(world):
         assert world.publisher.epoch == before + flips
         reasons = (1, 2) if verdict == REDIRECT else (71, 72)
         assert seen == {(0, CLASS["a"], reasons[0]), (1, CLASS["c"], reasons[1])}
+
+
+def test_no_packet_leaves_by_half_a_hop(world):
+    """Two hops to the same node, each with MACs of its own: never one of each."""
+    macs = (("02:00:00:00:01:01", "02:00:00:00:01:02"), ("02:00:00:00:02:01", "02:00:00:00:02:02"))
+    scenes = [base().but(hops={1: Hop(UNDERLAY, HOP_MAC, *pair)}) for pair in macs]
+    states = [(s.tables(), s.records(), world.hop_table(s)) for s in scenes]
+    world.publish(scenes[0])
+    finished = threading.Event()
+
+    def flip() -> None:
+        try:
+            for n in range(1, 41):
+                world.publisher.publish(*states[n % 2])
+        finally:
+            finished.set()
+
+    writer = threading.Thread(target=flip)
+    writer.start()
+    packet = bytes(from_pod(A) / ip(4, "a", "remote") / syn())
+    seen = set()
+    try:
+        while not finished.is_set():
+            seen.add(world.run("from_pod", packet, at_pod(A)).packet[:12])
+    finally:
+        writer.join()
+    assert seen == {b"".join(mac_bytes(mac) for mac in pair) for pair in macs}
 
 
 RAW_SYN = bytes(from_pod(A) / ip(4, "a", "b") / syn())

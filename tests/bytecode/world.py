@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pyroute2 import IPRoute
 
 from lockgate.agent.publish import EndpointRecord, Publisher
 from lockgate.bpf import syscall
-from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
+from lockgate.bpf.maps import ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
 from lockgate.compile.tables import (
@@ -222,7 +223,7 @@ class World:
         self.backends = HashMap.of(
             obj, "service_backends", dtype("backend_key"), dtype("backend_state")
         )
-        self.hops = ArrayMap.of(obj, "hops", dtype("hop"))
+        self.hops = MappedArray.of(obj, "hops", dtype("hop"))
         self.routes = LpmTrie.of(obj, "routes", dtype("route_key"), u32)
         self.link_roles = HashMap.of(obj, "link_roles", u32, u32)
         self.connections = HashMap.of(obj, "connections", dtype("ct_key"), dtype("ct"))
@@ -238,7 +239,6 @@ class World:
             for name, number in obj.schema.enum("cause").items()
         }
         self.publisher = Publisher(self)  # type: ignore[arg-type]
-        self._hops: set[int] = set()
         self._routes: list[bytes] = []
         namespaces.create(self.namespace)
         with self.inside():
@@ -271,16 +271,14 @@ class World:
 
     def publish(self, scene: Scene) -> None:
         """Bring the scene in force, in the next epoch if policies or addresses differ."""
-        self.write_ways(scene)
-        self.publisher.publish(scene.tables(), scene.records())
+        self.write_routes(scene)
+        self.publisher.publish(scene.tables(), scene.records(), self.hop_table(scene))
 
-    def write_ways(self, scene: Scene) -> None:
-        """Hops and routes, which have no views."""
-        for index in self._hops - set(scene.hops):
-            self.hops[index] = np.zeros((), self.dtype("hop"))
-        self._hops = set(scene.hops)
+    def hop_table(self, scene: Scene) -> NDArray[Any]:
+        """The hops as the publisher takes them."""
+        table = np.zeros(len(self.hops), self.dtype("hop_view"))
         for index, hop in scene.hops.items():
-            record = np.zeros((), self.dtype("hop"))
+            record = table[index]
             record["ifindex"], record["flags"], record["mtu"] = hop.ifindex, hop.flags, hop.mtu
             record["dmac"] = np.frombuffer(mac_bytes(hop.dmac), np.uint8)
             record["smac"] = np.frombuffer(mac_bytes(hop.smac), np.uint8)
@@ -290,7 +288,10 @@ class World:
             for address in hop.masquerade:
                 name = "masq6" if ":" in address else "masq4"
                 record[name] = np.frombuffer(parse_address(address), np.uint8)
-            self.hops[index] = record
+        return table
+
+    def write_routes(self, scene: Scene) -> None:
+        """Routes have no views."""
         for key in self._routes:
             self.routes.delete(key)
         self._routes = []
@@ -310,6 +311,7 @@ class World:
         assert inner is not None
         self.publisher._write_image(1 - view, inner.view.copy())
         self.endpoints.view["view"][:, 1 - view] = self.endpoints.view["view"][:, view]
+        self.hops.view["view"][:, 1 - view] = self.hops.view["view"][:, view]
         self.publisher.read_back()
         self.state.view["epoch"][0] += 1
 

@@ -148,7 +148,7 @@ async def test_services_hops_and_dry_runs(bed: Bed) -> None:
 
     def hops(node: Node) -> list[Any]:
         with ArrayMap.open(str(node.pins / "hops"), schema.dtype("hop")) as table:
-            return [table[8]]
+            return list(table[8]["view"])
 
     schema = Schema.from_object(bpf_object())
     await until(lambda: all(int(row["flags"]) == 1 and any(row["dmac"]) for row in hops(two)))

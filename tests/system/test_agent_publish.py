@@ -14,6 +14,7 @@ import pytest
 from lockgate.agent.datapath import Datapath, Sizes
 from lockgate.agent.publish import EndpointRecord, Publisher
 from lockgate.agent.sweep import sweep
+from lockgate.bpf.btf import Schema
 from lockgate.bpf.syscall import prog_info
 from lockgate.compile.tables import (
     NO_CLASS,
@@ -28,6 +29,7 @@ from lockgate.objects.address import parse_address
 from lockgate.paths import bpf_object
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+MAX_HOPS = 4096
 SIZES = Sizes(1024, 1024, 1024, 1024)
 PINS = Path("/sys/fs/bpf/lockgate", f"test-publish-{os.getpid()}")
 
@@ -52,6 +54,8 @@ def tables(pods: int = 3, words: int = 60000) -> Tables:
     return made
 
 
+HOP = Schema.from_object(bpf_object()).dtype("hop_view")
+HOPS = np.zeros(MAX_HOPS, HOP)
 RECORDS = {4: EndpointRecord(2, b"podmac", b"hstmac", 1500, ("10.0.0.1", "fd00::1"))}
 
 
@@ -67,9 +71,9 @@ def peers(dp: Datapath, view: int) -> dict[bytes, tuple[int, ...]]:
 def test_a_view_is_whole_before_the_epoch_moves_and_the_other_stays(dp: Datapath) -> None:
     publisher = Publisher(dp)
     first, second = tables(3), tables(2)
-    assert publisher.publish(first, RECORDS) and publisher.epoch == 1
+    assert publisher.publish(first, RECORDS, HOPS) and publisher.epoch == 1
     assert peers(dp, 1) == first.peers and peers(dp, 0) == {}
-    assert publisher.publish(second, RECORDS) and publisher.epoch == 2
+    assert publisher.publish(second, RECORDS, HOPS) and publisher.epoch == 2
     assert peers(dp, 0) == second.peers and peers(dp, 1) == first.peers
     service = dp.services.items()
     assert service[0]["port"].tolist() == [80] and service[1]["view"]["id"].tolist() == [[5, 5]]
@@ -83,8 +87,8 @@ def test_a_view_is_whole_before_the_epoch_moves_and_the_other_stays(dp: Datapath
     ] * 2
     # What neither view has is deleted.
     assert len(dp.peers) == 3
-    publisher.publish(tables(1), RECORDS)
-    publisher.publish(tables(2), RECORDS)
+    publisher.publish(tables(1), RECORDS, HOPS)
+    publisher.publish(tables(2), RECORDS, HOPS)
     assert len(dp.peers) == 2
 
 
@@ -102,27 +106,41 @@ def test_a_pod_carries_the_class_of_an_address(dp: Datapath, v4, v6, classes) ->
     for ip, view in zip(RECORDS[4].ips, (v4, v6), strict=True):
         if view:
             made.peers[parse_address(ip)] = PeerView(*view)
-    Publisher(dp).publish(made, RECORDS)
+    Publisher(dp).publish(made, RECORDS, HOPS)
     view = dp.endpoints[4]["view"][1]
     assert view["endpoint"] == 2
     assert (view["class4"], view["class6"]) == classes
 
 
 def test_nothing_moves_when_nothing_differs_also_after_a_restart(dp: Datapath) -> None:
-    Publisher(dp).publish(tables(), RECORDS)
-    assert not Publisher(dp).publish(tables(), RECORDS)
+    Publisher(dp).publish(tables(), RECORDS, HOPS)
+    assert not Publisher(dp).publish(tables(), RECORDS, HOPS)
     with Datapath(bpf_object(), PINS, SIZES) as again:
         assert again.replaced == []
         publisher = Publisher(again)
-        assert not publisher.publish(tables(), RECORDS)
+        assert not publisher.publish(tables(), RECORDS, HOPS)
         assert publisher.epoch == 1
+
+
+def test_hops_change_with_the_epoch_and_are_known_after_a_restart(dp: Datapath) -> None:
+    publisher = Publisher(dp)
+    one, two = HOPS.copy(), HOPS.copy()
+    one[9]["ifindex"], one[9]["dmac"], two[9]["ifindex"] = 5, 7, 6
+    assert publisher.publish(tables(), RECORDS, one)
+    assert publisher.publish(tables(), RECORDS, two)
+    assert dp.hops[9]["view"]["ifindex"].tolist() == [6, 5]
+    assert dp.hops[9]["view"]["dmac"][:, 5].tolist() == [0, 7]
+    assert not publisher.publish(tables(), RECORDS, two.copy())
+    again = Publisher(dp)
+    assert np.array_equal(again.hops().view(np.uint8), two.view(np.uint8))
+    assert not again.publish(tables(), RECORDS, again.hops())
 
 
 def test_an_image_that_grew_gets_a_larger_array(dp: Datapath) -> None:
     publisher = Publisher(dp)
     for words in (10, 50000, 200_000, 20):
         made = tables(words=words)
-        publisher.publish(made, RECORDS)
+        publisher.publish(made, RECORDS, HOPS)
         inner = dp.images.inner(publisher.epoch & 1)
         assert inner is not None
         assert np.array_equal(inner.view[:words], made.image)
@@ -131,9 +149,9 @@ def test_an_image_that_grew_gets_a_larger_array(dp: Datapath) -> None:
 
 def test_a_slot_that_is_no_longer_wanted_is_not_live(dp: Datapath) -> None:
     publisher = Publisher(dp)
-    publisher.publish(tables(), RECORDS)
+    publisher.publish(tables(), RECORDS, HOPS)
     assert dp.endpoints[4]["flags"] == 1
-    publisher.publish(tables(), {})
+    publisher.publish(tables(), {}, HOPS)
     assert dp.endpoints[4]["flags"] == 0 and dp.endpoints[4]["id"] == 0
 
 
@@ -141,19 +159,19 @@ def test_a_failure_half_way_leaves_what_is_in_force(
     dp: Datapath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publisher = Publisher(dp)
-    publisher.publish(tables(3), RECORDS)
+    publisher.publish(tables(3), RECORDS, HOPS)
     with monkeypatch.context() as patch:
         patch.setattr(publisher._services, "write", lambda *a: (_ for _ in ()).throw(OSError(7)))
         with pytest.raises(OSError):
-            publisher.publish(tables(200), RECORDS)
+            publisher.publish(tables(200), RECORDS, HOPS)
     assert publisher.epoch == 1 and peers(dp, 1) == tables(3).peers
-    assert publisher.publish(tables(200), RECORDS)
+    assert publisher.publish(tables(200), RECORDS, HOPS)
     assert peers(dp, 0) == tables(200).peers and peers(dp, 1) == tables(3).peers
 
 
 def test_many_peers(dp: Datapath) -> None:
     publisher = Publisher(dp)
-    publisher.publish(tables(20000), RECORDS)
+    publisher.publish(tables(20000), RECORDS, HOPS)
     assert peers(dp, 1) == tables(20000).peers
 
 

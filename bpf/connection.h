@@ -172,8 +172,10 @@ static __noinline int masquerade_again(struct packet *p)
 	__u32 index = target_index(p->target);
 	struct hop_view *hop = hop_of(p->epoch, index);
 
+	if (hop)
+		return masquerade(p, hop);
 	GIVE_UP(p, CAUSE_NAT_FAILED);
-	return hop && masquerade(p, hop);
+	return 0;
 }
 
 /* A packet of a known connection. */

@@ -6,6 +6,8 @@
 #ifndef LOCKGATE_REPLY_H
 #define LOCKGATE_REPLY_H
 
+#include "event.h"
+#include "limit.h"
 #include "parse.h"
 
 /* As much of the packet as fits (RFC 1812 4.3.2.3, RFC 4443 2.4 (c)): what the
@@ -158,6 +160,18 @@ static __always_inline void ipv6_reply(struct ipv6 *ip, __u32 payload, __u8 prot
 	ip->daddr = *to;
 }
 
+/* RFC 1812 4.3.2.8, RFC 4443 2.4 (f): a pod hears so many in a second, and the
+ * others have theirs. */
+static __always_inline bool may_answer(struct packet *p)
+{
+	struct budget *budget = budget_of(p);
+
+	if (p->dry || !budget || take(&budget->answers, bpf_ktime_get_coarse_ns(), config_answer_ns))
+		return true;
+	count(COUNT_UNANSWERED);
+	return false;
+}
+
 /* An ICMP error about the packet in hand, from the address it was sent to.
  * `info` is the second word: the MTU, or 0. Never about an ICMP error or a later
  * fragment (RFC 1122 3.2.2). 0 on success. Global, so that the verifier walks it
@@ -170,6 +184,8 @@ __noinline int icmp_error(struct __sk_buff *skb, struct packet *p, __u32 type_co
 
 	/* p->icmp_error is clear when the error is related to nothing. */
 	if (t->proto == (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) && is_icmp_error(p->family, p->icmp_type))
+		return -1;
+	if (!may_answer(p))
 		return -1;
 	if (p->family == 4) {
 		struct icmp4_reply *r = (void *)p->bytes;
@@ -210,6 +226,8 @@ static __noinline int tcp_reset(struct __sk_buff *skb, struct packet *p)
 	struct tcp_head in, *tcp;
 
 	if (p->fragment == FRAG_LATER || p->tcp_flags & TCP_RST || bpf_skb_load_bytes(skb, p->l4, &in, sizeof(in)))
+		return -1;
+	if (!may_answer(p))
 		return -1;
 	tcp = p->family == 4 ? &((struct rst4_reply *)p->bytes)->tcp : &((struct rst6_reply *)p->bytes)->tcp;
 	tcp->sport = in.dport;

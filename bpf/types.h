@@ -406,6 +406,7 @@ enum counter {
 	COUNT_EVENTS       = 0,	/* records written to the rings */
 	COUNT_EVENTS_LOST  = 1,	/* no room in the ring */
 	COUNT_FORWARDED    = 2,	/* new connections forwarded */
+	COUNT_UNANSWERED   = 3,	/* ICMP errors and resets not sent: over the limit */
 	COUNT_CAUSE        = 8,	/* + enum cause: packets dropped */
 };
 #define COUNTERS 64

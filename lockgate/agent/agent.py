@@ -92,7 +92,7 @@ class Agent:
     def _start(self) -> None:
         config = self.config
         self._state.mkdir(parents=True, exist_ok=True)
-        self.dp = Datapath(config.object_path, config.pins)
+        self.dp = Datapath(config.object_path, config.pins, limits=config.limits)
         self.journal = Journal(self._state / "journal.jsonl", self.dp.ids.view[0])
         self.ipam = Ipam(self._state / "ipam.json", len(self.dp.endpoints))
         self.publisher = Publisher(self.dp)

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from lockgate.agent.limits import Limits
 from lockgate.kube.client import Settings
 from lockgate.net import cgroup
 from lockgate.objects.address import listen
@@ -40,6 +41,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     cni_bin: str = ""  # the host's /opt/cni/bin as it is mounted here; "" = nothing is put there
     cni_conf: str = ""  # the host's /etc/cni/net.d, likewise
     cni_chain: list[dict[str, Any]] = []  # CNI plugins to run after ours
+    limits: Limits = Limits()
 
     @property
     def socket(self) -> Path:

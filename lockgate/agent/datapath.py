@@ -16,6 +16,7 @@ from typing import Self
 
 import numpy as np
 
+from lockgate.agent.limits import Limits
 from lockgate.bpf import links, syscall
 from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import LoadError, Object
@@ -48,7 +49,9 @@ class Sizes:
 class Datapath:
     """Loaded programs and typed maps. Close it and all that is pinned goes on working."""
 
-    def __init__(self, path: Path, pins: Path, sizes: Sizes | None = None) -> None:
+    def __init__(
+        self, path: Path, pins: Path, sizes: Sizes | None = None, limits: Limits | None = None
+    ) -> None:
         """Load the object at `path` over what is pinned in `pins`. LoadError: see the message;
         what runs in the kernel is then as it was."""
         self.pins = pins
@@ -57,6 +60,7 @@ class Datapath:
         self.object = Object(path)
         try:
             self.replaced = self._reuse(sizes or Sizes.from_memory())
+            self.object.set_rodata((limits or Limits()).constants())
             self.object.load()
             for name in self.replaced:
                 (pins / name).unlink(missing_ok=True)

@@ -97,6 +97,11 @@ def _families(status: dict[str, Any], agent: Agent) -> Iterable[Metric]:
     yield counter(
         "lost_events", "Verdict events for which the ring had no room", status["losses"]["events"]
     )
+    yield counter(
+        "unsent_answers",
+        "ICMP errors and TCP resets that pods were not sent, over their limit",
+        status["losses"]["answers"],
+    )
     yield counter("swept_connections", "Dead connections swept", status["counts"]["swept"])
     kinds: dict[str, dict[str, int]] = status["api"].get("kinds", {})
     if not kinds:

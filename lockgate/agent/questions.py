@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
 __all__ = ["dry_run", "status"]
 
-_COUNT_CAUSE = 8
-
 
 def dry_run(agent: Agent, packets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Run live programs; `packet` is bytes here. From the worker."""
@@ -44,12 +42,18 @@ def dry_run(agent: Agent, packets: list[dict[str, Any]]) -> list[dict[str, Any]]
 def status(agent: Agent) -> dict[str, Any]:
     """What GET /v1/status answers. From the worker."""
     totals = agent.dp.counters.values().sum(axis=1)
-    causes = agent.dp.object.schema.enum("cause")
+    schema = agent.dp.object.schema
+    counters, causes = schema.enum("counter"), schema.enum("cause")
+    first = counters["COUNT_CAUSE"]
     drops = {
-        name.removeprefix("CAUSE_").lower().replace("_", "-"): int(totals[_COUNT_CAUSE + n])
+        name.removeprefix("CAUSE_").lower().replace("_", "-"): int(totals[first + n])
         for name, n in causes.items()
-        if name != "CAUSE_MAX" and totals[_COUNT_CAUSE + n]
+        if name != "CAUSE_MAX" and totals[first + n]
     }
+
+    def total(name: str) -> int:
+        return int(totals[counters[f"COUNT_{name}"]])
+
     return {
         "cluster": agent.config.cluster,
         "node": agent.config.node,
@@ -72,9 +76,9 @@ def status(agent: Agent) -> dict[str, Any]:
         "api": agent.source.status(),
         "features": agent.features,
         "memory": _resident(),
-        "losses": {"events": int(totals[1])},
-        "events": int(totals[0]),
-        "forwarded": int(totals[2]),
+        "losses": {"events": total("EVENTS_LOST"), "answers": total("UNANSWERED")},
+        "events": total("EVENTS"),
+        "forwarded": total("FORWARDED"),
         "drops": drops,
     }
 

@@ -205,9 +205,13 @@ class Outcome:
 class World:
     """Programs and maps under the names that the agent's Datapath has, for the publisher."""
 
-    def __init__(self, path: Path = OBJECT) -> None:
-        self.namespace = f"lg-test-{os.getpid()}"
+    def __init__(
+        self, path: Path = OBJECT, constants: Mapping[str, int] | None = None, name: str = "test"
+    ) -> None:
+        """`constants` of bpf/config.h; worlds at the same time need different names."""
+        self.namespace = f"lg-{name}-{os.getpid()}"
         self.object = Object(path)
+        self.object.set_rodata(constants or {})
         for name in ("connections", "half_open", "nat", "sockets", "fragments"):
             self.object.set_max_entries(name, 4096)
         for name in ("events", "events_raw"):

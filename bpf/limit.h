@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * limit.h: how much of what all pods share one pod may use up in a second:
+ * token buckets by endpoint slot. Nothing of a known connection asks them.
+ */
+#ifndef LOCKGATE_LIMIT_H
+#define LOCKGATE_LIMIT_H
+
+#include "packet.h"
+
+/* What may come at once after a pause: a quarter of a second's worth. */
+#define BURST_NS 250000000ull
+
+/* A bucket is one word, the time when it will be full again less BURST_NS: each
+ * token taken moves it on by the time that one takes to come back (the GCRA of
+ * ATM). All CPUs share it; when two fill it at once, one token is not paid. */
+struct budget {
+	__u64 answers;		/* ICMP errors and resets that we send */
+} __attribute__((aligned(64)));	/* CPUs at work for other pods write to others */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_ENDPOINTS + 1);		/* the last: packets of no pod */
+	__type(key, __u32);
+	__type(value, struct budget);
+} budgets SEC(".maps");
+
+/* May one more pass, where one in `every` nanoseconds is allowed? 0 = any. */
+static __always_inline bool take(__u64 *bucket, __u64 now, __u64 every)
+{
+	__u64 paid_until = *(volatile __u64 *)bucket;
+
+	if (!every)
+		return true;
+	if (paid_until > now)
+		return false;
+	if (paid_until + BURST_NS < now)
+		*(volatile __u64 *)bucket = now - BURST_NS + every;
+	else
+		__sync_fetch_and_add(bucket, every);
+	return true;
+}
+
+/* The budgets of the pod that the packet is to or from; NULL never comes. */
+static __always_inline struct budget *budget_of(struct packet *p)
+{
+	__u32 slot = p->slot < MAX_ENDPOINTS ? p->slot : MAX_ENDPOINTS;
+
+	return bpf_map_lookup_elem(&budgets, &slot);
+}
+
+#endif

@@ -24,9 +24,13 @@ const volatile __u32 config_capture = 1;
 
 /* 0 removes the short way of established connections (fast.h): tests compare. */
 const volatile __u32 config_fast = 1;
-/* Nanoseconds of each pod's time that one takes (limit.h), 0 = no limit: an ICMP
- * error or reset that we send it. */
+
+/* Nanoseconds until what one takes of a pod's budget is back (limit.h), 0 = no
+ * limit: an ICMP error or reset that we send it, a connection that it begins, an
+ * event about it. */
 const volatile __u64 config_answer_ns = 0;
+const volatile __u64 config_connection_ns = 0;
+const volatile __u64 config_event_ns = 0;
 
 /* Ports that masquerade may take, host order, both included: below what the
  * kernel gives to the node's own sockets (ip_local_port_range) and below NodePorts. */

@@ -62,6 +62,16 @@ static __always_inline bool admit(struct packet *p, __u8 *flags)
 	return allowed;
 }
 
+/* A pod that begins more than its share would push other pods' half-open
+ * connections out before they are answered. */
+static __always_inline bool may_begin(struct packet *p)
+{
+	struct budget *budget = budget_of(p);
+
+	return p->place != PLACE_FROM_POD || p->dry || !budget ||
+	       take(&budget->connections, bpf_ktime_get_coarse_ns(), config_connection_ns);
+}
+
 /* A packet of no known connection whose services are resolved: verdict,
  * entry, way out. `flags`: enum ct_flag bits found so far. */
 static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found)
@@ -79,6 +89,10 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 	}
 	if (!admit(p, &flags))
 		return p->cause ? drop(skb, p) : deny(skb, p);
+	if (!may_begin(p)) {
+		GIVE_UP(p, CAUSE_NEW_CONNECTION_RATE);
+		return drop(skb, p);
+	}
 	tell_verdicts(skb, p);
 	p->target = p->place == PLACE_TO_POD ? target_of(TO_LOCAL, p->slot)
 					     : way_to(p->dst_target, &p->now.daddr);

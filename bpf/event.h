@@ -5,7 +5,7 @@
 #ifndef LOCKGATE_EVENT_H
 #define LOCKGATE_EVENT_H
 
-#include "packet.h"
+#include "limit.h"
 
 static __always_inline void count(__u32 counter)
 {
@@ -22,7 +22,13 @@ static __noinline int event_send(struct __sk_buff *skb, struct packet *p)
 	struct node_state *node = bpf_map_lookup_elem(&state, &zero);
 	__u32 want = config_capture && node ? node->capture : 0;
 
+	struct budget *budget = budget_of(p);
+
 	p->event.captured = 0;
+	if (budget && !take(&budget->events, p->event.time, config_event_ns)) {
+		count(COUNT_EVENTS_CUT);
+		return 0;
+	}
 	if (want) {
 		struct event_raw *raw = bpf_ringbuf_reserve(&events_raw, sizeof(*raw), 0);
 

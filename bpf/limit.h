@@ -16,6 +16,8 @@
  * ATM). All CPUs share it; when two fill it at once, one token is not paid. */
 struct budget {
 	__u64 answers;		/* ICMP errors and resets that we send */
+	__u64 connections;	/* that it begins */
+	__u64 events;
 } __attribute__((aligned(64)));	/* CPUs at work for other pods write to others */
 
 struct {

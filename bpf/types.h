@@ -366,6 +366,7 @@ enum cause {
 	CAUSE_UNKNOWN_SERVICE_PORT = 20,
 	CAUSE_EXTENSION_HEADER   = 21,	/* IPv6 header chain we do not follow */
 	CAUSE_NOT_READY          = 22,	/* no state published yet */
+	CAUSE_NEW_CONNECTION_RATE = 23,	/* the pod begins too many a second */
 	CAUSE_MAX
 };
 
@@ -407,6 +408,7 @@ enum counter {
 	COUNT_EVENTS_LOST  = 1,	/* no room in the ring */
 	COUNT_FORWARDED    = 2,	/* new connections forwarded */
 	COUNT_UNANSWERED   = 3,	/* ICMP errors and resets not sent: over the limit */
+	COUNT_EVENTS_CUT   = 4,	/* not written: too many a second about one pod */
 	COUNT_CAUSE        = 8,	/* + enum cause: packets dropped */
 };
 #define COUNTERS 64

@@ -59,8 +59,9 @@ class Datapath:
         self.links.mkdir(parents=True, exist_ok=True)
         self.object = Object(path)
         try:
-            self.replaced = self._reuse(sizes or Sizes.from_memory())
-            self.object.set_rodata((limits or Limits()).constants())
+            sizes = sizes or Sizes.from_memory()
+            self.replaced = self._reuse(sizes)
+            self.object.set_rodata((limits or Limits()).constants(sizes.half_open))
             self.object.load()
             for name in self.replaced:
                 (pins / name).unlink(missing_ok=True)

@@ -17,9 +17,23 @@ class Limits(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=
     #: ICMP errors and TCP resets that it is sent. Linux: net.ipv4.icmp_msgs_per_sec, per node
     answers: _PerSecond = 1000
 
-    def constants(self) -> dict[str, int]:
-        """What one takes, in nanoseconds, by its name in bpf/config.h."""
-        return {"config_answer_ns": _nanoseconds(self.answers)}
+    #: Connections that it begins. Absent: 20,000, or so many that it alone needs four seconds
+    #: to fill the table of half-open ones
+    connections: _PerSecond | None = None
+    #: Records about it; a connection within the node makes two
+    events: _PerSecond = 50_000
+
+    def constants(self, half_open: int) -> dict[str, int]:
+        """What one takes, in nanoseconds, by its name in bpf/config.h. `half_open`: elements of
+        that map."""
+        connections = self.connections
+        if connections is None:
+            connections = max(20_000, half_open // 4)
+        return {
+            "config_answer_ns": _nanoseconds(self.answers),
+            "config_connection_ns": _nanoseconds(connections),
+            "config_event_ns": _nanoseconds(self.events),
+        }
 
 
 def _nanoseconds(per_second: int) -> int:

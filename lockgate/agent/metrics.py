@@ -98,6 +98,11 @@ def _families(status: dict[str, Any], agent: Agent) -> Iterable[Metric]:
         "lost_events", "Verdict events for which the ring had no room", status["losses"]["events"]
     )
     yield counter(
+        "cut_events",
+        "Verdict events about pods that were over their limit",
+        status["losses"]["cutEvents"],
+    )
+    yield counter(
         "unsent_answers",
         "ICMP errors and TCP resets that pods were not sent, over their limit",
         status["losses"]["answers"],

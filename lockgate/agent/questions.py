@@ -76,7 +76,11 @@ def status(agent: Agent) -> dict[str, Any]:
         "api": agent.source.status(),
         "features": agent.features,
         "memory": _resident(),
-        "losses": {"events": total("EVENTS_LOST"), "answers": total("UNANSWERED")},
+        "losses": {
+            "events": total("EVENTS_LOST"),
+            "cutEvents": total("EVENTS_CUT"),
+            "answers": total("UNANSWERED"),
+        },
         "events": total("EVENTS"),
         "forwarded": total("FORWARDED"),
         "drops": drops,

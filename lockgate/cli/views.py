@@ -361,7 +361,7 @@ def _print_status(found: Row) -> None:
                 str(node["agentStatus"].get("epoch", "-")),
                 _process(node.get("observer") or {}),
                 str(observer.get("events", "-")),
-                str(observer.get("lost", "-")),
+                str(observer["lost"] + observer.get("cut", 0) if "lost" in observer else "-"),
             ]
         )
     head = ["NODE", "AGENT", "REVISION", "EPOCH", "OBSERVER", "EVENTS", "LOST"]

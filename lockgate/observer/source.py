@@ -31,6 +31,7 @@ class Source:
         self._event, self._raw = schema.dtype("event"), schema.dtype("event_raw")
         counters = schema.enum("counter")
         self._written, self._lost = counters["COUNT_EVENTS"], counters["COUNT_EVENTS_LOST"]
+        self._cut = counters["COUNT_EVENTS_CUT"]
         self._rings: list[Ring] = []
         self._counters: PerCpuArray | None = None
         self.decoded = 0
@@ -88,14 +89,15 @@ class Source:
         return more
 
     def counts(self) -> dict[str, int]:
-        """Exact, by the kernel's own counters: events written, events lost for want of room;
-        and bytes that wait in the rings."""
+        """Exact, by the kernel's own counters: events written, events lost for want of room or
+        because there were too many about one pod; and bytes that wait in the rings."""
         if self._counters is None:
-            return {"events": 0, "lost": 0, "pending": 0}
+            return {"events": 0, "lost": 0, "cut": 0, "pending": 0}
         totals = np.asarray(self._counters.values()).sum(axis=1)
         return {
             "events": int(totals[self._written]),
             "lost": int(totals[self._lost]),
+            "cut": int(totals[self._cut]),
             "pending": sum(ring.pending for ring in self._rings),
         }
 

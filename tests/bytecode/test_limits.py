@@ -11,11 +11,27 @@ import pytest
 from scapy.layers.inet import UDP as Udp
 from scapy.packet import Packet, Raw
 
+from lockgate.bpf import syscall
 from lockgate.bpf.maps import ArrayMap
-from tests.bytecode.goldens import FAMILIES, A, B, at_pod, base, from_pod, ip, syn, udp
-from tests.bytecode.world import DROP, DRY_MARK, REDIRECT, SLOTS, World
+from tests.bytecode.goldens import (
+    FAMILIES,
+    A,
+    B,
+    C,
+    at_pod,
+    base,
+    from_pod,
+    ip,
+    syn,
+    tcp,
+    to_pod,
+    udp,
+    wire,
+)
+from tests.bytecode.world import DROP, DRY_MARK, INGRESS, NEXT, REDIRECT, SLOTS, UNDERLAY, World
 
 UNANSWERED = 3  # enum counter
+EVENTS, LOST, CUT = 0, 1, 4
 HOUR = 3600 * 10**9
 #: Of a token that comes back after 60 ms, five may be taken at once (BURST_NS is 250 ms).
 SOON, AT_ONCE = 60 * 10**6, 5
@@ -115,3 +131,119 @@ def test_after_a_pause_some_may_come_at_once(worlds):
         told = sum(sends(world, A, packet).verdict == REDIRECT for _ in range(100))
         assert told >= AT_ONCE
         assert told + world.counters()[UNANSWERED] == 100
+
+
+# ---- New connections -----------------------------------------------------------------
+
+
+@pytest.fixture
+def one_connection(worlds) -> Iterator[World]:
+    with fresh(worlds(connection=HOUR)) as world:
+        yield world
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("target", "l4"),
+    [
+        pytest.param("b", syn(40001), id="tcp"),
+        pytest.param("b", udp(40001), id="udp"),
+        pytest.param("svc", syn(40001), id="tcp to a service"),
+        pytest.param("world", syn(40001), id="masqueraded"),
+    ],
+)
+def test_one_connection_too_many_is_dropped_by_name(one_connection, family, target, l4):
+    world = one_connection
+    assert sends(world, A, ip(family, "a", "b") / syn()).verdict == REDIRECT
+    outcome = sends(world, A, ip(family, "a", target) / l4)
+    assert outcome.verdict == DROP
+    assert [event["cause"] for event in outcome.events] == ["new-connection-rate"]
+    number = {name: n for n, name in world.causes.items()}["new-connection-rate"]
+    assert world.counters()[8 + number] == 1
+    assert len(world.tracked()) == 1
+
+
+def test_known_connections_and_other_pods_go_on(one_connection):
+    world = one_connection
+    for sender, receiver, packet in (
+        (A, B, ip(4, "a", "b") / syn()),
+        (A, B, ip(4, "a", "b") / syn()),  # sent again
+        (B, A, ip(4, "b", "a") / tcp(80, 40000, "SA")),
+        (A, B, ip(4, "a", "b") / tcp(40000, 80, "A")),
+        (B, A, ip(4, "b", "a") / syn()),
+    ):
+        assert sends(world, sender, packet).verdict == REDIRECT, (sender, receiver, packet)
+    assert sends(world, A, ip(4, "a", "b") / syn(40001)).verdict == DROP
+
+
+def test_what_comes_to_a_pod_is_not_its_own_beginning(one_connection):
+    world = one_connection
+    for sport in range(40000, 40010):
+        frame = wire() / ip(4, "remote", "a") / syn(sport)
+        assert world.run("from_net", bytes(frame), UNDERLAY).verdict == REDIRECT
+        frame = to_pod(A) / ip(4, "host", "a") / syn(sport)
+        assert world.run("to_pod", bytes(frame), at_pod(A)).verdict == NEXT
+
+
+def test_denied_packets_and_questions_begin_nothing(one_connection):
+    world = one_connection
+    world.publish(base().isolate(B, INGRESS))
+    for sport in range(40000, 40010):
+        outcome = sends(world, A, ip(4, "a", "b") / syn(sport))
+        assert outcome.events[-1]["cause"] == "policy"
+        sends(world, A, ip(4, "a", "c") / syn(sport), mark=DRY_MARK)
+    assert sends(world, A, ip(4, "a", "c") / syn()).verdict == REDIRECT
+
+
+@pytest.mark.parametrize(
+    ("limit", "opens"),
+    [pytest.param({"connection": HOUR}, True, id="limited"),
+     pytest.param({}, False, id="without a limit, which shows that this is a flood")],
+)  # fmt: skip
+def test_a_flood_of_one_pod_leaves_the_half_open_connection_of_another(worlds, limit, opens):
+    """8,192 first packets, twice what the table holds, between another pod's SYN and its answer,
+    which only as an answer may pass."""
+    with fresh(worlds(**limit)) as world:
+        world.publish(base().isolate(B, INGRESS))
+        assert sends(world, B, ip(4, "b", "c") / syn()).verdict == REDIRECT
+        frame = bytearray(bytes(from_pod(A) / ip(4, "a", "remote") / udp()))
+        context = syscall.skb_context(ifindex=at_pod(A))
+        for sport in range(1024, 1024 + 8192):
+            frame[34:36] = sport.to_bytes(2, "big")
+            syscall.prog_test_run(world.object.prog_fd("from_pod"), bytes(frame), context)
+        world.events()
+        answer = sends(world, C, ip(4, "c", "b") / tcp(80, 40000, "SA"))
+        assert (answer.verdict == REDIRECT) == opens
+
+
+def test_some_connections_may_begin_at_once(worlds):
+    with fresh(worlds(connection=SOON)) as world:
+        begun = sum(
+            sends(world, A, ip(4, "a", "b") / syn(40000 + n)).verdict == REDIRECT
+            for n in range(AT_ONCE)
+        )
+        assert begun == AT_ONCE
+
+
+# ---- Events --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capture", [0, 64], ids=["events", "events_raw"])
+def test_events_about_one_pod_are_cut_exactly_and_verdicts_are_not(worlds, capture):
+    with fresh(worlds(event=HOUR)) as world:
+        world.state.view["capture"][0] = capture
+        for sport in range(40000, 40100):
+            assert sends(world, A, ip(4, "a", "b") / syn(sport)).verdict == REDIRECT
+        counters = world.counters()
+        assert (counters[EVENTS], counters[LOST], counters[CUT]) == (1, 0, 199)
+        sends(world, B, ip(4, "b", "c") / syn())
+        assert world.counters()[EVENTS] == 2
+
+
+def test_drops_and_denials_are_events_too(worlds):
+    with fresh(worlds(event=HOUR)) as world:
+        world.publish(base().isolate(B, INGRESS))
+        sends(world, A, ip(4, "c", "b") / syn())  # spoofed
+        sends(world, A, ip(4, "a", "b") / syn())  # denied: egress verdict, ingress verdict
+        counters = world.counters()
+        assert (counters[EVENTS], counters[CUT]) == (1, 2)

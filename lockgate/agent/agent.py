@@ -303,6 +303,10 @@ class Agent:
         """Run live programs; `packet` is bytes here."""
         return await self.work(questions.dry_run, self, packets)
 
+    async def dry_run_facts(self) -> dict[str, Any]:
+        """What GET /v1/dryrun answers."""
+        return await self.work(questions.dry_run_facts, self)
+
     async def status(self) -> dict[str, Any]:
         """What GET /v1/status answers."""
         return await self.work(questions.status, self)

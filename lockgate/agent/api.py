@@ -6,8 +6,10 @@ import base64
 import logging
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
+from lockgate.agent import probe
 from lockgate.agent.agent import Agent
 from lockgate.agent.endpoints import Attachment
 from lockgate.agent.ipam import PoolExhausted
@@ -29,7 +31,9 @@ def application(agent: Agent) -> web.Application:
             web.post("/v1/endpoints", _add),
             web.delete("/v1/endpoints/{uid}", _delete),
             web.get("/v1/status", _status),
+            web.get("/v1/dryrun", _dry_run_facts),
             web.post("/v1/dryrun", _dry_run),
+            web.post("/v1/probe", _probe),
             web.get("/healthz", _health),
         ]
     )
@@ -78,11 +82,28 @@ async def _health(request: web.Request) -> web.Response:
     return web.Response(text="ok\n")
 
 
+async def _dry_run_facts(request: web.Request) -> web.Response:
+    return web.json_response(await request.app[_AGENT].dry_run_facts())
+
+
+async def _probe(request: web.Request) -> web.Response:
+    body = msgspec.json.decode(await request.read(), type=probe.Request)
+    results = await probe.probe(request.app[_AGENT], body)
+    return web.json_response({"results": msgspec.to_builtins(results)})
+
+
 async def _dry_run(request: web.Request) -> web.Response:
     packets = []
     for item in (await request.json())["packets"]:
         if item["at"] not in _PLACES:
             raise ValueError(f"at: expected one of {', '.join(_PLACES)}, got {item['at']!r}")
         packet = base64.b64decode(item["packet"], validate=True)
-        packets.append({"at": item["at"], "packet": packet, "ifindex": item.get("ifindex")})
+        packets.append(
+            {
+                "at": item["at"],
+                "packet": packet,
+                "ifindex": item.get("ifindex"),
+                "ownSocket": bool(item.get("ownSocket")),
+            }
+        )
     return web.json_response({"answers": await request.app[_AGENT].dry_run(packets)})

@@ -145,9 +145,14 @@ class Datapath:
 
     # ---- Asking --------------------------------------------------------------------
 
-    def dry_run(self, program: str, packet: bytes, ifindex: int, mark: int) -> TestRun:
-        """Run a live program on a packet; see `enum dry_answer` for its cb."""
-        context = syscall.skb_context(mark=mark, ifindex=ifindex, ingress_ifindex=ifindex)
+    def dry_run(
+        self, program: str, packet: bytes, ifindex: int, mark: int, *, own_socket: bool = False
+    ) -> TestRun:
+        """Run a live program on a packet; see `enum dry_answer` for its cb. `own_socket`: as if
+        a socket of the node itself had sent it."""
+        context = syscall.skb_context(
+            mark=mark, cb=(int(own_socket),), ifindex=ifindex, ingress_ifindex=ifindex
+        )
         return syscall.prog_test_run(self.object.prog_fd(program), packet, context, name=program)
 
     # ---- Inside --------------------------------------------------------------------

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lockgate import __version__
+from lockgate.objects.address import format_address
 
 if TYPE_CHECKING:
     from lockgate.agent.agent import Agent
 
-__all__ = ["dry_run", "status"]
+__all__ = ["dry_run", "dry_run_facts", "status"]
+
+# bpf/types.h; macros leave no BTF.
+DRY_MARK = 0x6C6B6761
 
 
 def dry_run(agent: Agent, packets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Run live programs; `packet` is bytes here. From the worker."""
-    mark = 0x6C6B6761
     answers: list[dict[str, Any]] = []
     for item in packets:
         try:
             ifindex = int(item.get("ifindex") or agent.attached.get(agent.config.underlay, 1))
-            run = agent.dp.dry_run(item["at"], item["packet"], ifindex, mark)
+            run = agent.dp.dry_run(
+                item["at"], item["packet"], ifindex, DRY_MARK, own_socket=item["ownSocket"]
+            )
         except (OSError, ValueError) as error:
             answers.append({"error": str(error)})
             continue
@@ -34,9 +44,35 @@ def dry_run(agent: Agent, packets: list[dict[str, Any]]) -> list[dict[str, Any]]
                 "targetKind": target >> 28,
                 "target": target & 0xFFFFFFF,
                 "service": service,
+                "cb": list(run.cb),
+                "packet": base64.b64encode(run.data).decode(),
             }
         )
     return answers
+
+
+def dry_run_facts(agent: Agent) -> dict[str, Any]:
+    """What it takes to build packets for dry runs: pods' slots and MACs as they are in force,
+    and cards by their role (`enum link_role`). From the worker."""
+    records = agent.dp.endpoints.view
+    slots = [int(slot) for slot in np.flatnonzero(records["flags"] & 1)]
+    links, roles = agent.dp.link_roles.items()
+    return {
+        "endpoints": [
+            {
+                "slot": slot,
+                "mac": records[slot]["mac"].tobytes().hex(),
+                "hostMac": records[slot]["host_mac"].tobytes().hex(),
+                "ips": [
+                    format_address(address)
+                    for address in (records[slot][key].tobytes() for key in ("addr4", "addr6"))
+                    if any(address)
+                ],
+            }
+            for slot in slots
+        ],
+        "links": {int(role): int(link) for link, role in zip(links, roles, strict=True)},
+    }
 
 
 def status(agent: Agent) -> dict[str, Any]:
@@ -55,6 +91,7 @@ def status(agent: Agent) -> dict[str, Any]:
         return int(totals[counters[f"COUNT_{name}"]])
 
     return {
+        "version": __version__,
         "cluster": agent.config.cluster,
         "node": agent.config.node,
         "epoch": agent.publisher.epoch,

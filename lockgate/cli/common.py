@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import http.client
+import functools
+import inspect
 import json
 import os
-import socket
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NoReturn, TypeVar
 
 import click
 
+from lockgate.access import Access, Refused
+from lockgate.access.choose import Choice, Wrong, choose
+from lockgate.access.sockets import call, connect, stream
+from lockgate.cli.plugin import called_as_plugin
+from lockgate.objects.model import Cluster
 from lockgate.standalone.state import State, valid_name
 
 __all__ = [
     "Refused",
+    "Wrong",
+    "access_options",
     "call",
     "cluster_option",
     "connect",
     "fail",
     "json_option",
+    "load_objects",
     "need_root",
     "not_ready",
     "print_json",
+    "reach",
     "running",
     "stream",
 ]
@@ -33,10 +42,6 @@ USAGE = 2
 NO_FEATURE = 77
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Refused(Exception):
-    """The other side answered with an error; the message is its sentence."""
 
 
 def fail(sentence: str, code: int = USAGE) -> NoReturn:
@@ -61,6 +66,73 @@ def cluster_option(command: F) -> F:
     )(command)
 
 
+_WHICH = """
+Which cluster: with --cluster, the standalone one of that name; with --kubeconfig or --context, a
+real one; with neither, the standalone cluster "default" if it runs, else the current context of
+$KUBECONFIG or ~/.kube/config. `kubectl lockgate` never takes a standalone cluster by itself.
+"""
+
+
+def access_options(command: F) -> F:
+    """The options that say which cluster; the command gets `access: Access`, closed when it
+    is over."""
+
+    @functools.wraps(command)
+    def chosen(
+        *arguments: Any, cluster: str | None, kubeconfig: str, context: str, **rest: Any
+    ) -> Any:
+        with closing(reach(cluster or "", kubeconfig, context)) as access:
+            return command(*arguments, access=access, **rest)
+
+    chosen.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n{_WHICH}"
+    for option in (
+        click.option("--context", default="", metavar="NAME", help="Of the kubeconfig."),
+        click.option("--kubeconfig", default="", metavar="FILE", help="A real cluster's."),
+        click.option(
+            "--cluster",
+            metavar="NAME",
+            envvar="LOCKGATE_CLUSTER",
+            help="A standalone cluster's name.",
+            callback=lambda c, p, value: value if value is None else _check_name(c, p, value),
+        ),
+    ):
+        chosen = option(chosen)
+    return chosen  # type: ignore[return-value]
+
+
+def reach(cluster: str = "", kubeconfig: str = "", context: str = "") -> Access:
+    """The cluster that is meant, or a sentence and exit code 2."""
+    try:
+        choice = choose(cluster, kubeconfig, context, os.environ, _runs, plugin=called_as_plugin())
+        return open_choice(choice)
+    except ValueError as error:
+        fail(str(error))
+
+
+def open_choice(choice: Choice) -> Access:
+    if choice.cluster:
+        from lockgate.access.standalone import StandaloneAccess
+
+        return StandaloneAccess(running(choice.cluster))
+    from lockgate.access.kubernetes import KubernetesAccess
+    from lockgate.kube.client import Settings
+
+    settings = Settings(kubeconfig=choice.kubeconfig, context=choice.context)
+    return KubernetesAccess(settings, f"context {choice.context!r}")
+
+
+def _runs(cluster: str) -> bool:
+    return State(cluster).control.exists()
+
+
+def load_objects(access: Access) -> Cluster:
+    """All objects, or a sentence and exit code 2."""
+    try:
+        return access.objects()
+    except (OSError, Refused) as error:
+        fail(f"cannot read the objects of {access.title}: {error}")
+
+
 def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")(command)
 
@@ -80,59 +152,6 @@ def running(cluster: str) -> State:
     except OSError:
         fail(f"no cluster {cluster!r} is running: start one with `lockgate up DIR`")
     return state
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float | None) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = str(path)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-def connect(path: Path, timeout: float | None = 30) -> http.client.HTTPConnection:
-    """An open connection to a unix socket of ours. Raises OSError."""
-    connection = _UnixConnection(path, timeout)
-    connection.connect()
-    return connection
-
-
-def call(path: Path, method: str, url: str, body: Any = None, *, timeout: float | None = 30) -> Any:
-    """One JSON request. Raises Refused with the other side's sentence, OSError without one."""
-    connection = connect(path, timeout)
-    try:
-        data = None if body is None else json.dumps(body)
-        connection.request(method, url, data, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        text = response.read()
-    finally:
-        connection.close()
-    try:
-        answer = json.loads(text) if text else None
-    except ValueError:
-        answer = {"error": text.decode(errors="replace").strip()}
-    if response.status >= 400:
-        error = answer.get("error") if isinstance(answer, dict) else None
-        raise Refused(error or f"{url}: HTTP {response.status}")
-    return answer
-
-
-def stream(path: Path, url: str, *, timeout: float | None = None) -> Iterator[Any]:
-    """The objects of an ndjson answer as they come."""
-    connection = connect(path, timeout)
-    try:
-        connection.request("GET", url)
-        response = connection.getresponse()
-        if response.status >= 400:
-            raise Refused(response.read().decode(errors="replace").strip())
-        while line := response.readline():
-            if line.strip():
-                yield json.loads(line)
-    finally:
-        connection.close()
 
 
 def print_json(value: Any) -> None:

@@ -6,15 +6,15 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import click
 import msgspec
 import yaml
 
-from lockgate.cli.common import cluster_option, fail, json_option, print_json, running
+from lockgate.access import Access
+from lockgate.cli.common import access_options, fail, json_option, load_objects, print_json
 from lockgate.cli.render import heading, paint, policies_text
-from lockgate.cli.views import load_cluster
 from lockgate.explain.engine import Engine
 from lockgate.explain.engine import explain as answer_all
 from lockgate.explain.question import (
@@ -29,30 +29,44 @@ from lockgate.explain.question import (
 )
 from lockgate.explain.spec import SpecEngine
 from lockgate.objects.model import Cluster, Pod
-from lockgate.standalone.state import State
+
+if TYPE_CHECKING:
+    from lockgate.bpf.btf import Schema
+    from lockgate.explain.kernel import NodeKernel
 
 __all__ = ["explain", "open_engine"]
 
 _CHUNK = 10_000
 
 
-def open_engine(state: State, cluster: Cluster, kind: str) -> Engine:
+def open_engine(access: Access, cluster: Cluster, kind: str) -> Engine:
     """The engine `kernel` or `spec`."""
     if kind == "spec":
         return SpecEngine(cluster)
     from lockgate.bpf.btf import Schema
-    from lockgate.explain.kernel import KernelEngine, NodePlace
+    from lockgate.explain.kernel import KernelEngine
     from lockgate.paths import bpf_object
 
-    places = {
-        node: NodePlace(
+    schema = Schema.from_object(bpf_object())
+    return KernelEngine(cluster, lambda node: _kernel_of(access, node, schema), schema)
+
+
+def _kernel_of(access: Access, node: str, schema: Schema) -> NodeKernel:
+    from lockgate.access.standalone import StandaloneAccess
+
+    if isinstance(access, StandaloneAccess):
+        from lockgate.explain.pinned import NodePlace, PinnedNode
+
+        state = access.state
+        place = NodePlace(
             pins=state.pins() / node,
             netns=state.netns_path(node),
             journal=state.node(node) / "journal.jsonl",
         )
-        for node in cluster.nodes
-    }
-    return KernelEngine(cluster, places, Schema.from_object(bpf_object()))
+        return PinnedNode(node, place, schema)
+    from lockgate.explain.asked import AskedNode
+
+    return AskedNode(access, node)
 
 
 @click.command()
@@ -73,7 +87,7 @@ def open_engine(state: State, cluster: Cluster, kind: str) -> Engine:
 )
 @click.option("--family", type=click.Choice(["4", "6"]), help="Where both ends have both.")
 @json_option
-@cluster_option
+@access_options
 def explain(
     source: str | None,
     target: str | None,
@@ -82,7 +96,7 @@ def explain(
     batch: str | None,
     family: str | None,
     as_json: bool,
-    cluster: str,
+    access: Access,
 ) -> None:
     """Say whether FROM may open a connection to TO, and who decides.
 
@@ -102,12 +116,11 @@ def explain(
     wanted: Family | None = None if family is None else 4 if family == "4" else 6
     try:
         if batch is not None:
-            raise SystemExit(_batch(cluster, engine, batch, wanted))
+            raise SystemExit(_batch(access, engine, batch, wanted))
         number, protocol = parse_port(asked[2])
-        state = running(cluster)
-        known = load_cluster(state)
+        known = load_objects(access)
         question = Question(asked[0], asked[1], number, protocol, wanted)
-        answer = answer_all(open_engine(state, known, engine), [question])[0]
+        answer = answer_all(open_engine(access, known, engine), [question])[0]
     except (QuestionError, OSError) as error:
         fail(str(error))
     if answer.error is not None:
@@ -119,9 +132,8 @@ def explain(
     raise SystemExit(0 if answer.verdict == "allow" else 1)
 
 
-def _batch(cluster: str, engine: str, path: str, family: Family | None) -> int:
-    state = running(cluster)
-    asker = open_engine(state, load_cluster(state), engine)
+def _batch(access: Access, engine: str, path: str, family: Family | None) -> int:
+    asker = open_engine(access, load_objects(access), engine)
     source: IO[bytes] = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115
     encode = msgspec.json.Encoder().encode_lines
     failed = False

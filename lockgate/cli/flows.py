@@ -5,39 +5,44 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from http.client import HTTPException
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlencode
 
 import click
 
-from lockgate.cli.common import Refused, cluster_option, fail, json_option, print_json, running
-from lockgate.cli.common import stream as lines_of
+from lockgate.access import Access
+from lockgate.cli.common import Refused, access_options, fail, json_option, print_json
 from lockgate.cli.render import flow_line
-from lockgate.standalone.state import State
 
-__all__ = ["flows", "nodes_of", "recent"]
+__all__ = ["flows", "recent"]
 
+_NODES_AT_ONCE = 32
 _AGAIN = 0.5  # seconds between attempts to reach an observer that went away
+_AGAIN_REMOTE = 3.0
 
 
-def nodes_of(state: State) -> list[str]:
-    """Names of the nodes, by their folders."""
-    folder = state.root / "nodes"
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def recent(state: State, query: dict[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
+def recent(access: Access, query: dict[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
     """Records of all nodes by time, and a sentence for each node that did not answer."""
+    url = f"/v1/flows?{urlencode(query)}"
+
+    def read(node: str) -> list[dict[str, Any]] | str:
+        try:
+            return list(access.stream(node, "observer", url, timeout=30))
+        except OSError as error:
+            return f"the observer of node {node} does not answer: {error}"
+
     records: list[dict[str, Any]] = []
     complaints = []
-    for node in nodes_of(state):
-        try:
-            records += lines_of(state.observer(node), f"/v1/flows?{urlencode(query)}", timeout=30)
-        except Refused as error:
-            fail(_sentence(error))
-        except OSError as error:
-            complaints.append(f"the observer of node {node} does not answer: {error}")
+    try:
+        with ThreadPoolExecutor(_NODES_AT_ONCE) as pool:
+            for found in pool.map(read, access.nodes()):
+                if isinstance(found, str):
+                    complaints.append(found)
+                else:
+                    records += found
+    except (Refused, OSError) as error:
+        fail(str(error))
     records.sort(key=lambda record: str(record["time"]))
     if query.get("limit"):
         records = records[max(0, len(records) - int(query["limit"])) :]
@@ -65,8 +70,8 @@ def recent(state: State, query: dict[str, str]) -> tuple[list[dict[str, Any]], l
     help="At most so many of the past.",
 )
 @json_option
-@cluster_option
-def flows(follow: bool, as_json: bool, cluster: str, **filters: Any) -> None:
+@access_options
+def flows(follow: bool, as_json: bool, access: Access, **filters: Any) -> None:
     """Show new connections with their verdicts, and who decided.
 
     Each line names the policy and rule that allowed, or the policies that isolate the pod
@@ -74,12 +79,11 @@ def flows(follow: bool, as_json: bool, cluster: str, **filters: Any) -> None:
 
     Exit codes: 0 shown, 2 no such cluster or a filter that means nothing.
     """
-    state = running(cluster)
     query = {key: str(value) for key, value in filters.items() if value is not None}
     if follow:
-        _follow(state, query, as_json)
+        _follow(access, query, as_json)
         return
-    records, complaints = recent(state, query)
+    records, complaints = recent(access, query)
     for record in records:
         _show(record, as_json)
     for complaint in complaints:
@@ -93,19 +97,19 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
         click.echo(flow_line(record))
 
 
-def _follow(state: State, query: dict[str, str], as_json: bool) -> None:
+def _follow(access: Access, query: dict[str, str], as_json: bool) -> None:
     """One thread per node reads; this one prints."""
     arrived: queue.Queue[dict[str, Any] | Exception | str] = queue.Queue(10_000)
 
     def read(node: str) -> None:
         asked, last = query | {"follow": "1"}, ""
         reached = True
-        while state.node(node).exists():
+        while _there(access, node):
             shown = last
             if shown:  # an observer that came back: go on after what was shown
                 asked = {k: v for k, v in asked.items() if k != "limit"} | {"since": last}
             try:
-                for record in lines_of(state.observer(node), f"/v1/flows?{urlencode(asked)}"):
+                for record in access.stream(node, "observer", f"/v1/flows?{urlencode(asked)}"):
                     reached = True
                     moment = str(record.get("time", ""))
                     if not moment or moment > shown:
@@ -114,14 +118,14 @@ def _follow(state: State, query: dict[str, str], as_json: bool) -> None:
             except Refused as error:
                 arrived.put(error)
                 return
-            except (OSError, ValueError, HTTPException):
+            except (OSError, ValueError):
                 pass
             if reached:
                 arrived.put(f"the observer of node {node} went away: waiting for it")
             reached = False
-            time.sleep(_AGAIN)
+            time.sleep(_AGAIN if access.standalone else _AGAIN_REMOTE)
 
-    readers = [threading.Thread(target=read, args=(n,), daemon=True) for n in nodes_of(state)]
+    readers = [threading.Thread(target=read, args=(n,), daemon=True) for n in _nodes(access)]
     for reader in readers:
         reader.start()
     try:
@@ -131,7 +135,7 @@ def _follow(state: State, query: dict[str, str], as_json: bool) -> None:
             except queue.Empty:
                 continue
             if isinstance(item, Refused):
-                fail(_sentence(item))
+                fail(str(item))
             elif isinstance(item, dict):
                 _show(item, as_json)
             else:
@@ -140,7 +144,16 @@ def _follow(state: State, query: dict[str, str], as_json: bool) -> None:
         return
 
 
-def _sentence(error: Refused) -> str:
-    """The text of {"error": …}."""
-    text = str(error)
-    return text.removeprefix('{"error": "').removesuffix('"}')
+def _nodes(access: Access) -> list[str]:
+    try:
+        return access.nodes()
+    except (OSError, Refused) as error:
+        fail(str(error))
+
+
+def _there(access: Access, node: str) -> bool:
+    """Whether the node is one of the cluster, as far as one knows."""
+    try:
+        return node in access.nodes()
+    except (OSError, Refused):
+        return True

@@ -10,6 +10,7 @@ from importlib import import_module
 import click
 
 from lockgate import __version__
+from lockgate.cli.plugin import called_as_plugin
 
 __all__ = ["cli", "main"]
 
@@ -19,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "down": ("lockgate.cli.down:down", "Remove every trace of a cluster."),
     "wait": ("lockgate.cli.wait:wait", "Wait until everything saved is in force."),
     "exec": ("lockgate.cli.exec:exec_", "Run a command in a pod."),
-    "status": ("lockgate.cli.views:status", "Say how the cluster and its nodes are."),
+    "status": ("lockgate.cli.status:status", "Say whether all is well, and what is not."),
     "get": ("lockgate.cli.views:get", "List pods, services, endpoints, policies or nodes."),
     "flows": ("lockgate.cli.flows:flows", "Show connections with their verdicts and rules."),
     "explain": ("lockgate.cli.explain:explain", "Say whether FROM may reach TO, and who decides."),
@@ -51,7 +52,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    cli(prog_name="lockgate")
+    cli(prog_name="kubectl lockgate" if called_as_plugin() else "lockgate")
 
 
 if __name__ == "__main__":

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import click
 
-from lockgate.cli.common import Refused, call, cluster_option, fail, json_option, print_json
-from lockgate.cli.common import running as running_cluster
+from lockgate.access import Access, Place, Result, Target
+from lockgate.cli.common import (
+    Refused,
+    access_options,
+    fail,
+    json_option,
+    load_objects,
+    print_json,
+)
 from lockgate.cli.render import WIDTH, columns, heading, paint
-from lockgate.cli.views import load_cluster
 from lockgate.explain.names import Names
 from lockgate.explain.question import Answer, Family, Question, QuestionError
 from lockgate.explain.spec import SpecEngine
 from lockgate.objects.address import parse_address
 from lockgate.objects.model import Cluster, Pod
-from lockgate.standalone.runtime import ProbeResult, RuntimeFailure, Target, probe_each
-from lockgate.standalone.state import State
 
 __all__ = ["Check", "Summary", "differences_text", "matrix", "measure", "probe", "workload"]
 
@@ -45,8 +47,9 @@ class Check:
     expected: str  # allow, deny; either: backends differ
     answers: list[Answer]  # of the specification, one per backend
     backends: dict[str, str]  # answer of a backend → its verdict
-    certain: bool  # something of ours answers there, so silence means denied
-    result: ProbeResult | None = None
+    certain: bool  # something answers there, so silence means denied
+    named: bool  # and answers with its pod's name
+    result: Result | None = None
 
     @property
     def measured(self) -> str:
@@ -92,7 +95,7 @@ class Check:
             return None
         if self.expected != "either" and measured != self.expected:
             return f"expected {self.expected}, measured {measured} ({self._what})"
-        if result.result == "ok" and self.certain and self.backends.get(result.detail) != "allow":
+        if result.result == "ok" and self.named and self.backends.get(result.detail) != "allow":
             return f"answered by {result.detail!r}, expected {_any(self.backends)}"
         return None
 
@@ -143,7 +146,9 @@ def workload(pod: Pod) -> str:
 # ---- What to try -----------------------------------------------------------------
 
 
-def _plan(cluster: Cluster, namespace: str | None, family: Family | None) -> list[Check]:
+def _plan(
+    cluster: Cluster, namespace: str | None, family: Family | None, standalone: bool
+) -> list[Check]:
     """Every pair that has to do with the namespace."""
     pods = [
         pod
@@ -191,18 +196,28 @@ def _plan(cluster: Cluster, namespace: str | None, family: Family | None) -> lis
             if namespace and namespace not in (source.metadata.namespace, space):
                 continue
             question = Question(sources[six], address, number, protocol)
-            checks.append(_check(spec, names, source, target, column, question))
+            checks.append(_check(spec, names, source, target, column, question, standalone))
     return checks
 
 
 def _check(
-    spec: SpecEngine, names: Names, source: Pod, target: str, column: str, question: Question
+    spec: SpecEngine,
+    names: Names,
+    source: Pod,
+    target: str,
+    column: str,
+    question: Question,
+    standalone: bool,
 ) -> Check:
     attempts = names.attempts(question)
     answers = spec.judge([(question, attempt) for attempt in attempts])
     verdicts = {answer.verdict for answer in answers}
     ends = [attempt.destination for attempt in attempts]
     pods = [end.pod if end is not None else None for end in ends]
+    named = standalone and all(
+        pod is not None and _answers(pod, attempt.port, attempt.protocol)
+        for pod, attempt in zip(pods, attempts, strict=True)
+    )
     return Check(
         source,
         target,
@@ -217,10 +232,9 @@ def _check(
             for pod, answer in zip(pods, answers, strict=True)
             if pod is not None
         },
-        all(
-            pod is not None and _answers(pod, attempt.port, attempt.protocol)
-            for pod, attempt in zip(pods, attempts, strict=True)
-        ),
+        # A real pod's kernel accepts or refuses every TCP connection; nothing is known of UDP.
+        named or (not standalone and question.protocol == "TCP" and all(pods)),
+        named,
     )
 
 
@@ -242,8 +256,8 @@ def _any(backends: dict[str, str]) -> str:
 # ---- Trying it -------------------------------------------------------------------
 
 
-async def _try(
-    state: State,
+def _try(
+    access: Access,
     checks: Sequence[Check],
     timeout: float,
     advance: Callable[[int], None],
@@ -252,35 +266,25 @@ async def _try(
     by_source: dict[tuple[str, str], list[Check]] = {}
     for check in checks:
         by_source.setdefault(check.source.key, []).append(check)
-    gate = asyncio.Semaphore(_AT_ONCE)
-    complaints: list[str] = []
 
-    async def one(key: tuple[str, str], mine: list[Check]) -> None:
-        name = "/".join(key)
-        async with gate:
-            try:
-                where = await asyncio.to_thread(
-                    call, state.control, "GET", f"/v1/exec?pod={quote(name)}"
-                )
-                targets = [Target(c.protocol.lower(), c.address, c.port, timeout) for c in mine]
-                results = probe_each(
-                    targets,
-                    netns=Path(where["netns"]),
-                    cgroup=Path(where["cgroup"]),
-                    concurrency=128,
-                )
-                async for index, result in results:
-                    mine[index].result = result
-                    advance(1)
-            except (OSError, Refused, RuntimeFailure) as error:
-                complaints.append(f"pod {name} could not try: {error}")
+    def one(mine: list[Check]) -> str | None:
+        source = mine[0].source
+        place = Place(source.spec.node_name, source)
+        targets = [Target(c.protocol.lower(), c.address, c.port, timeout) for c in mine]
+        try:
+            for index, result in access.probe(place, targets):
+                mine[index].result = result
+                advance(1)
+        except (OSError, Refused) as error:
+            return f"pod {'/'.join(source.key)} could not try: {error}"
+        return None
 
-    await asyncio.gather(*(one(key, mine) for key, mine in by_source.items()))
-    return complaints
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return [text for text in pool.map(one, by_source.values()) if text]
 
 
 def measure(
-    state: State,
+    access: Access,
     cluster: Cluster,
     *,
     namespace: str | None = None,
@@ -290,7 +294,7 @@ def measure(
 ) -> Summary:
     """Tries everything. What differed is tried once more, with patience: on a busy machine a
     connection may take its time, and the cluster may have changed meanwhile."""
-    checks = _plan(cluster, namespace, family)
+    checks = _plan(cluster, namespace, family, access.standalone)
     summary = Summary(checks)
     bar: Any = nullcontext(None)
     if progress and sys.stderr.isatty():
@@ -301,10 +305,10 @@ def measure(
             if shown is not None:
                 shown.update(count)
 
-        summary.complaints = asyncio.run(_try(state, checks, timeout, advance))
+        summary.complaints = _try(access, checks, timeout, advance)
     again = [check for check in checks if check.difference or check.unanswered]
     if again:
-        fresh = load_cluster(state)
+        fresh = load_objects(access)
         spec = SpecEngine(fresh)
         kept = {id(check) for check in again}
         once_more = []
@@ -321,11 +325,19 @@ def measure(
             question = Question(ip, check.address, check.port, check.protocol)
             try:
                 once_more.append(
-                    _check(spec, spec.names, source, check.target, check.column, question)
+                    _check(
+                        spec,
+                        spec.names,
+                        source,
+                        check.target,
+                        check.column,
+                        question,
+                        access.standalone,
+                    )
                 )
             except QuestionError:
                 continue
-        summary.complaints += asyncio.run(_try(state, once_more, timeout * _RETRY, lambda _: None))
+        summary.complaints += _try(access, once_more, timeout * _RETRY, lambda _: None)
         summary.checks = [c for c in checks if id(c) not in kept] + once_more
     return summary
 
@@ -424,26 +436,26 @@ def differences_text(summary: Summary) -> str:
 )
 @click.option("--family", type=click.Choice(["4", "6"]), help="Only this address family.")
 @json_option
-@cluster_option
+@access_options
 def probe(
-    namespace: str | None, timeout: float, family: str | None, as_json: bool, cluster: str
+    namespace: str | None, timeout: float, family: str | None, as_json: bool, access: Access
 ) -> None:
     """Try every pair of pods and every port with real connections.
 
     Each pod connects to each declared port (TCP and UDP) of each pod and service, from inside
-    its own namespaces. What happens is compared with what the policies mean.
+    its own network. What happens is compared with what the policies mean. On a real cluster the
+    agents open the sockets, and nothing is said on the connections.
 
     A server that is allowed to be reached and does not answer is shown, but is no difference.
 
     Exit codes: 0 all as specified, 1 something differs, 2 no such cluster.
     """
-    state = running_cluster(cluster)
-    known = load_cluster(state)
+    known = load_objects(access)
     if namespace and not any(key[0] == namespace for key in known.pods):
         fail(f"no pods in namespace {namespace}")
     wanted: Family | None = None if family is None else 4 if family == "4" else 6
     summary = measure(
-        state, known, namespace=namespace, timeout=timeout, family=wanted, progress=not as_json
+        access, known, namespace=namespace, timeout=timeout, family=wanted, progress=not as_json
     )
     if as_json:
         print_json([check.json() for check in summary.checks])

@@ -6,19 +6,19 @@ from typing import Any
 
 import click
 
-from lockgate.cli.common import running
+from lockgate.cli.common import load_objects, reach
 from lockgate.cli.flows import recent
 from lockgate.cli.probe import Summary, differences_text, matrix, measure
 from lockgate.cli.render import flow_line, heading
-from lockgate.cli.views import as_table, load_cluster, node_rows, pod_rows, service_rows
+from lockgate.cli.views import as_table, node_rows, pod_rows, service_rows
 
 __all__ = ["everything", "show"]
 
 
 def show(cluster_name: str) -> bool:
     """Prints it all; True when everything measured is as the specification says."""
-    state = running(cluster_name)
-    cluster = load_cluster(state)
+    access = reach(cluster_name)
+    cluster = load_objects(access)
     for title, command, text in (
         ("Nodes", "get nodes", as_table("nodes", node_rows(cluster))),
         ("Pods", "get pods", as_table("pods", pod_rows(cluster))),
@@ -31,9 +31,9 @@ def show(cluster_name: str) -> bool:
         if text:
             click.echo(f"{_title(title, command)}{text}")
     click.echo(_title("Who may talk to whom, measured with real connections", "probe"), nl=False)
-    summary = measure(state, cluster)
+    summary = measure(access, cluster)
     click.echo(f"{matrix(summary)}\n\n{differences_text(summary)}")
-    records, complaints = recent(state, {"verdict": "deny", "limit": "2000"})
+    records, complaints = recent(access, {"verdict": "deny", "limit": "2000"})
     if records:
         title = "The last denied connections, and the policies that denied them"
         click.echo(_title(title, "flows --verdict deny"), nl=False)
@@ -49,10 +49,10 @@ def show(cluster_name: str) -> bool:
 
 def everything(cluster_name: str) -> tuple[dict[str, Any], bool]:
     """The same as one object, and whether everything measured is as the specification says."""
-    state = running(cluster_name)
-    cluster = load_cluster(state)
-    summary = measure(state, cluster, progress=False)
-    records, complaints = recent(state, {"verdict": "deny", "limit": "10"})
+    access = reach(cluster_name)
+    cluster = load_objects(access)
+    summary = measure(access, cluster, progress=False)
+    records, complaints = recent(access, {"verdict": "deny", "limit": "10"})
     return {
         "nodes": node_rows(cluster),
         "pods": pod_rows(cluster),

@@ -1,4 +1,4 @@
-"""`lockgate status` and `lockgate get`: what the cluster has."""
+"""`lockgate get`: what the cluster has."""
 
 from __future__ import annotations
 
@@ -8,81 +8,20 @@ from typing import Any
 import click
 import msgspec
 
-from lockgate.cli.common import (
-    Refused,
-    call,
-    cluster_option,
-    connect,
-    fail,
-    json_option,
-    not_ready,
-    print_json,
-    running,
-)
+from lockgate.access import Access
+from lockgate.cli.common import access_options, json_option, load_objects, print_json
 from lockgate.cli.render import table, wrapped
-from lockgate.objects.model import (
-    Cluster,
-    EndpointSlice,
-    Namespace,
-    NetworkPolicy,
-    Node,
-    Pod,
-    Service,
-)
-from lockgate.standalone.state import State
+from lockgate.objects.model import Cluster
 
 __all__ = [
     "endpoint_rows",
     "get",
-    "load_cluster",
     "node_rows",
     "pod_rows",
     "service_rows",
-    "status",
 ]
 
 Row = dict[str, Any]
-_TYPES: dict[str, Any] = {
-    "namespaces": list[Namespace],
-    "nodes": list[Node],
-    "pods": list[Pod],
-    "services": list[Service],
-    "endpoints": list[EndpointSlice],
-    "policies": list[NetworkPolicy],
-}
-
-
-def load_cluster(state: State) -> Cluster:
-    """All objects of a running cluster. Exits with a sentence when it does not answer."""
-    found: dict[str, list[Any]] = {}
-    try:
-        connection = connect(state.control)
-        try:
-            for kind, type_ in _TYPES.items():
-                connection.request("GET", f"/v1/objects/{kind}")
-                response = connection.getresponse()
-                text = response.read()
-                if response.status >= 400:
-                    fail(f"cannot read {kind} of cluster {state.cluster}: {text.decode()}")
-                found[kind] = msgspec.json.decode(text, type=type_)
-        finally:
-            connection.close()
-    except (OSError, msgspec.MsgspecError) as error:
-        fail(f"cannot read the objects of cluster {state.cluster!r}: {error}")
-
-    def by_name(kind: str) -> dict[tuple[str, str], Any]:
-        return {(one.metadata.namespace, one.metadata.name): one for one in found[kind]}
-
-    return Cluster(
-        namespaces={one.metadata.name: one for one in found["namespaces"]},
-        nodes={one.metadata.name: one for one in found["nodes"]},
-        pods=by_name("pods"),
-        services=by_name("services"),
-        slices=by_name("endpoints"),
-        policies=by_name("policies"),
-    )
-
-
 # ---- What is shown of each kind --------------------------------------------------
 
 
@@ -292,13 +231,15 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
 @click.option("-n", "--namespace", help="Only objects of this namespace.")
 @click.option("-o", "output", type=click.Choice(["wide", "json"]), help="More columns, or JSON.")
 @json_option
-@cluster_option
-def get(kind: str, namespace: str | None, output: str | None, as_json: bool, cluster: str) -> None:
+@access_options
+def get(
+    kind: str, namespace: str | None, output: str | None, as_json: bool, access: Access
+) -> None:
     """List objects as the agents know them.
 
     Exit codes: 0 listed (perhaps none), 2 no such cluster.
     """
-    known = load_cluster(running(cluster))
+    known = load_objects(access)
     rows = _ROWS[kind](known)
     if namespace and kind != "nodes":
         rows = [row for row in rows if row["namespace"] == namespace]
@@ -308,76 +249,3 @@ def get(kind: str, namespace: str | None, output: str | None, as_json: bool, clu
         click.echo(as_table(kind, rows, wide=output == "wide"))
     else:
         click.echo(f"no {kind}" + (f" in namespace {namespace}" if namespace else ""), err=True)
-
-
-@click.command()
-@json_option
-@cluster_option
-def status(as_json: bool, cluster: str) -> None:
-    """Say how the cluster and each of its nodes is.
-
-    Exit codes: 0 all is well, 1 something is not in force or not ready, 2 no such cluster.
-    """
-    state = running(cluster)
-    try:
-        found = call(state.control, "GET", "/v1/status")
-    except (OSError, Refused) as error:
-        fail(f"cluster {cluster!r} does not answer: {error}")
-    for node in found["nodes"]:
-        for role, path in (
-            ("agentStatus", state.agent(node["name"])),
-            ("observerStatus", state.observer(node["name"])),
-        ):
-            try:
-                node[role] = call(path, "GET", "/v1/status", timeout=5)
-            except (OSError, Refused, ValueError) as error:
-                node[role] = {"error": str(error)}
-    well = not (found["reasons"] or found["errors"] or found["notReady"])
-    if as_json:
-        print_json(found)
-    else:
-        _print_status(found)
-    raise SystemExit(0 if well else 1)
-
-
-def _print_status(found: Row) -> None:
-    pods = found["pods"]
-    click.echo(
-        f"cluster {found['cluster']} ({found['phase']}), revision {found['revision']}, "
-        f"from {found['folder']}"
-    )
-    click.echo(
-        f"pods: {pods['total']}, {pods['ready']} ready, {pods['running']} running, "
-        f"{pods['failed']} failed"
-    )
-    lines = []
-    for node in found["nodes"]:
-        agent, observer = node.get("agent") or {}, node["observerStatus"]
-        lines.append(
-            [
-                node["name"],
-                _process(agent),
-                str(node["applied"]),
-                str(node["agentStatus"].get("epoch", "-")),
-                _process(node.get("observer") or {}),
-                str(observer.get("events", "-")),
-                str(observer["lost"] + observer.get("cut", 0) if "lost" in observer else "-"),
-            ]
-        )
-    head = ["NODE", "AGENT", "REVISION", "EPOCH", "OBSERVER", "EVENTS", "LOST"]
-    click.echo(table(head, lines))
-    for title, texts in (
-        ("error", found["errors"]),
-        ("not in force", found["reasons"]),
-        ("not ready", not_ready(found)),
-        ("warning", found["warnings"]),
-    ):
-        for text in texts:
-            click.echo(f"{title}: {text}")
-
-
-def _process(child: Row) -> str:
-    if not child.get("up"):
-        return "down"
-    restarts = child.get("restarts", 0)
-    return "up" + (f", {restarts} restart{'s' * (restarts > 1)}" if restarts else "")

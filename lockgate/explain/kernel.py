@@ -2,39 +2,23 @@
 
 The packet of each question runs through `from_pod` at its source's node; when it would leave
 for another node of the cluster, what came out runs through `from_net` there. Nothing is
-written: no connection, no counter, no event. Programs and maps are opened by their pins.
+written: no connection, no counter, no event. A node's kernel is reached by its pins (pinned.py)
+or through its agent (asked.py).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from lockgate.bpf.btf import Schema
-from lockgate.bpf.maps import ArrayMap, HashMap
-from lockgate.bpf.syscall import (
-    TestRun,
-    link_info,
-    obj_get,
-    prog_fd_by_id,
-    prog_test_run,
-    skb_context,
-)
 from lockgate.explain.names import Attempt, Names
 from lockgate.explain.packet import addresses_of, first_packet
 from lockgate.explain.question import Answer, Direction, Question, QuestionError, Side
-from lockgate.net.namespaces import inside
-from lockgate.objects.address import format_address
 from lockgate.objects.model import Cluster
-from lockgate.observer.journal import Journal
 
-__all__ = ["KernelEngine", "NodePlace"]
+__all__ = ["DRY_MARK", "IFINDEX_BASE", "DryRun", "KernelEngine", "NodeKernel", "Ran"]
 
 # bpf/types.h; macros leave no BTF.
 DRY_MARK = 0x6C6B6761
@@ -49,12 +33,46 @@ CAUSE_POLICY = 1
 
 
 @dataclass(frozen=True, slots=True)
-class NodePlace:
-    """Where a node's pins, network namespace and journal are."""
+class DryRun:
+    """A packet for a program, as if it came to interface `ifindex`; `own_socket`: as if a socket
+    of the node itself had sent it."""
 
-    pins: Path
-    netns: Path
-    journal: Path
+    program: str
+    packet: bytes
+    ifindex: int
+    own_socket: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What came of it: the program's return value, `enum dry_answer`, the packet after it."""
+
+    retval: int
+    cb: Sequence[int]
+    packet: bytes
+
+
+class NodeKernel(Protocol):
+    """One node's programs and tables. Methods raise QuestionError with a sentence."""
+
+    name: str
+
+    def refresh(self) -> None:
+        """Pods come and go: what was read is read again."""
+
+    def endpoint(self, address: bytes, pod: str) -> tuple[int, bytes, bytes]:
+        """Slot, MAC and host MAC of the pod that has the address here."""
+
+    def link(self, role: int) -> int:
+        """Interface index of a network card by its role; any, when there is none of it."""
+
+    def run(self, batch: Sequence[DryRun]) -> list[Ran]:
+        """The test runs, inside the node's network namespace."""
+
+    def reason(self, reason: int) -> list[dict[str, Any]] | None:
+        """The policies of a reason, as flow records have them."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -63,9 +81,7 @@ class _Run:
 
     attempt: Attempt
     answer: Answer
-    program: str = ""
-    packet: bytes = b""
-    context: bytes = b""
+    next: DryRun | None = None
     egress: tuple[int, str] | None = None  # cell, node whose journal names its reason
     ingress: tuple[int, str] | None = None
 
@@ -77,11 +93,12 @@ class KernelEngine:
     it only tells which addresses names have, verdicts are the kernel's alone.
     """
 
-    def __init__(self, cluster: Cluster, places: Mapping[str, NodePlace], schema: Schema) -> None:
+    def __init__(self, cluster: Cluster, node: Callable[[str], NodeKernel], schema: Schema) -> None:
+        """`node` opens one of the cluster's nodes by its name."""
         self.names = Names(cluster)
-        self._places = places
-        self._schema = schema
-        self._nodes: dict[str, _Node] = {}
+        self._known = set(cluster.nodes)
+        self._open = node
+        self._nodes: dict[str, NodeKernel] = {}
         self._causes = {
             number: name.removeprefix("CAUSE_").lower().replace("_", "-")
             for name, number in schema.enum("cause").items()
@@ -122,7 +139,7 @@ class KernelEngine:
         while waiting:  # at most two rounds: a packet crosses at most two nodes
             following: dict[str, list[_Run]] = {}
             for name, batch in waiting.items():
-                results = self._node(name).run(batch)
+                results = self._node(name).run([run.next for run in batch if run.next])
                 for run, result in zip(batch, results, strict=True):
                     at = self._continue(run, name, result)
                     if at is not None:
@@ -137,13 +154,12 @@ class KernelEngine:
 
     # ---- Inside -------------------------------------------------------------------
 
-    def _node(self, name: str) -> _Node:
+    def _node(self, name: str) -> NodeKernel:
         node = self._nodes.get(name)
         if node is None:
-            place = self._places.get(name)
-            if place is None:
+            if name not in self._known:
                 raise QuestionError(f"node {name} is not of this cluster")
-            node = self._nodes[name] = _Node(name, place, self._schema)
+            node = self._nodes[name] = self._open(name)
         return node
 
     def _begin(self, run: _Run) -> str | None:
@@ -157,9 +173,8 @@ class KernelEngine:
         if source.pod is not None:
             at = self._node(source.pod.spec.node_name)
             slot, mac, host_mac = at.endpoint(source.address, "/".join(source.pod.key))
-            run.program = "from_pod"
-            run.packet = first_packet(*packet_of, source_mac=mac, destination_mac=host_mac)
-            run.context = at.context(IFINDEX_BASE + slot)
+            packet = first_packet(*packet_of, source_mac=mac, destination_mac=host_mac)
+            run.next = DryRun("from_pod", packet, IFINDEX_BASE + slot)
             return at.name
         if attempt.unserved:  # a node's own socket is refused at connect
             run.answer.cause = attempt.unserved
@@ -170,14 +185,13 @@ class KernelEngine:
         at = self._node(destination.pod.spec.node_name)
         if source.node == at.name:
             slot, _, _ = at.endpoint(destination.address, "/".join(destination.pod.key))
-            run.program, run.context = "to_pod", at.context(IFINDEX_BASE + slot, own_socket=True)
+            run.next = DryRun("to_pod", first_packet(*packet_of), IFINDEX_BASE + slot, True)
         else:
             role = LINK_OUTSIDE if source.node is None else LINK_UNDERLAY
-            run.program, run.context = "from_net", at.context(at.link(role))
-        run.packet = first_packet(*packet_of)
+            run.next = DryRun("from_net", first_packet(*packet_of), at.link(role))
         return at.name
 
-    def _continue(self, run: _Run, node: str, result: TestRun) -> str | None:
+    def _continue(self, run: _Run, node: str, result: Ran) -> str | None:
         """Reads the answer of one node; the next node that must be asked, or None."""
         cells, answer = result.cb, run.answer
         word = cells[DRY_RESULT]
@@ -195,14 +209,13 @@ class KernelEngine:
             answer.cause = self._causes.get(cause, str(cause))
         if answer.verdict == "deny" or cells[DRY_TARGET] >> 28 != TO_HOP:
             return None
-        _, destination = addresses_of(result.data)
+        _, destination = addresses_of(result.packet)
         pod = self.names.end_at(destination).pod
         if pod is None or pod.spec.node_name == node:
             return None  # to the world, or to another node itself
-        run.program, run.packet = "from_net", result.data
         try:
             at = self._node(pod.spec.node_name)
-            run.context = at.context(at.link(LINK_UNDERLAY))
+            run.next = DryRun("from_net", result.packet, at.link(LINK_UNDERLAY))
         except QuestionError as error:
             answer.error = str(error)
             return None
@@ -235,113 +248,3 @@ class KernelEngine:
         if known is None:
             raise QuestionError(f"node {node}: its journal does not name reason {reason}")
         return known
-
-
-class _Node:
-    """One node's programs and maps, opened by their pins."""
-
-    def __init__(self, name: str, place: NodePlace, schema: Schema) -> None:
-        self.name = name
-        self._place = place
-        self._endpoint_dtype = schema.dtype("endpoint")
-        self._contexts: dict[tuple[int, bool], bytes] = {}
-        self._programs: dict[str, int] = {}
-        with ExitStack() as undo:
-            undo.callback(self.close)
-            try:
-                for program in ("from_pod", "to_pod", "from_net"):
-                    self._programs[program] = _attached(place.pins / "links", program)
-                with HashMap.open(str(place.pins / "link_roles"), "<u4", "<u4") as roles:
-                    links, kinds = roles.items()
-            except OSError as error:
-                raise QuestionError(
-                    f"node {name}: its programs are not in the kernel ({error.strerror})"
-                ) from error
-            self._links = {
-                int(kind): int(link) for link, kind in sorted(zip(links, kinds, strict=True))
-            }
-            self._journal = Journal(place.journal)
-            self.refresh()
-            undo.pop_all()
-
-    def close(self) -> None:
-        for fd in self._programs.values():
-            if fd >= 0:
-                os.close(fd)
-        self._programs.clear()
-
-    def refresh(self) -> None:
-        """Reads endpoints and journal again: pods come and go."""
-        self._journal.refresh()
-        with ArrayMap.open(str(self._place.pins / "endpoints"), self._endpoint_dtype) as endpoints:
-            records = endpoints.values()
-        self._endpoints: dict[bytes, tuple[int, bytes, bytes]] = {}
-        for slot in np.flatnonzero(records["flags"] & 1):
-            record = records[slot]
-            ends = int(slot), record["mac"].tobytes(), record["host_mac"].tobytes()
-            for key in ("addr4", "addr6"):
-                address = _address(record[key])
-                if any(address):
-                    self._endpoints[address] = ends
-
-    def endpoint(self, address: bytes, pod: str) -> tuple[int, bytes, bytes]:
-        """Slot, MAC and host MAC of the pod that has the address here."""
-        found = self._endpoints.get(address)
-        if found is None:
-            raise QuestionError(
-                f"pod {pod} ({format_address(address)}) is not wired on node {self.name} yet"
-            )
-        return found
-
-    def link(self, role: int) -> int:
-        """Interface index of a network card by its role; any, when there is none of it."""
-        for found in (self._links.get(role), *self._links.values()):
-            if found is not None:
-                return found
-        raise QuestionError(f"node {self.name} has no network card that the data plane knows")
-
-    def context(self, ifindex: int, *, own_socket: bool = False) -> bytes:
-        key = ifindex, own_socket
-        if key not in self._contexts:
-            self._contexts[key] = skb_context(
-                mark=DRY_MARK,
-                cb=(1 if own_socket else 0, 0, 0, 0, 0),
-                ifindex=ifindex,
-                ingress_ifindex=ifindex,
-            )
-        return self._contexts[key]
-
-    def run(self, batch: Iterable[_Run]) -> list[TestRun]:
-        """The test runs, inside the node's network namespace."""
-        with inside(self._place.netns):
-            return [
-                prog_test_run(
-                    self._programs[run.program], run.packet, run.context, name=run.program
-                )
-                for run in batch
-            ]
-
-    def reason(self, reason: int) -> list[dict[str, Any]] | None:
-        found = self._journal.reasons.get(reason)
-        if found is None:
-            self._journal.refresh()
-            found = self._journal.reasons.get(reason)
-        return None if found is None else found.policies
-
-
-def _attached(links: Path, program: str) -> int:
-    """Descriptor of the program that is attached now, by one of its pinned links; where none is
-    (a node without pods), no question needs it, and the answer is -1. Raises OSError."""
-    for link in sorted(links.iterdir()):
-        if link.name.rpartition("-")[0] == program:
-            fd = obj_get(str(link))
-            try:
-                return prog_fd_by_id(link_info(fd).prog_id)
-            finally:
-                os.close(fd)
-    return -1
-
-
-def _address(value: Any) -> bytes:
-    """16 bytes of a `struct addr`, whichever way the schema shows it."""
-    return bytes(np.asarray(value).tobytes())

@@ -12,11 +12,11 @@ import contextlib
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 import msgspec
@@ -37,6 +37,7 @@ class Settings(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_on
     token_file: str = f"{_ACCOUNT}/token"
     ca_file: str = f"{_ACCOUNT}/ca.crt"
     kubeconfig: str = ""
+    context: str = ""  # of the kubeconfig; "" = its current one
 
 
 class _Status(msgspec.Struct):
@@ -70,7 +71,7 @@ class Client:
         self.server = ""
         self._server_name: str | None = None
         if settings.kubeconfig:
-            self._config = kubeconfig.read(Path(settings.kubeconfig))
+            self._config = kubeconfig.read(Path(settings.kubeconfig), settings.context)
             self.server = _checked(self._config.server, settings.kubeconfig)
             self._server_name = self._config.server_name or None
         elif settings.api_server:
@@ -93,12 +94,7 @@ class Client:
         """One request; the body of the answer comes as it was sent, compressed if it says so.
         ApiError when the server refuses, one of AWAY when it can't be reached."""
         server = await self._locate()
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                auto_decompress=False,
-                read_bufsize=1 << 18,
-            )
+        session = self._opened()
         context = self._context(server)
         sent = {**self._credentials(server), "Accept": "application/json", **(headers or {})}
         sent.setdefault("Accept-Encoding", "identity")
@@ -106,7 +102,7 @@ class Client:
         if body is not None:
             data, sent["Content-Type"] = msgspec.json.encode(body), content_type
         try:
-            async with self._session.request(
+            async with session.request(
                 method,
                 server + path,
                 params=params,
@@ -129,6 +125,44 @@ class Client:
         """A request whose answer is small: its body."""
         async with self.request(method, path, **options) as response:
             return await response.read()
+
+    @contextlib.asynccontextmanager
+    async def websocket(
+        self,
+        path: str,
+        params: Sequence[tuple[str, str]],
+        protocols: Sequence[str],
+        *,
+        max_size: int = 4 << 20,
+    ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """An open WebSocket. Raises as `request` does."""
+        server = await self._locate()
+        context = self._context(server)
+        try:
+            async with self._opened().ws_connect(
+                f"{server}{path}?{urlencode(params)}",
+                protocols=protocols,
+                headers=self._credentials(server),
+                ssl=context if context is not None else True,
+                server_hostname=self._server_name if context is not None else None,
+                max_msg_size=max_size,
+                heartbeat=30,
+            ) as wire:
+                yield wire
+        except aiohttp.WSServerHandshakeError as error:
+            if error.status in (401, 403, 404):
+                # Only a plain request shows what the server has to say.
+                await self.call("GET", path, params=dict(params))
+            raise ApiError(error.status, "", f"{path}: the WebSocket was refused") from error
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                auto_decompress=False,
+                read_bufsize=1 << 18,
+            )
+        return self._session
 
     async def close(self) -> None:
         """May be called again."""

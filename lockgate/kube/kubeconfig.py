@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import yaml
 
-__all__ = ["Kubeconfig", "read"]
+__all__ = ["Kubeconfig", "contexts", "current_context", "read"]
 
 
 class Kubeconfig(msgspec.Struct):
@@ -35,12 +35,7 @@ class Kubeconfig(msgspec.Struct):
 
 def read(path: Path, context: str = "") -> Kubeconfig:
     """The context `context` of a file, or its current one. ValueError names file and field."""
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: this is no YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected an object, the kubeconfig")
+    config = _load(path)
     context = context or str(config.get("current-context") or "")
     if not context:
         raise ValueError(f"{path}, field current-context: expected the name of a context")
@@ -75,6 +70,29 @@ def read(path: Path, context: str = "") -> Kubeconfig:
     elif not server.startswith("http://"):
         raise ValueError(f"{path}, field server: expected https://HOST:PORT, got {server!r}")
     return result
+
+
+def contexts(path: Path) -> list[str]:
+    """The names of a file's contexts. ValueError names the file."""
+    entries = _load(path).get("contexts") or ()
+    return [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
+
+
+def current_context(path: Path) -> str:
+    """A file's current context, "" if it names none. ValueError names the file."""
+    return str(_load(path).get("current-context") or "")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: this is no YAML: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, the kubeconfig")
+    return config
 
 
 def _named(path: Path, config: dict[str, Any], table: str, name: str, field: str) -> dict[str, Any]:

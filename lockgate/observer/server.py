@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
 
+from lockgate import __version__
 from lockgate.bpf.btf import Schema
 from lockgate.objects.address import listen
 from lockgate.observer.config import Config
@@ -143,6 +145,7 @@ class Observer:
     def application(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/v1/flows", self._flows)
+        app.router.add_get("/v1/reasons", self._reasons)
         app.router.add_get("/v1/status", self._status)
         app.cleanup_ctx.append(self._background)
         return app
@@ -174,6 +177,7 @@ class Observer:
 
     async def _status(self, _request: web.Request) -> web.Response:
         status: dict[str, Any] = {
+            "version": __version__,
             "cluster": self.config.cluster,
             "node": self.config.node,
             "ready": self.source.ready,
@@ -181,10 +185,20 @@ class Observer:
             "decoded": self.source.decoded,
             "kept": self.log.next - self.log.first,
             "journalDamaged": self.journal.damaged,
+            "memory": _resident(),
         }
         if self.source.error:
             status["error"] = self.source.error
         return web.json_response(status)
+
+    async def _reasons(self, request: web.Request) -> web.Response:
+        """The policies of `?id=`s, by id; null for one that the journal does not have."""
+        wanted = request.query.getall("id", [])
+        if not all(text.isdecimal() for text in wanted):
+            return web.json_response({"error": "id: expected a number"}, status=400)
+        self.journal.refresh()
+        found = {text: self.journal.reasons.get(int(text)) for text in wanted}
+        return web.json_response({k: v.policies if v else None for k, v in found.items()})
 
     async def _flows(self, request: web.Request) -> web.StreamResponse:
         """ndjson, newest last. A follower that is too slow is told how many it missed:
@@ -215,6 +229,11 @@ class Observer:
             await _send(response, records)
         await response.write_eof()
         return response
+
+
+def _resident() -> int:
+    """Bytes of memory this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def _send(response: web.StreamResponse, records: list[dict[str, Any]]) -> None:

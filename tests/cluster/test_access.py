@@ -1,0 +1,215 @@
+"""What a user with a kubeconfig has: the node APIs through `pods/exec`, and the commands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import Cluster, processes
+from cluster.commands import until
+from lockgate.access import Refused, Unreachable
+from lockgate.access.exec import PROTOCOLS, exec_stream
+from lockgate.access.kubernetes import KubernetesAccess
+from lockgate.kube.client import Client, Settings
+from tests.system.harness import ROOT
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+IMAGE = ROOT / "dist/lockgate-image.tar"
+NODES = ["node-1", "node-2"]
+
+
+@pytest.fixture(scope="module")
+def lockgate() -> Iterator[Cluster]:
+    """Two nodes with Lockgate's DaemonSet, and nothing else."""
+    if not IMAGE.exists():
+        pytest.fail(f"{IMAGE} is missing: `make image` builds it")
+    with Cluster.up(f"x{os.getpid()}", cni="none") as cluster:
+        cluster.load_image(IMAGE)
+        cluster.apply(ROOT / "deploy/lockgate.yaml")
+        cluster.kubectl("-n", "kube-system", "rollout", "status", "ds/lockgate", "--timeout=90s")
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def access(lockgate: Cluster) -> Iterator[KubernetesAccess]:
+    one = KubernetesAccess(Settings(kubeconfig=str(kubeconfig(lockgate))), "the test's")
+    yield one
+    one.close()
+
+
+def kubeconfig(cluster: Cluster) -> Path:
+    return cluster.state.root / "kubeconfig"
+
+
+def command(cluster: Cluster, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "KUBECONFIG": str(kubeconfig(cluster))}
+    environment.pop("LOCKGATE_CLUSTER", None)
+    return subprocess.run(
+        list(words), text=True, capture_output=True, env=environment, timeout=60, **options
+    )
+
+
+def ask(cluster: Cluster, *words: str) -> Any:
+    config = ["--kubeconfig", str(kubeconfig(cluster)), "--json"]
+    done = command(cluster, sys.executable, "-m", "lockgate.cli.main", *words, *config)
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(done.stdout)
+
+
+def agent_pod(cluster: Cluster) -> tuple[str, str]:
+    items = cluster.json(
+        "-n", "kube-system", "get", "pods", "-l", "app.kubernetes.io/name=lockgate"
+    )
+    return "kube-system", items["items"][0]["metadata"]["name"]
+
+
+# ---- Over WebSocket -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+async def test_exec_speaks_both_protocols(
+    lockgate: Cluster, protocol: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("lockgate.access.exec.PROTOCOLS", (protocol,))
+    client = Client(Settings(kubeconfig=str(kubeconfig(lockgate))))
+    try:
+        words = ["lockgate-node-call", "agent", "GET", "/v1/status", "0"]
+        pieces = exec_stream(client, agent_pod(lockgate), "agent", words, timeout=20)
+        assert json.loads(b"".join([piece async for piece in pieces]))["node"] in NODES
+    finally:
+        await client.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "text"),
+    [
+        (["lockgate-node-call", "agent", "GET", "/v1/nothing", "0"], Refused, "404"),
+        (["lockgate-node-call", "agent", "POST", "/v1/probe", "0"], Refused, "can't be read"),
+        (["no-such-program"], Unreachable, "no-such-program"),
+    ],
+    ids=["no such call", "no body", "no such program"],
+)
+async def test_why_exec_failed(
+    lockgate: Cluster, words: list[str], error: type[Exception], text: str
+) -> None:
+    client = Client(Settings(kubeconfig=str(kubeconfig(lockgate))))
+    try:
+        with pytest.raises(error, match=text):
+            async for _ in exec_stream(client, agent_pod(lockgate), "agent", words, timeout=20):
+                pass
+    finally:
+        await client.close()
+
+
+@pytest.mark.parametrize("count", [1, 20_000])
+def test_bodies_of_any_size_arrive_whole(access: KubernetesAccess, count: int) -> None:
+    packets = {"packets": [{"at": "from_net", "packet": "AAAA" * 16, "ifindex": 1}] * count}
+    answers = access.call("node-1", "agent", "POST", "/v1/dryrun", packets, timeout=60)["answers"]
+    assert len(answers) == count
+
+
+def test_who_stops_following_leaves_nothing_behind(
+    lockgate: Cluster, access: KubernetesAccess
+) -> None:
+    cgroup = lockgate.state.cgroup("node-1")
+
+    def following() -> bool:
+        commands = [Path(f"/proc/{pid}/cmdline") for pid in processes.pids(cgroup)]
+        return any(b"follow=1" in path.read_bytes() for path in commands if path.exists())
+
+    script = (
+        "from lockgate.access.kubernetes import KubernetesAccess\n"
+        "from lockgate.kube.client import Settings\n"
+        f"one = KubernetesAccess(Settings(kubeconfig={str(kubeconfig(lockgate))!r}), '')\n"
+        "list(one.stream('node-1', 'observer', '/v1/flows?follow=1'))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as follower:
+        until("somebody follows", following, 30)
+        follower.kill()
+    assert until("nobody follows", lambda: not following(), 30)
+
+
+# ---- Commands -----------------------------------------------------------------------
+
+
+def test_status_tells_of_both_nodes(lockgate: Cluster) -> None:
+    found = ask(lockgate, "status")
+    assert [node["name"] for node in found["nodes"]] == NODES
+    for node in found["nodes"]:
+        assert node["agent"]["up"] and node["observer"]["up"]
+        assert node["agentStatus"]["node"] == node["observerStatus"]["node"] == node["name"]
+
+
+def test_get_shows_what_the_api_server_has(lockgate: Cluster) -> None:
+    assert [row["name"] for row in ask(lockgate, "get", "nodes")] == NODES
+    services = ask(lockgate, "get", "services")
+    assert [(row["namespace"], row["name"]) for row in services][:1] == [("default", "kubernetes")]
+    assert len(ask(lockgate, "get", "pods", "-n", "kube-system")) >= 2
+
+
+def test_kubectl_finds_it_as_a_plugin(lockgate: Cluster) -> None:
+    kubectl = Path(lockgate.kubectl_command("version")[0])
+    folder = Path(sys.executable).parent
+    words = [str(kubectl), "lockgate", "get", "nodes", "--json"]
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": "/nowhere"}
+    done = subprocess.run(
+        words,
+        text=True,
+        capture_output=True,
+        env={**environment, "KUBECONFIG": str(kubeconfig(lockgate))},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["name"] for row in json.loads(done.stdout)] == NODES
+
+
+def test_who_may_not_is_told_what_is_missing(lockgate: Cluster, tmp_path: Path) -> None:
+    token = lockgate.kubectl("create", "token", "default").strip()
+    config = yaml.safe_load(kubeconfig(lockgate).read_text())
+    config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
+    path = tmp_path / "config"
+    path.write_text(yaml.safe_dump(config))
+    words = [sys.executable, "-m", "lockgate.cli.main", "status", "--kubeconfig", str(path)]
+    done = command(lockgate, *words)
+    assert done.returncode == 2
+    assert 'User "system:serviceaccount:default:default" cannot list resource' in done.stderr
+
+
+def faults(cluster: Cluster, text: str) -> list[str]:
+    found = ask(cluster, "status")["problems"]
+    return [one["text"] for one in found if text in one["text"]]
+
+
+def test_a_node_that_does_not_answer_is_named(lockgate: Cluster) -> None:
+    lockgate.stop("kubelet", "node-2")
+    try:
+        found = ask(lockgate, "status")
+    finally:
+        lockgate.start("kubelet", "node-2")
+        until("the kubelet is back", lambda: not faults(lockgate, "does not answer"), 30)
+    told = [one["text"] for one in found["problems"] if one["node"] == "node-2"]
+    assert any("its kubelet does not answer the API server" in text for text in told)
+
+
+def test_calls_of_many_threads_go_side_by_side(access: KubernetesAccess) -> None:
+    async def many() -> list[Any]:
+        asked = [
+            asyncio.to_thread(access.call, node, role, "GET", "/v1/status")
+            for node in NODES
+            for role in ("agent", "observer")
+            for _ in range(4)
+        ]
+        return await asyncio.gather(*asked)
+
+    assert {answer["node"] for answer in asyncio.run(many())} == set(NODES)

@@ -189,6 +189,9 @@ class Agent:
             async with self.turn:
                 revision = self.revision
                 error = await self._publish_safely()
+            async with self.seen:
+                # Who asks for a pod by its name looks into the tables, which hold it only now.
+                self.seen.notify_all()
             if not error:
                 self.applied = revision
             if self._reported != revision or error:

@@ -277,6 +277,7 @@ async def measure(big: Big, folder: Path, seconds: float, rate: float) -> dict[s
         "kubernetes": {"apiServer": url},
         "web": "",
         "underlay": "",
+        "outside": "",
     }
     (folder / "agent.json").write_text(json.dumps(config))
     pins = Path("/sys/fs/bpf/lockgate", CLUSTER, "node-0")

@@ -27,9 +27,9 @@ class ApiServer:
     """Objects by kind and key, and what happened to them; each change is a version.
 
     `paged`: lists are given in pages of `limit`. `unknown_selectors`: field selectors that are
-    answered with 400. `refuse`: HTTP status with which everything is answered. `hold`: kinds
-    whose lists are not answered before the event is set. `requests`: (kind, query, headers).
-    `patches` of nodes' status and `created` events.
+    answered with 400. `refuse`: HTTP status with which everything is answered. `absent`: kinds
+    that the server does not know. `hold`: kinds whose lists are not answered before the event is
+    set. `requests`: (kind, query, headers). `patches` of nodes' status and `created` events.
     """
 
     def __init__(self) -> None:
@@ -39,6 +39,7 @@ class ApiServer:
         self.history: dict[str, list[tuple[int, bytes]]] = {k: [] for k in PATHS}
         self.paged = False
         self.refuse = 0
+        self.absent: set[str] = set()
         self.refused = 0
         self.unknown_selectors: set[str] = set()
         self.hold: dict[str, asyncio.Event] = {}
@@ -135,6 +136,8 @@ class ApiServer:
         async def answer(request: web.Request) -> web.StreamResponse:
             query = dict(request.query)
             self.requests.append((kind, query, dict(request.headers)))
+            if kind in self.absent:
+                return _status(404, "NotFound", "the server could not find the requested resource")
             if query.get("fieldSelector", "") in self.unknown_selectors:
                 return _status(400, "BadRequest", "field label not supported")
             if query.get("watch"):

@@ -21,7 +21,7 @@ from lockgate.agent.cards import Cards, read_cards
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.endpoints import Endpoints
-from lockgate.agent.hops import Hops, pod_cidrs
+from lockgate.agent.hops import Hops, internal_ips, pod_cidrs
 from lockgate.agent.ids import NodeIds
 from lockgate.agent.ipam import Ipam
 from lockgate.agent.journal import Journal
@@ -38,7 +38,7 @@ from lockgate.kube.client import AWAY, Client
 from lockgate.kube.source import ApiSource
 from lockgate.net import neighbours
 from lockgate.net.links import IFINDEX_BASE, Net
-from lockgate.objects.model import Cluster, Node
+from lockgate.objects.model import Cluster
 
 __all__ = ["Agent"]
 
@@ -69,7 +69,9 @@ class Agent:
         self.requests = Requests(self)
         #: Cards with our program, by name → ifindex.
         self.attached: dict[str, int] = {}
-        self._hop_nodes: dict[str, Node] | None = None
+        #: ifindex of the link to the other nodes; lo's before it is known.
+        self.underlay = 1
+        self._hops_made_of: tuple[object, object] | None = None
         self._tables: Tables | None = None
         self.revision = 0
         self.applied = 0
@@ -235,9 +237,10 @@ class Agent:
         if me is not None:
             self.ipam.set_pools(pod_cidrs(me))
         self.hops.assign(cluster.nodes)
-        if cluster.nodes != self._hop_nodes:
+        made_of = cluster.nodes, cluster.service_cidrs
+        if made_of != self._hops_made_of:
             self._refresh_hops(cluster)
-            self._hop_nodes = cluster.nodes
+            self._hops_made_of = made_of
         self.journal.cluster = cluster
         overgrown = self.journal.overgrown
         with self.journal.asking() if overgrown else contextlib.nullcontext():
@@ -288,9 +291,13 @@ class Agent:
             self.errors["hops"] = [str(error)]
 
     def _read_cards(self) -> Cards:
-        return read_cards(self.config.underlay, self.config.outside)
+        me = self.cluster.nodes.get(self.config.node) if self.cluster is not None else None
+        own = internal_ips(me) if me is not None else []
+        return read_cards(self.config.underlay, self.config.outside, own)
 
     def _attach_cards(self, cards: Cards) -> None:
+        if cards.underlay is not None:
+            self.underlay = cards.underlay.index
         for card in (cards.underlay, cards.outside):
             if card is not None and self.attached.get(card.name) != card.index:
                 self.dp.attach_net(card.name, card.index)

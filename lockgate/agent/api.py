@@ -32,6 +32,7 @@ def application(agent: Agent) -> web.Application:
             web.delete("/v1/endpoints/{uid}", _delete),
             web.get("/v1/status", _status),
             web.get("/v1/dryrun", _dry_run_facts),
+            web.get("/v1/objects/nodes", _nodes),
             web.post("/v1/dryrun", _dry_run),
             web.post("/v1/probe", _probe),
             web.get("/healthz", _health),
@@ -76,6 +77,13 @@ async def _delete(request: web.Request) -> web.Response:
 
 async def _status(request: web.Request) -> web.Response:
     return web.json_response(await request.app[_AGENT].status())
+
+
+async def _nodes(request: web.Request) -> web.Response:
+    """As the supervisor's: the observer asks whose an address is."""
+    cluster = request.app[_AGENT].cluster
+    nodes = list(cluster.nodes.values()) if cluster is not None else []
+    return web.Response(body=msgspec.json.encode(nodes), content_type="application/json")
 
 
 async def _health(request: web.Request) -> web.Response:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from lockgate.net import dumps
+from lockgate.net.links import IFINDEX_BASE
 
-__all__ = ["Card", "Cards", "read_cards"]
+__all__ = ["AUTO", "Card", "Cards", "read_cards"]
+
+#: In the place of a card's name: find it.
+AUTO = "auto"
+_LO = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +43,42 @@ class Cards:
     outside: Card | None
 
 
-def read_cards(underlay: str, outside: str) -> Cards:
-    """None for a card without a name, and for one that is not there."""
+def read_cards(underlay: str, outside: str, addresses: Collection[str] = ()) -> Cards:
+    """None for a card without a name, and for one that is not there. "auto": the one with one of
+    the node's `addresses`, and the one with the best default route, if it is another."""
+    if underlay == AUTO:
+        underlay = _with_address(addresses)
+    if outside == AUTO:
+        outside = _with_default_route()
+        outside = "" if outside == underlay else outside
     return Cards(_read(underlay), _read(outside))
+
+
+def _with_address(addresses: Collection[str]) -> str:
+    """The card with the first of the addresses that a card has."""
+    found = {
+        address.partition("/")[0]: card.name
+        for card in _cards()
+        for address in dumps.addresses(card.index)
+    }
+    return next((found[address] for address in addresses if address in found), "")
+
+
+def _with_default_route() -> str:
+    names = {card.index: card.name for card in _cards()}
+    routes = [route for route in dumps.default_routes() if route.ifindex in names]
+    # Of IPv4 and IPv6 the former comes first.
+    routes.sort(key=lambda route: (":" in route.gateway, route.metric))
+    return names[routes[0].ifindex] if routes else ""
+
+
+def _cards() -> list[dumps.Interface]:
+    """Links that may lead out of the node: up, and not ours."""
+    return [
+        link
+        for link in dumps.interfaces()
+        if link.up and link.index != _LO and link.index < IFINDEX_BASE
+    ]
 
 
 def _read(name: str) -> Card | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from lockgate.agent.cards import AUTO
 from lockgate.agent.limits import Limits
 from lockgate.kube.client import Settings
 from lockgate.net import cgroup
@@ -31,8 +32,10 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     web: str | None = None
     netns: str = ""  # name in /run/netns or a path; "" = the agent's own
     cgroup: str = ""  # the node's cgroup v2 directory; "auto" = its root, "" = none
-    underlay: str = "underlay"  # link to other nodes; "" = none
-    outside: str = ""  # link to the world; "" = the underlay leads there
+    # Links to other nodes and to the world; "auto" = those with the node's InternalIP and with the
+    # default route, "" = no link to other nodes, and the same link to the world
+    underlay: str = AUTO
+    outside: str = AUTO
     service_cidrs: list[str] = []
     bpffs: str = "/sys/fs/bpf"
     object: str = ""  # "" = the one that was built or installed

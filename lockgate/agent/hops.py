@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockgate.agent.cards import Card, Cards
+from lockgate.agent.cards import AUTO, Card, Cards
 from lockgate.agent.datapath import Datapath
 from lockgate.net.links import Net
 from lockgate.objects.address import is_ipv4, parse_address, parse_cidr
@@ -95,7 +95,7 @@ class Hops:
         self._made_of: Cards | None = None
         self._asking = False
         self._kernel: dict[str, tuple[int, str]] = {}
-        self._no_services = False
+        self._no_way: set[str] = set()
         self._next = FIRST_NODE
         self.numbers: dict[str, int] = {}
         self.errors: list[str] = []
@@ -147,12 +147,17 @@ class Hops:
         self.errors = []
         self._made_of, self._asking = None, False
         for name, card in ((self._underlay, cards.underlay), (self._outside, cards.outside)):
-            if name and card is None:
+            if name not in ("", AUTO) and card is None:
                 self.errors.append(f"interface {name} does not exist")
+        if self._underlay == AUTO and cards.underlay is None:
+            self.errors.append(
+                f"Node {self._node}: no interface that is up has an InternalIP of it"
+            )
         self._write_roles(cards)
         wanted = {NOWHERE: Hop()}
         routes: dict[tuple[bytes, int], int] = {}
-        for cidr in (*self._service_cidrs, *NEVER_LEAVES):
+        services = self._services(cluster)
+        for cidr in (*services, *NEVER_LEAVES):
             routes[parse_cidr(cidr)] = NOWHERE
         self._nodes(net, cluster, cards.underlay, wanted)
         self._near(cards, wanted, routes)
@@ -161,7 +166,7 @@ class Hops:
         if not np.array_equal(table.view(np.uint8), self.table.view(np.uint8)):
             self.table = table
         self._wanted_routes = routes
-        self._write_kernel(net, cluster, cards.underlay)
+        self._write_kernel(net, cluster, cards.underlay, services)
         self._made_of = cards
 
     def write_routes(self) -> None:
@@ -184,6 +189,18 @@ class Hops:
         self._routes = wanted
 
     # ---- Inside --------------------------------------------------------------------
+
+    def _services(self, cluster: Cluster) -> list[str]:
+        """The ranges of services' addresses: those of the settings, else the API's."""
+        found = set(self._service_cidrs)
+        for item in cluster.service_cidrs.values() if not found else ():
+            for cidr in item.spec.cidrs:
+                try:
+                    parse_cidr(cidr)
+                    found.add(cidr)
+                except ValueError as error:
+                    self.errors.append(f"ServiceCIDR {item.metadata.name}: spec.cidrs: {error}")
+        return sorted(found)
 
     def _nodes(self, net: Net, cluster: Cluster, card: Card | None, wanted: dict[int, Hop]) -> None:
         for name, number in self.numbers.items():
@@ -284,12 +301,15 @@ class Hops:
                 table[name][numbers] = values
         return table
 
-    def _write_kernel(self, net: Net, cluster: Cluster, underlay: Card | None) -> None:
+    def _write_kernel(
+        self, net: Net, cluster: Cluster, underlay: Card | None, services: list[str]
+    ) -> None:
         """Routes of the node's own stack: other nodes' pods, and no way for services."""
-        if not self._no_services:
-            for cidr in self._service_cidrs:
-                net.route(cidr, kind="unreachable")
-            self._no_services = True
+        for cidr in sorted(set(services) - self._no_way):
+            net.route(cidr, kind="unreachable")
+        for cidr in self._no_way - set(services):
+            net.remove_route(cidr)
+        self._no_way = set(services)
         if underlay is None:
             return
         index = underlay.index

@@ -128,6 +128,8 @@ class Kind:
     keep: Callable[[Any, Parts], Any] = _other
     namespaced: bool = True
     selectors: tuple[str, ...] = ("",)
+    #: A server may be without it.
+    optional: bool = False
 
     @property
     def path(self) -> str:
@@ -171,5 +173,15 @@ KINDS: tuple[Kind, ...] = (
         "networking.k8s.io/v1",
         "networkpolicies",
         model.NetworkPolicy,
+    ),
+    # Since Kubernetes 1.33. Without it the setting serviceCidrs says the same.
+    Kind(
+        "ServiceCIDR",
+        "service_cidrs",
+        "networking.k8s.io/v1",
+        "servicecidrs",
+        model.ServiceCIDR,
+        namespaced=False,
+        optional=True,
     ),
 )

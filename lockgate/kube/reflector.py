@@ -35,6 +35,7 @@ _WATCH_SECONDS = (300, 600)
 _SILENCE = 150.0
 _WAIT_FIRST, _WAIT_MOST = 0.2, 30.0
 _PAGE = 1000
+_ABSENT_AGAIN = 600.0
 
 
 class _Event(msgspec.Struct):
@@ -48,6 +49,10 @@ class _ErrorStatus(msgspec.Struct):
     code: int = 0
     reason: str = ""
     message: str = ""
+
+
+class _Absent(Exception):
+    """The server does not know the kind."""
 
 
 class _Gone(Exception):
@@ -111,6 +116,8 @@ class Reflector:
                 self._version = ""
                 self._fail(f"what the API server answers can't be read: {error}")
                 await self._pause()
+            except _Absent:
+                await asyncio.sleep(_ABSENT_AGAIN)
             except (*AWAY, ApiError) as error:
                 self._fail(str(error) or type(error).__name__)
                 await self._pause()
@@ -143,6 +150,9 @@ class Reflector:
             except ApiError as error:
                 if error.status == 410:
                     raise _Gone(str(error)) from error
+                if error.status == 404 and self.kind.optional:
+                    self._found({}, {})
+                    raise _Absent from error
                 if error.status == 400 and len(self._selectors) > 1:
                     log.info("%s: %s: asking for more", self.kind.resource, error)
                     del self._selectors[0]
@@ -152,6 +162,11 @@ class Reflector:
                 break
             params = {"limit": str(_PAGE), "continue": meta.continue_}
         self.counts.lists += 1
+        self._found(found, errors)
+        return meta.resource_version
+
+    def _found(self, found: dict[Any, Any], errors: dict[Any, str]) -> None:
+        """Take what a whole list has, and tell the difference."""
         self.errors = errors
         known = self.objects
         for key in [key for key in known if key not in found]:
@@ -164,7 +179,6 @@ class Reflector:
         self.synced = True
         self._well()
         self._look()
-        return meta.resource_version
 
     async def _page(
         self, params: dict[str, str], found: dict[Any, Any], errors: dict[Any, str]

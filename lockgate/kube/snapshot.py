@@ -33,6 +33,7 @@ _LISTS: dict[str, Any] = {
     "Service": list[model.Service],
     "EndpointSlice": list[model.EndpointSlice],
     "NetworkPolicy": list[model.NetworkPolicy],
+    "ServiceCIDR": list[model.ServiceCIDR],
 }
 
 

@@ -26,6 +26,7 @@ _STRUCTS: dict[str, Any] = {
     "Service": model.Service,
     "EndpointSlice": model.EndpointSlice,
     "NetworkPolicy": model.NetworkPolicy,
+    "ServiceCIDR": model.ServiceCIDR,
 }
 #: Kind → field of Cluster, and whether its keys have a namespace.
 _FIELDS = {
@@ -35,6 +36,7 @@ _FIELDS = {
     "Service": ("services", True),
     "EndpointSlice": ("slices", True),
     "NetworkPolicy": ("policies", True),
+    "ServiceCIDR": ("service_cidrs", False),
 }
 _LINE_MAX = 16 << 20
 

@@ -18,9 +18,11 @@ __all__ = [
     "ATTRIBUTE",
     "HEADER",
     "ROUTE_PROTOCOL",
+    "DefaultRoute",
     "Interface",
     "addresses",
     "default_gateways",
+    "default_routes",
     "interfaces",
     "link",
     "macs",
@@ -42,7 +44,8 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_IFALIAS = 1, 3, 4, 5, 
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_TABLE = 1, 4, 5, 6, 15
+_MAIN = 254
 _UNICAST = 1
 #: Who made a route (rtm_protocol), on all of ours. Above what rtnetlink.h names.
 ROUTE_PROTOCOL = 108
@@ -109,6 +112,36 @@ def default_gateways(ifindex: int) -> list[str]:
             of_card = int.from_bytes(card, "little") == ifindex
             if length == 0 and kind == _UNICAST and gateway and of_card:
                 found.append(str(ip_address(gateway)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultRoute:
+    """One way out; the smallest metric wins. `gateway` is "" for a route to the link itself."""
+
+    ifindex: int
+    gateway: str
+    metric: int
+
+
+def default_routes() -> list[DefaultRoute]:
+    """The default routes of the main table, of both families."""
+    found = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
+        for body in _ask(_GETROUTE, _DUMP, request + _number(_RTA_TABLE, _MAIN)):
+            length, kind = body[1], body[7]
+            if length or kind != _UNICAST:
+                continue
+            own = _attributes(body, _ROUTE.size)
+            gateway = own.get(_RTA_GATEWAY)
+            found.append(
+                DefaultRoute(
+                    int.from_bytes(own.get(_RTA_OIF, b""), "little"),
+                    str(ip_address(gateway)) if gateway else "",
+                    int.from_bytes(own.get(_RTA_PRIORITY, b""), "little"),
+                )
+            )
     return found
 
 

@@ -328,6 +328,22 @@ class NetworkPolicy(Base, frozen=True):
         return self.metadata.namespace, self.metadata.name
 
 
+# ---- ServiceCIDR ------------------------------------------------------------
+
+
+class ServiceCIDRSpec(Base, frozen=True):
+    cidrs: list[str] = []
+
+
+class ServiceCIDR(Base, frozen=True):
+    """Ranges that addresses of services are from; the API server's own is named kubernetes."""
+
+    metadata: ObjectMeta
+    spec: ServiceCIDRSpec = ServiceCIDRSpec()
+    api_version: str = "networking.k8s.io/v1"
+    kind: str = "ServiceCIDR"
+
+
 Object = Namespace | Node | Pod | Workload | Service | EndpointSlice | NetworkPolicy
 
 
@@ -340,3 +356,4 @@ class Cluster(msgspec.Struct):
     services: dict[tuple[str, str], Service] = {}
     slices: dict[tuple[str, str], EndpointSlice] = {}
     policies: dict[tuple[str, str], NetworkPolicy] = {}
+    service_cidrs: dict[str, ServiceCIDR] = {}

@@ -20,7 +20,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     bpffs: str = "/sys/fs/bpf"
     journal: str = "/var/lib/lockgate/journal.jsonl"  # the agent's; only read
     socket: str = "/run/lockgate/observer.sock"
-    control: str = ""  # the supervisor's socket, which knows nodes' addresses; "" = none
+    control: str = ""  # the agent's or supervisor's socket, for the nodes' addresses; "" = none
     web: str = ""  # HOST:PORT of /healthz and /readyz; "" = none
 
     @property

@@ -56,6 +56,7 @@ class Node:
             "kubernetes": {"apiServer": f"http://127.0.0.1:{self.server.port}"},
             "web": "127.0.0.1:9781",
             "underlay": "",
+            "outside": "",
         }
         path = self.folder / "agent.json"
         path.write_text(json.dumps(config))

@@ -13,6 +13,7 @@ import pytest
 
 from lockgate.kube import stream
 from lockgate.kube.client import Client, Settings
+from lockgate.kube.kinds import KINDS
 from lockgate.kube.lists import Splitter
 from lockgate.kube.source import ApiSource
 from lockgate.objects.model import Cluster
@@ -103,7 +104,7 @@ async def server() -> AsyncIterator[ApiServer]:
 async def test_the_first_transaction_has_everything(server: ApiServer) -> None:
     held = server.hold["NetworkPolicy"] = asyncio.Event()
     async with reading(await server.start()) as reader:
-        await until(lambda: server.watching() == 5)
+        await until(lambda: server.watching() == len(KINDS) - 1)
         assert reader.cluster is None, "a view without policies must not be told"
         held.set()
         await until(lambda: reader.cluster)
@@ -115,9 +116,24 @@ async def test_the_first_transaction_has_everything(server: ApiServer) -> None:
         assert list(reader.cluster.policies) == [("shop", "p")]
 
 
+async def test_a_server_may_be_without_service_cidrs(server: ApiServer) -> None:
+    server.absent.add("ServiceCIDR")
+    async with reading(await server.start()) as reader:
+        await until(lambda: reader.cluster)
+        assert reader.pods() == ["a", "b"]
+        assert reader.source.connected and reader.source.problem() == ""
+
+
+async def test_other_kinds_must_be_there(server: ApiServer) -> None:
+    server.absent.add("NetworkPolicy")
+    async with reading(await server.start()) as reader:
+        await until(lambda: "could not find" in reader.source.problem())
+        assert reader.cluster is None
+
+
 async def test_changes_come_and_those_of_fields_not_used_do_not(server: ApiServer) -> None:
     async with reading(await server.start()) as reader:
-        await until(lambda: server.watching() == 6 and reader.cluster)
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
         server.put(pod("a", "10.1.0.2", conditions=[{"type": "Ready", "status": "True"}]))
         server.put(pod("c", "10.1.0.4"))
         server.delete("Pod", "shop", "b")
@@ -129,7 +145,7 @@ async def test_changes_come_and_those_of_fields_not_used_do_not(server: ApiServe
 
 async def test_a_watch_that_ends_goes_on_where_it_was(server: ApiServer) -> None:
     async with reading(await server.start()) as reader:
-        await until(lambda: server.watching() == 6 and reader.cluster)
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
         server.bookmark("Pod")
         server.put(pod("c", "10.1.0.4"), tell=False)  # while nobody watches
         server.end_watches()
@@ -140,7 +156,7 @@ async def test_a_watch_that_ends_goes_on_where_it_was(server: ApiServer) -> None
 
 async def test_gone_lists_again_and_tells_only_differences(server: ApiServer) -> None:
     async with reading(await server.start()) as reader:
-        await until(lambda: server.watching() == 6 and reader.cluster)
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
         kept = reader.cluster and reader.cluster.pods["shop", "a"]
         server.put(pod("c", "10.1.0.4"), tell=False)
         server.delete("Pod", "shop", "b", tell=False)
@@ -153,7 +169,7 @@ async def test_gone_lists_again_and_tells_only_differences(server: ApiServer) ->
 
 async def test_gone_as_an_event_of_a_watch(server: ApiServer) -> None:
     async with reading(await server.start()) as reader:
-        await until(lambda: server.watching() == 6 and reader.cluster)
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
         server.put(pod("c", "10.1.0.4"), tell=False)
         server.compact()
         gone = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}}
@@ -163,7 +179,7 @@ async def test_gone_as_an_event_of_a_watch(server: ApiServer) -> None:
 
 async def test_torn_lines_are_joined_and_a_torn_end_is_dropped(server: ApiServer) -> None:
     async with reading(await server.start()) as reader:
-        await until(lambda: server.watching() == 6 and reader.cluster)
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
         item = pod("c", "10.1.0.4")
         item["metadata"]["resourceVersion"] = "90"
         line = json.dumps({"type": "ADDED", "object": item}).encode() + b"\n"
@@ -186,7 +202,7 @@ async def test_an_object_with_nonsense_is_named_and_the_rest_goes_on(server: Api
         assert reader.cluster and list(reader.cluster.policies) == [("shop", "p")]
         assert len(reader.errors) == 1
         assert "NetworkPolicy shop/odd" in reader.errors[0] and "skipped" in reader.errors[0]
-        await until(lambda: server.watching() == 6)
+        await until(lambda: server.watching() == len(KINDS))
         server.put(policy("p", "Never"))
         await until(lambda: len(reader.errors) == 2)
         assert ("shop", "p") in reader.cluster.policies, "what it was before stays"
@@ -209,14 +225,14 @@ async def test_a_selector_the_server_does_not_know(server: ApiServer) -> None:
     live = "status.phase!=Succeeded,status.phase!=Failed"
     server.unknown_selectors = {f"{live},spec.hostNetwork=false"}
     async with reading(await server.start()) as reader:
-        await until(lambda: server.watching() == 6 and reader.cluster)
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
         watches = [q for kind, q, _ in server.requests if kind == "Pod" and "watch" in q]
         assert watches[0]["fieldSelector"] == live
 
 
 async def test_a_server_that_goes_and_comes_back(server: ApiServer) -> None:
     async with reading(await server.start()) as reader:
-        await until(lambda: server.watching() == 6 and reader.cluster)
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
         assert reader.source.connected and reader.source.problem() == ""
         await server.stop()
         await until(lambda: not reader.source.connected)
@@ -246,7 +262,7 @@ async def test_a_snapshot_serves_without_a_server(server: ApiServer, tmp_path: P
         server.delete("Pod", "shop", "a")
         held = server.hold["Service"] = asyncio.Event()
         await server.start()
-        await until(lambda: server.watching() == 5)
+        await until(lambda: server.watching() == len(KINDS) - 1)
         assert reader.pods() == ["a", "b"], "nothing goes before every list is complete"
         held.set()
         await until(lambda: reader.pods() == ["b", "c"])

@@ -21,7 +21,9 @@ from typing import NamedTuple
 from cluster.binaries import Binaries
 from cluster.commands import Failed, run
 
-__all__ = ["build_all"]
+__all__ = ["build_all", "build_answering"]
+
+_POD = Path(__file__).resolve().parent.parent / "build" / "lockgate-pod"
 
 _CONFORMANCE = "registry.k8s.io/e2e-test-images"
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -40,17 +42,29 @@ class Image(NamedTuple):
 
 
 def build_all(binaries: Binaries) -> Path:
-    """One archive of all images, kept beside the binaries. Raises Failed."""
-    path = binaries.folder / f"images-{_digest()}.tar"
+    """One archive of all images but those of this tree, kept beside the binaries. Raises Failed."""
+    path = binaries.folder / f"images-{_digest(Path(__file__))}.tar"
     if not path.exists():
-        unfinished = path.with_suffix(".new")
-        _write(unfinished, _images(binaries))
-        unfinished.rename(path)
+        _write(path, _images(binaries))
     return path
 
 
-def _digest() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+def build_answering(binaries: Binaries) -> Path:
+    """An archive of localhost/lockgate-pod:1: its containers answer on the ports that they are
+    told, as containers without a command do in a standalone cluster. Raises Failed."""
+    if not _POD.exists():
+        raise Failed(f"{_POD} is missing: make build")
+    path = binaries.folder / f"answering-{_digest(Path(__file__), _POD)}.tar"
+    if not path.exists():
+        shell_files, shell_links = _busybox()
+        files = {"/lockgate-pod": _POD, **shell_files, **_with_libraries("curl", "/bin/curl")}
+        image = Image(("localhost/lockgate-pod:1",), files, shell_links, ["/lockgate-pod"])
+        _write(path, [image])
+    return path
+
+
+def _digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
 
 
 def _images(binaries: Binaries) -> list[Image]:
@@ -117,7 +131,8 @@ def _program(name: str) -> Path:
 
 def _write(path: Path, images: Sequence[Image]) -> None:
     manifest = []
-    with tarfile.open(path, "w") as archive:
+    unfinished = path.with_suffix(".new")
+    with tarfile.open(unfinished, "w") as archive:
         for image in images:
             layer = _layer(image)
             packed = gzip.compress(layer, 1, mtime=0)
@@ -130,6 +145,7 @@ def _write(path: Path, images: Sequence[Image]) -> None:
                 {"Config": config_name, "RepoTags": list(image.tags), "Layers": [layer_name]}
             )
         _add(archive, "manifest.json", json.dumps(manifest).encode())
+    unfinished.rename(path)
 
 
 def _layer(image: Image) -> bytes:

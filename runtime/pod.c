@@ -5,6 +5,8 @@
  *   lockgate-pod run                       a pod, see below
  *   lockgate-pod probe [--cgroup PATH] [--netns PATH] [--concurrency N]   see probe.h
  *   lockgate-pod exec [--cgroup PATH] --pid PID -- COMMAND...             in a running pod
+ *   lockgate-pod answer tcp/PORT|udp/PORT...   on ports with the host's name; what a container
+ *                                          without a command does, for other runtimes' containers
  *
  * `run` reads a description on stdin: records "KEY VALUE", each ended by a zero
  * byte, closed by an empty record. Records after "init" or "container" belong
@@ -519,6 +521,39 @@ static int exec_in(const char *pid, const char *cgroup, char **command)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
+static void leave(int number)
+{
+	(void)number;
+	_exit(0);
+}
+
+static int answer(char **words, size_t count)
+{
+	struct port ports[MAX_PORTS];
+	char name[256];
+
+	if (!count || count > MAX_PORTS || gethostname(name, sizeof(name)) < 0)
+		return 2;
+	/* The first process of a container gets no signal that it does not handle. */
+	signal(SIGTERM, leave);
+	signal(SIGINT, leave);
+	for (size_t i = 0; i < count; i++) {
+		bool tcp = !strncmp(words[i], "tcp/", 4);
+
+		ports[i].type = tcp ? SOCK_STREAM : SOCK_DGRAM;
+		ports[i].number = atoi(words[i] + 4);
+		if ((!tcp && strncmp(words[i], "udp/", 4)) || ports[i].number < 1 ||
+		    ports[i].number > 65535) {
+			fprintf(stderr, "%s: expected tcp/PORT or udp/PORT\n", words[i]);
+			return 2;
+		}
+		if (!open_port(&ports[i]))
+			die("cannot listen on %s", words[i]);
+	}
+	serve(name, ports, count);
+	return 0;
+}
+
 int main(int count, char **words)
 {
 	static const struct option options[] = {
@@ -551,7 +586,9 @@ int main(int count, char **words)
 		return probe(cgroup, netns, limit);
 	if (!strcmp(verb, "exec") && pid && optind < count)
 		return exec_in(pid, cgroup, words + optind);
+	if (!strcmp(verb, "answer") && optind < count)
+		return answer(words + optind, count - optind);
 	fprintf(stderr, "usage: lockgate-pod run | probe [--cgroup PATH] [--netns PATH] [--concurrency N]"
-			" | exec [--cgroup PATH] --pid PID -- COMMAND...\n");
+			" | exec [--cgroup PATH] --pid PID -- COMMAND... | answer tcp/PORT|udp/PORT...\n");
 	return 2;
 }

@@ -28,10 +28,18 @@ BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 run: setup-run artifacts ## start the example cluster (EXAMPLE=folder; ONCE=1 leaves after the check)
 	@.venv/bin/lockgate up $(EXAMPLE) $(if $(ONCE),--once)
 
+cluster: setup-cluster image ## the same on a real Kubernetes cluster, on this machine (EXAMPLE, ONCE)
+	@$(PYTHON) -m cluster build >/dev/null
+	@$(PYTHON) -m cluster run $(EXAMPLE) $(if $(ONCE),--once)
+
 ##@ Developing
 
 test: setup-test artifacts ## install what is missing, build, run every test (PYTEST='-k name' for some)
 	@$(PYTHON) -m pytest $(wildcard tests/unit tests/bytecode tests/system) $(PYTEST)
+
+test-cluster: setup-cluster image ## the tests on a real Kubernetes cluster
+	@$(PYTHON) -m cluster build >/dev/null
+	@$(PYTHON) -m pytest tests/cluster $(PYTEST)
 
 check: setup-build ## formatting, lint, types, import contracts
 	@$(PYTHON) -m ruff format --check . || { echo "make format puts this right."; exit 1; }
@@ -71,15 +79,7 @@ clean: ## remove everything that was built, the virtual environment too
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-
-# Not in the list yet: they start Kubernetes (cluster/), and Lockgate does not run on it so far.
-cluster: setup-cluster image
-	@$(PYTHON) -m cluster up --install
-
-test-cluster: setup-cluster artifacts
-	@$(PYTHON) -m cluster build
-	@$(PYTHON) -m pytest tests/cluster $(PYTEST)
+	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # ---- set-up: runs each time, does only what is missing --------------------------------
 

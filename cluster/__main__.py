@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
+from pathlib import Path
 
 import click
 from rich.console import Console
 
-from cluster import cni, images
+from cluster import cni, images, shop
 from cluster.binaries import Binaries
 from cluster.cluster import Cluster
 from cluster.commands import Failed
 from cluster.down import remove
 from cluster.install import install
 from cluster.state import State, clusters, valid_name
+from lockgate.cli.common import reach
+from lockgate.cli.screen import show
 
 _console = Console(stderr=True, highlight=False)
 
@@ -54,6 +59,43 @@ def up(name: str, nodes: int, network: str, with_lockgate: bool) -> None:
         install(cluster)
     _console.print(f"  up after {time.monotonic() - begin:.0f} s")
     print(f"export KUBECONFIG={cluster.kubeconfig}")
+
+
+@main.command("run")
+@_name
+@click.option("--nodes", default=2, show_default=True)
+@click.option("--once", is_flag=True, help="Check everything, clean up, leave with 0 or 1.")
+@click.argument(
+    "folder", type=click.Path(exists=True, path_type=Path), default=str(shop.FOLDER), metavar="DIR"
+)
+def run_example(name: str, nodes: int, once: bool, folder: Path) -> None:
+    """Start a cluster with Lockgate and the manifests in DIR, show it, end it with Ctrl-C."""
+
+    def progress(text: str) -> None:
+        _console.print(f"  {text} [dim]({time.monotonic() - begin:.0f} s)[/dim]")
+
+    begin = time.monotonic()
+    good = False
+    with Cluster.up(name, nodes=nodes, progress=progress) as cluster:
+        try:
+            progress("installing Lockgate")
+            install(cluster)
+            progress(f"applying {folder}")
+            shop.apply(cluster, folder)
+            shop.wait(cluster)
+            progress("every pod is ready")
+            print(f"export KUBECONFIG={cluster.kubeconfig}")
+            # A standalone cluster that runs as well would come first.
+            option = f" --kubeconfig {cluster.kubeconfig}"
+            with closing(reach(kubeconfig=str(cluster.kubeconfig))) as access:
+                good = show(access, option)
+            if not once:
+                print("\nThe cluster runs until Ctrl-C.")
+                signal.pause()
+        except KeyboardInterrupt:
+            _console.print("  taking the cluster down")
+    _console.print("  everything that the cluster made is removed")
+    sys.exit(not good)
 
 
 @main.command()

@@ -130,7 +130,12 @@ class KubernetesAccess:
         return cluster
 
     async def _list(self, kind: Kind) -> list[Any]:
-        body = await self._get(kind.path, resourceVersion="0")
+        try:
+            body = await self._get(kind.path, resourceVersion="0")
+        except ApiError as error:
+            if error.status == 404 and kind.optional:
+                return []
+            raise
         type_ = _WHOLE.get(kind.name, kind.struct)
         found = []
         for raw in msgspec.json.decode(body, type=_List).items or ():

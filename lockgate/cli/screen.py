@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lockgate.cli.common import load_objects, reach
+from lockgate.access import Access
+from lockgate.cli.common import load_objects
 from lockgate.cli.flows import recent
 from lockgate.cli.probe import Summary, differences_text, matrix, measure
 from lockgate.cli.render import flow_line, heading
@@ -15,9 +16,9 @@ from lockgate.cli.views import as_table, node_rows, pod_rows, service_rows
 __all__ = ["everything", "show"]
 
 
-def show(cluster_name: str) -> bool:
-    """Prints it all; True when everything measured is as the specification says."""
-    access = reach(cluster_name)
+def show(access: Access, options: str) -> bool:
+    """Prints it all; True when everything measured is as the specification says. `options` make
+    a command mean this cluster: " --cluster NAME"."""
     cluster = load_objects(access)
     for title, command, text in (
         ("Nodes", "get nodes", as_table("nodes", node_rows(cluster))),
@@ -42,14 +43,13 @@ def show(cluster_name: str) -> bool:
     for complaint in complaints:
         click.echo(f"lockgate: {complaint}", err=True)
     click.echo(_title("What to try next, in another terminal", ""), nl=False)
-    for command, meaning in _next_steps(summary, cluster_name):
+    for command, meaning in _next_steps(summary, access.standalone, options):
         click.echo(f"  # {meaning}\n  {command}")
     return summary.good
 
 
-def everything(cluster_name: str) -> tuple[dict[str, Any], bool]:
+def everything(access: Access) -> tuple[dict[str, Any], bool]:
     """The same as one object, and whether everything measured is as the specification says."""
-    access = reach(cluster_name)
     cluster = load_objects(access)
     summary = measure(access, cluster, progress=False)
     records, complaints = recent(access, {"verdict": "deny", "limit": "10"})
@@ -80,23 +80,27 @@ def _various(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     return list(last.values())[-most:]
 
 
-def _next_steps(summary: Summary, cluster_name: str) -> list[tuple[str, str]]:
-    option = "" if cluster_name == "default" else f" --cluster {cluster_name}"
-    denied = next((c for c in summary.checks if c.expected == "deny" and not c.refusal), None)
-    check = denied or next(iter(summary.checks), None)
+def _next_steps(summary: Summary, standalone: bool, options: str) -> list[tuple[str, str]]:
+    # Among the user's own pods, which rather have a shell.
+    checks = [c for c in summary.checks if c.source.metadata.namespace != "kube-system"]
+    denied = next((c for c in checks if c.expected == "deny" and not c.refusal), None)
+    check = denied or next(iter(checks), None)
     steps = []
     if check is not None:
         source = "/".join(check.source.key)
+        run = f"lockgate exec{options} {source}"
+        if not standalone:
+            run = f"kubectl exec -n {source.replace('/', ' ')}"
         steps = [
             (
-                f"lockgate explain{option} {source} {check.target} {check.port}/"
+                f"lockgate explain{options} {source} {check.target} {check.port}/"
                 f"{check.protocol.lower()}",
                 "who decides, and what would change it",
             ),
-            (f"lockgate exec{option} {source} -- ip addr", "run something in a pod"),
+            (f"{run} -- ip addr", "run something in a pod"),
         ]
     return [
         *steps,
-        (f"lockgate flows{option} -f --verdict deny", "denials as they happen"),
-        (f"lockgate probe{option}", "measure again, after you changed a policy and saved it"),
+        (f"lockgate flows{options} -f --verdict deny", "denials as they happen"),
+        (f"lockgate probe{options}", "measure again, after you changed a policy and saved it"),
     ]

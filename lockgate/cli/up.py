@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lockgate.cli.common import (
     need_root,
     not_ready,
     print_json,
+    reach,
 )
 from lockgate.standalone.state import State
 
@@ -72,10 +74,12 @@ def up(
                 print_json(status)
             sys.exit(code)
         if as_json:
-            rest, good = everything(cluster)
+            with closing(reach(cluster)) as access:
+                rest, good = everything(access)
             print_json({"status": status, **rest})
         else:
-            good = show(cluster)
+            with closing(reach(cluster)) as access:
+                good = show(access, "" if cluster == "default" else f" --cluster {cluster}")
         code = code if good else 1
         if not once:
             if not as_json:

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.net import CNI
+from bench.setups import CNI
 from lockgate.net import namespaces
 from lockgate.paths import cni_plugin
 from tests.system.agents import Bed, make_bed, pod

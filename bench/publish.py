@@ -16,7 +16,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.net import CLUSTER, LOCKGATE, run
+from bench.setups import CLUSTER, LOCKGATE, run
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import MappedArray
 from lockgate.paths import bpf_object

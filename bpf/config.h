@@ -32,6 +32,9 @@ const volatile __u64 config_answer_ns = 0;
 const volatile __u64 config_connection_ns = 0;
 const volatile __u64 config_event_ns = 0;
 
+/* 0 removes the code that tunnels packets to other nodes. */
+const volatile __u32 config_tunnel = 1;
+
 /* Ports that masquerade may take, host order, both included: below what the
  * kernel gives to the node's own sockets (ip_local_port_range) and below NodePorts. */
 const volatile __u16 masquerade_port_min = 10000;

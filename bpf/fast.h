@@ -106,12 +106,18 @@ static __always_inline bool speaks_for_itself(struct __sk_buff *skb, const struc
 	return same_addr(&t->saddr, is_v4(&t->saddr) ? &ep->addr4 : &ep->addr6) && !is_multicast(&t->daddr);
 }
 
-static __always_inline bool leads_outside(struct __sk_buff *skb)
+/* May what `source` leads back to have come by this link? False: perhaps not. */
+static __always_inline bool comes_from(struct __sk_buff *skb, __u32 epoch, __u32 source)
 {
-	__u32 ifindex = skb->ifindex;
-	__u32 *role = bpf_map_lookup_elem(&link_roles, &ifindex);
+	__u32 role = role_of(skb);
 
-	return role && *role == LINK_OUTSIDE;
+	if (target_kind(source) == TO_LOCAL || role == LINK_OUTSIDE)
+		return false;
+	if (!config_tunnel || role != LINK_TUNNEL)
+		return true;
+	struct hop_view *hop = target_kind(source) == TO_HOP ? hop_of(epoch, target_index(source)) : NULL;
+
+	return hop && sent_by(skb, hop);
 }
 
 /* Into a pod of this node; see deliver(). */
@@ -165,6 +171,8 @@ static __always_inline int leave_plain(struct __sk_buff *skb, __u32 epoch, __u32
 		if (bpf_skb_store_bytes(skb, 0, front, ETH_HLEN + 8, 0))
 			return LONG_WAY;
 	}
+	if (config_tunnel && hop->flags & HOP_TUNNEL && enter_tunnel(skb, hop))
+		return TCX_DROP;
 	return bpf_redirect(hop->ifindex, 0);
 }
 
@@ -191,8 +199,7 @@ static __always_inline int fast(struct __sk_buff *skb, const __u32 place)
 	__u32 target = ct->target[reply], index = target_index(target);
 	int verdict = LONG_WAY;
 
-	if (place == PLACE_FROM_NET &&
-	    (target_kind(ct->target[!reply]) == TO_LOCAL || leads_outside(skb)))
+	if (place == PLACE_FROM_NET && !comes_from(skb, epoch, ct->target[!reply]))
 		return LONG_WAY;
 	if (target_kind(target) == TO_LOCAL)
 		verdict = deliver_plain(skb, place, index);

@@ -8,6 +8,7 @@
 
 #include "nat.h"
 #include "reply.h"
+#include "tunnel.h"
 
 /* A dry run ends here: the packet would pass. */
 static __always_inline int answer_dry(struct __sk_buff *skb, struct packet *p)
@@ -99,6 +100,10 @@ static __noinline int leave(struct __sk_buff *skb, struct packet *p, __u32 index
 		__builtin_memcpy(macs, hop->dmac, 6);
 		__builtin_memcpy(macs + 6, hop->smac, 6);
 		bpf_skb_store_bytes(skb, 0, macs, 12, 0);
+		if (config_tunnel && hop->flags & HOP_TUNNEL && enter_tunnel(skb, hop)) {
+			GIVE_UP(p, CAUSE_NO_ROUTE);
+			return drop(skb, p);
+		}
 		return bpf_redirect(hop->ifindex, 0);
 	}
 	struct bpf_redir_neigh via = {};

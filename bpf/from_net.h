@@ -1,23 +1,40 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* from_net: tcx ingress of the node's network cards. */
+/* from_net: tcx ingress of the node's network cards and its VXLAN device. */
 #ifndef LOCKGATE_FROM_NET_H
 #define LOCKGATE_FROM_NET_H
 
 #include "fast.h"
 
-/* A pod's address that comes from where no pod can be. */
-static __always_inline bool spoofed_from_outside(struct __sk_buff *skb, struct packet *p)
+/* Can no packet of this source come by this link? */
+static __noinline int spoofed(struct __sk_buff *skb, struct packet *p)
 {
 	struct peer *peer;
+	__u32 kind;
 
-	if (!leads_outside(skb))
-		return false;
+	if (p->role != LINK_OUTSIDE && (!config_tunnel || p->role != LINK_TUNNEL || p->dry))
+		return 0;
 	peer = bpf_map_lookup_elem(&peers, &p->wire.saddr);
-	if (!peer)
-		return false;
-	__u32 kind = peer->view[p->epoch & 1].kind;
+	kind = peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
+	if (p->role == LINK_OUTSIDE)
+		return kind == PEER_LOCAL || kind == PEER_REMOTE;
 
-	return kind == PEER_LOCAL || kind == PEER_REMOTE;
+	/* Only nodes send into the tunnel, each for what is behind its own hop. */
+	struct addr *sender = &p->tuple.saddr;
+	struct peer *node = tunnel_sender(skb, sender) ? bpf_map_lookup_elem(&peers, sender) : NULL;
+
+	if (!node || node->view[p->epoch & 1].kind != PEER_NODE)
+		return 1;
+	if (kind == PEER_NONE)
+		return 0;	/* no pod that we know: judged as the address it is */
+	return (kind != PEER_REMOTE && kind != PEER_NODE) ||
+	       peer->view[p->epoch & 1].target != node->view[p->epoch & 1].target;
+}
+
+/* What is no business of ours is the stack's; from the tunnel nothing is that
+ * was not looked at. */
+static __always_inline int pass(struct packet *p)
+{
+	return p->role == LINK_TUNNEL ? TCX_DROP : TCX_NEXT;
 }
 
 SEC("tc")
@@ -31,25 +48,29 @@ int from_net(struct __sk_buff *skb)
 
 	if (!p)
 		return TCX_DROP;
+	p->role = role_of(skb);
 	if (skb->vlan_present && skb->vlan_tci & 0xfff)
-		return TCX_NEXT;	/* of another network, for a VLAN interface above */
+		return pass(p);	/* of another network, for a VLAN interface above */
 	if (!p->epoch ||
 	    (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)))
-		return TCX_NEXT;
+		return pass(p);
 	switch (parse(skb, p)) {
 	case 0:
 		break;
 	case CAUSE_FRAGMENT_UNTRACKED:
 		if (for_a_pod(p))
 			return drop(skb, p);
-		return TCX_NEXT;
+		return pass(p);
 	default:
-		return TCX_NEXT;	/* nothing a pod would get; the stack knows what to do */
+		return pass(p);	/* nothing a pod would get; the stack knows what to do */
 	}
-	if (spoofed_from_outside(skb, p)) {
+	if (spoofed(skb, p)) {
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
 		return drop(skb, p);
 	}
+	/* It was made out to no MAC of ours. */
+	if (config_tunnel && p->role == LINK_TUNNEL)
+		bpf_skb_change_type(skb, PACKET_HOST);
 	return connection(skb, p);
 }
 

@@ -194,6 +194,15 @@ static __always_inline struct hop_view *hop_of(__u32 epoch, __u32 index)
 	return hop ? &hop->view[epoch & 1] : NULL;
 }
 
+/* What the link at this hook leads to, or 0. */
+static __always_inline __u32 role_of(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	__u32 *role = bpf_map_lookup_elem(&link_roles, &ifindex);
+
+	return role ? *role : 0;
+}
+
 /* Word of an image, or NULL beyond its end. `image` is not NULL. */
 static __always_inline __u64 *image_word(void *image, __u32 index)
 {

@@ -25,6 +25,8 @@
 #define TCX_NEXT     -1		/* let the next program, then the stack, have it */
 #define TCX_DROP     2
 
+#define PACKET_HOST 0		/* skb->pkt_type: for this node */
+
 #define AF_INET  2
 #define AF_INET6 10
 
@@ -49,6 +51,7 @@ struct packet {
 	__u32 now_s;		/* seconds, monotonic */
 	__u32 slot;		/* of the pod at this hook, or NO_SLOT */
 	__u32 place;		/* enum place */
+	__u32 role;		/* enum link_role of the link, at from_net */
 	__u32 length;		/* from the IP header on */
 	__u32 frag_id;
 	__u32 service;		/* id of the service asked, 0 = none */

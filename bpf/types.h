@@ -195,10 +195,14 @@ struct socket_peer {
 
 /* ---- Hops: where packets leave the node ----------------------------------- */
 
+/* VXLAN network identifier of all nodes. */
+#define TUNNEL_ID 0x6c67
+
 enum hop_flag {
 	HOP_MAC  = 1,		/* dmac and smac are known: no neighbour look-up */
 	HOP_MASQ = 2,		/* leaves the cluster: masquerade pod sources */
 	HOP_DROP = 4,		/* no way there: drop as unroutable */
+	HOP_TUNNEL = 8,		/* ifindex is the VXLAN device; with HOP_MAC */
 };
 
 struct hop_view {
@@ -211,6 +215,8 @@ struct hop_view {
 	struct addr via6;
 	struct addr masq4;	/* source address after masquerade */
 	struct addr masq6;
+	struct addr remote;	/* HOP_TUNNEL: outer addresses, both of one family */
+	struct addr local;
 };
 
 struct hop {			/* all zero = no way there */
@@ -226,6 +232,7 @@ struct route_key {		/* longest prefix; for what is no peer */
 enum link_role {
 	LINK_UNDERLAY = 1,	/* other nodes: carries pod addresses */
 	LINK_OUTSIDE  = 2,	/* the world: pod addresses from here are spoofed */
+	LINK_TUNNEL   = 3,	/* VXLAN device: other nodes, each for its own pods */
 };
 
 /* ---- Connections ------------------------------------------------------------ */

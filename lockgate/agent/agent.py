@@ -21,7 +21,7 @@ from lockgate.agent.cards import Cards, read_cards
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.endpoints import Endpoints
-from lockgate.agent.hops import Hops, internal_ips, pod_cidrs
+from lockgate.agent.hops import Hops
 from lockgate.agent.ids import NodeIds
 from lockgate.agent.ipam import Ipam
 from lockgate.agent.journal import Journal
@@ -29,6 +29,8 @@ from lockgate.agent.metrics import Metrics
 from lockgate.agent.publish import Publisher
 from lockgate.agent.requests import Requests
 from lockgate.agent.sweep import sweep
+from lockgate.agent.tunnel import TunnelDevice
+from lockgate.agent.ways import internal_ips, pod_cidrs
 from lockgate.agent.writeback import WriteBack
 from lockgate.bpf.features import probe
 from lockgate.compile import Tables, compile_node
@@ -94,7 +96,12 @@ class Agent:
     def _start(self) -> None:
         config = self.config
         self._state.mkdir(parents=True, exist_ok=True)
-        self.dp = Datapath(config.object_path, config.pins, limits=config.limits)
+        self.dp = Datapath(
+            config.object_path,
+            config.pins,
+            limits=config.limits,
+            tunnels=config.routing != "direct",
+        )
         self.journal = Journal(self._state / "journal.jsonl", self.dp.ids.view[0])
         self.ipam = Ipam(self._state / "ipam.json", len(self.dp.endpoints))
         self.publisher = Publisher(self.dp)
@@ -106,6 +113,8 @@ class Agent:
             config.underlay,
             config.outside,
             config.service_cidrs,
+            config.routing,
+            TunnelDevice(self.dp, config.vxlan_port),
         )
         self._ids = NodeIds(self.journal, self.endpoints, self.hops)
         if config.cgroup_path is not None:
@@ -281,10 +290,10 @@ class Agent:
             return
         try:
             cards = cards or self._read_cards()
-            self._set_mtu(cards)
             self._attach_cards(cards)
             with Net() as net:
                 self.hops.refresh(net, cards, cluster)
+            self._set_mtu(cards)
             self.errors["hops"] = self.hops.errors
         except OSError as error:
             log.warning("hops: %s", error)
@@ -305,7 +314,7 @@ class Agent:
 
     def _set_mtu(self, cards: Cards) -> None:
         mtu = cards.underlay.mtu if cards.underlay is not None else 1500
-        self.endpoints.mtu = self.config.mtu or mtu
+        self.endpoints.mtu = self.config.mtu or self.hops.mtu or mtu
 
     # ---- Questions ---------------------------------------------------------------------
 

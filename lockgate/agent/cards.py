@@ -6,6 +6,7 @@ done beside changes, which wait only if something is not as it was.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Collection
@@ -14,11 +15,13 @@ from dataclasses import dataclass, field
 from lockgate.net import dumps
 from lockgate.net.links import IFINDEX_BASE
 
-__all__ = ["AUTO", "Card", "Cards", "read_cards"]
+__all__ = ["AUTO", "TUNNEL", "Card", "Cards", "read_cards"]
 
 #: In the place of a card's name: find it.
 AUTO = "auto"
 _LO = 1
+#: The VXLAN device.
+TUNNEL = "lg-vxlan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class Cards:
 
     underlay: Card | None
     outside: Card | None
+    #: Interface index of the VXLAN device; 0 = there is none.
+    tunnel: int = 0
 
 
 def read_cards(underlay: str, outside: str, addresses: Collection[str] = ()) -> Cards:
@@ -51,7 +56,10 @@ def read_cards(underlay: str, outside: str, addresses: Collection[str] = ()) -> 
     if outside == AUTO:
         outside = _with_default_route()
         outside = "" if outside == underlay else outside
-    return Cards(_read(underlay), _read(outside))
+    tunnel = 0
+    with contextlib.suppress(OSError):
+        tunnel = socket.if_nametoindex(TUNNEL)
+    return Cards(_read(underlay), _read(outside), tunnel)
 
 
 def _with_address(addresses: Collection[str]) -> str:

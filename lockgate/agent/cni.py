@@ -24,9 +24,9 @@ from lockgate.agent import install
 from lockgate.agent.check import damages
 from lockgate.agent.cni_messages import CniError, Code, Request
 from lockgate.agent.endpoints import Attachment
-from lockgate.agent.hops import pod_cidrs
 from lockgate.agent.ipam import PoolExhausted
 from lockgate.agent.requests import EndpointError
+from lockgate.agent.ways import pod_cidrs
 from lockgate.paths import cni_plugin
 
 if TYPE_CHECKING:

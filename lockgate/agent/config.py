@@ -10,6 +10,7 @@ import msgspec
 
 from lockgate.agent.cards import AUTO
 from lockgate.agent.limits import Limits
+from lockgate.agent.ways import Routing
 from lockgate.kube.client import Settings
 from lockgate.net import cgroup
 from lockgate.objects.address import listen
@@ -39,7 +40,9 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     service_cidrs: list[str] = []
     bpffs: str = "/sys/fs/bpf"
     object: str = ""  # "" = the one that was built or installed
-    mtu: int = 0  # of pods; 0 = the underlay's
+    mtu: int = 0  # of pods; 0 = of the way to another node with the smallest
+    routing: Routing = "auto"  # docs/cluster.md, Ways to other nodes
+    vxlan_port: int = 8472  # UDP; what Linux and most CNIs use
     sweep_seconds: float = 30
     cni_bin: str = ""  # the host's /opt/cni/bin as it is mounted here; "" = nothing is put there
     cni_conf: str = ""  # the host's /etc/cni/net.d, likewise
@@ -93,6 +96,8 @@ def read(path: Path) -> Config:
         raise ValueError(f"{path}: expected one of control and kubernetes")
     if config.web is None:
         config.web = ":9781" if config.kubernetes is not None else ""
+    if not 0 < config.vxlan_port < 65536:
+        raise ValueError(f"{path}, field vxlanPort: expected 1 to 65535, got {config.vxlan_port}")
     if config.web:
         listen(config.web, f"{path}, field web")
     return config

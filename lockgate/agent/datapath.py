@@ -50,10 +50,15 @@ class Datapath:
     """Loaded programs and typed maps. Close it and all that is pinned goes on working."""
 
     def __init__(
-        self, path: Path, pins: Path, sizes: Sizes | None = None, limits: Limits | None = None
+        self,
+        path: Path,
+        pins: Path,
+        sizes: Sizes | None = None,
+        limits: Limits | None = None,
+        tunnels: bool = True,
     ) -> None:
-        """Load the object at `path` over what is pinned in `pins`. LoadError: see the message;
-        what runs in the kernel is then as it was."""
+        """Load the object at `path` over what is pinned in `pins`, able to use tunnels or not.
+        LoadError: see the message; what runs in the kernel is then as it was."""
         self.pins = pins
         self.links = pins / "links"
         self.links.mkdir(parents=True, exist_ok=True)
@@ -62,6 +67,7 @@ class Datapath:
             sizes = sizes or Sizes.from_memory()
             self.replaced = self._reuse(sizes)
             self.object.set_rodata((limits or Limits()).constants(sizes.half_open))
+            self.object.set_rodata({"config_tunnel": int(tunnels)})
             self.object.load()
             for name in self.replaced:
                 (pins / name).unlink(missing_ok=True)
@@ -128,6 +134,10 @@ class Datapath:
     def attach_net(self, name: str, ifindex: int) -> None:
         """from_net on a network card."""
         self._tcx("from_net", ifindex, "ingress", self.links / f"from_net-{name}")
+
+    def detach_net(self, name: str) -> None:
+        """Remove a card's link. Nothing there is success."""
+        links.remove(str(self.links / f"from_net-{name}"))
 
     def attach_cgroup(self, cgroup: Path) -> None:
         """The socket programs on the node's cgroup."""

@@ -9,7 +9,6 @@ own that lead to them (docs/architecture.md, Two views, one epoch).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,12 @@ from numpy.typing import NDArray
 
 from lockgate.agent.cards import AUTO, Card, Cards
 from lockgate.agent.datapath import Datapath
+from lockgate.agent.stack_routes import StackRoutes
+from lockgate.agent.tunnel import TunnelDevice
+from lockgate.agent.ways import Routing, Way, choose_way, internal_ips, of_family, pod_cidrs
+from lockgate.net.dumps import Route
 from lockgate.net.links import Net
+from lockgate.net.vxlan import OVERHEAD4, OVERHEAD6
 from lockgate.objects.address import is_ipv4, parse_address, parse_cidr
 from lockgate.objects.model import Cluster, Node
 
@@ -33,8 +37,10 @@ HERE, WORLD, NOWHERE, NEAR_UNDERLAY, NEAR_OUTSIDE = 0, 1, 2, 3, 4
 FIRST_NODE = 8
 #: Addresses that mean something only within a host or on a link (RFC 6890): no way leads there.
 NEVER_LEAVES = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/127", "fe80::/10")
-_MAC, _MASQ, _DROP = 1, 2, 4
-_UNDERLAY, _OUTSIDE = 1, 2
+_MAC, _MASQ, _DROP, _TUNNEL = 1, 2, 4, 8
+_UNDERLAY, _OUTSIDE, _TUNNEL_ROLE = 1, 2, 3
+#: Where frames in the tunnel are made out to: whoever gets them takes them.
+_TUNNEL_MAC = bytes.fromhex("0a6c00000001")
 _NONE = bytes(16)
 
 
@@ -51,22 +57,8 @@ class Hop:
     via6: bytes = _NONE
     masq4: bytes = _NONE
     masq6: bytes = _NONE
-
-
-def internal_ips(node: Node) -> list[str]:
-    """InternalIPs of a node that can be read, IPv4 and IPv6."""
-    found = []
-    for entry in node.status.addresses:
-        if entry.type == "InternalIP":
-            with contextlib.suppress(ValueError):
-                parse_address(entry.address)
-                found.append(entry.address)
-    return found
-
-
-def pod_cidrs(node: Node) -> list[str]:
-    """A node's podCIDRs, of both families."""
-    return node.spec.pod_cidrs or ([node.spec.pod_cidr] if node.spec.pod_cidr else [])
+    remote: bytes = _NONE
+    local: bytes = _NONE
 
 
 class Hops:
@@ -84,25 +76,32 @@ class Hops:
         underlay: str,
         outside: str,
         service_cidrs: list[str],
+        routing: Routing,
+        device: TunnelDevice,
     ) -> None:
         self._dp, self._node = dp, node
         self._underlay, self._outside = underlay, outside
         self._service_cidrs = service_cidrs
+        self._routing, self._device = routing, device
+        #: No way in the table leads through the device.
+        self._needless = False
+        self._stack = StackRoutes()
         self.table = in_force
         self._roles: dict[int, int] | None = None
         self._routes: dict[tuple[bytes, int], int] | None = None
         self._wanted_routes: dict[tuple[bytes, int], int] | None = None
         self._made_of: Cards | None = None
         self._asking = False
-        self._kernel: dict[str, tuple[int, str]] = {}
-        self._no_way: set[str] = set()
         self._next = FIRST_NODE
+        mtus = in_force["mtu"][FIRST_NODE:]
+        #: Of the way to another node with the smallest; 0 = there is none.
+        self.mtu = int(mtus[mtus != 0].min(initial=65535)) if mtus.any() else 0
         self.numbers: dict[str, int] = {}
         self.errors: list[str] = []
         self._old = {
             bytes(row[via]): number
             for number, row in enumerate(in_force)
-            for via in ("via4", "via6")
+            for via in ("via4", "via6", "remote")
             if number >= FIRST_NODE and bytes(row[via]) != _NONE
         }
 
@@ -153,24 +152,35 @@ class Hops:
             self.errors.append(
                 f"Node {self._node}: no interface that is up has an InternalIP of it"
             )
-        self._write_roles(cards)
+        ways = self._ways(cluster, cards.underlay)
+        tunnel = self._tunnel(cluster, cards.underlay, ways)
+        self._write_roles(cards, tunnel.index if tunnel is not None else cards.tunnel)
+        if tunnel is not None:
+            self._device.attach(tunnel.index)
         wanted = {NOWHERE: Hop()}
         routes: dict[tuple[bytes, int], int] = {}
         services = self._services(cluster)
         for cidr in (*services, *NEVER_LEAVES):
             routes[parse_cidr(cidr)] = NOWHERE
-        self._nodes(net, cluster, cards.underlay, wanted)
+        for name, number in self.numbers.items():
+            wanted[number] = self._to_node(net, cards.underlay, tunnel, ways.get(name))
+        self.mtu = min((card.mtu for card in (cards.underlay, tunnel) if card), default=0)
         self._near(cards, wanted, routes)
         self._world(net, cards.outside or cards.underlay, wanted, routes)
         table = self._records(wanted)
         if not np.array_equal(table.view(np.uint8), self.table.view(np.uint8)):
             self.table = table
         self._wanted_routes = routes
-        self._write_kernel(net, cluster, cards.underlay, services)
+        routes_of_stack = self._stack_routes(cluster, cards.underlay, tunnel, ways)
+        self.errors += self._stack.write(net, services, routes_of_stack)
         self._made_of = cards
 
     def write_routes(self) -> None:
-        """Have the programs' routes lead to the hops, which are in force by now."""
+        """Have the programs' routes lead to the hops, which are in force by now; what only
+        those before needed goes."""
+        if self._needless:
+            self._device.remove()
+            self._needless = False
         wanted, found = self._wanted_routes, self._routes
         if wanted is None or wanted is found:
             return
@@ -202,14 +212,70 @@ class Hops:
                     self.errors.append(f"ServiceCIDR {item.metadata.name}: spec.cidrs: {error}")
         return sorted(found)
 
-    def _nodes(self, net: Net, cluster: Cluster, card: Card | None, wanted: dict[int, Hop]) -> None:
-        for name, number in self.numbers.items():
+    def _ways(self, cluster: Cluster, card: Card | None) -> dict[str, Way]:
+        """How to reach each node that has a number and a way."""
+        me = cluster.nodes.get(self._node)
+        mine = internal_ips(me) if me is not None else []
+        ways: dict[str, Way] = {}
+        for name in self.numbers:
             node = cluster.nodes.get(name)
             ips = internal_ips(node) if node is not None else []
             if card is None or not ips:
-                wanted[number] = Hop()
                 continue
-            wanted[number] = self._towards(net, card, ips)
+            way = choose_way(self._routing, ips, mine, card.addresses)
+            if isinstance(way, str):
+                self.errors.append(f"Node {name}: {way}")
+            else:
+                ways[name] = way
+        return ways
+
+    def _tunnel(self, cluster: Cluster, card: Card | None, ways: Mapping[str, Way]) -> Card | None:
+        """The VXLAN device, if a way leads through it or may soon."""
+        remotes = [way.remote for way in ways.values() if way.remote]
+        if card is None or not (remotes or self._routing == "vxlan"):
+            self._needless = True
+            return None
+        self._needless = False
+        six = any(":" in remote for remote in remotes)
+        try:
+            return self._device.ensure(card.mtu - (OVERHEAD6 if six else OVERHEAD4))
+        except OSError as error:
+            self.errors.append(error.strerror or str(error))
+            return None
+
+    def _to_node(self, net: Net, card: Card | None, tunnel: Card | None, way: Way | None) -> Hop:
+        if card is None or way is None:
+            return Hop()
+        if not way.remote:
+            return self._towards(net, card, way.direct)
+        if tunnel is None:
+            return Hop()
+        return Hop(
+            tunnel.index,
+            _MAC | _TUNNEL,
+            dmac=_TUNNEL_MAC,
+            smac=tunnel.mac,
+            mtu=card.mtu - (OVERHEAD6 if ":" in way.remote else OVERHEAD4),
+            remote=parse_address(way.remote),
+            local=parse_address(way.local),
+        )
+
+    def _stack_routes(
+        self, cluster: Cluster, card: Card | None, tunnel: Card | None, ways: Mapping[str, Way]
+    ) -> dict[str, Route]:
+        """What leads the node's own packets to other nodes' pods, by block."""
+        me = cluster.nodes.get(self._node)
+        mine = internal_ips(me) if me is not None else []
+        wanted = {}
+        for name, way in ways.items():
+            for cidr in pod_cidrs(cluster.nodes[name]):
+                source = of_family(mine, cidr)
+                via = of_family(way.direct, cidr)
+                if way.remote and tunnel is not None:
+                    wanted[cidr] = Route(tunnel.index, "", source, way.remote, way.local)
+                elif via and card is not None:
+                    wanted[cidr] = Route(card.index, via, source)
+        return wanted
 
     def _near(
         self, cards: Cards, wanted: dict[int, Hop], routes: dict[tuple[bytes, int], int]
@@ -265,8 +331,10 @@ class Hops:
         # Two gateways with a MAC each: the kernel looks it up per packet.
         return replace(hop, flags=_MAC, dmac=known.pop()) if len(known) == 1 else hop
 
-    def _write_roles(self, cards: Cards) -> None:
+    def _write_roles(self, cards: Cards, tunnel: int) -> None:
         roles: dict[int, int] = {}
+        if tunnel:
+            roles[tunnel] = _TUNNEL_ROLE
         # A card that is both is the outside only if there is no other.
         if cards.outside is not None:
             roles[cards.outside.index] = _OUTSIDE
@@ -300,40 +368,6 @@ class Hops:
             else:
                 table[name][numbers] = values
         return table
-
-    def _write_kernel(
-        self, net: Net, cluster: Cluster, underlay: Card | None, services: list[str]
-    ) -> None:
-        """Routes of the node's own stack: other nodes' pods, and no way for services."""
-        for cidr in sorted(set(services) - self._no_way):
-            net.route(cidr, kind="unreachable")
-        for cidr in self._no_way - set(services):
-            net.remove_route(cidr)
-        self._no_way = set(services)
-        if underlay is None:
-            return
-        index = underlay.index
-        me = cluster.nodes.get(self._node)
-        mine = internal_ips(me) if me is not None else []
-        wanted: dict[str, tuple[int, str]] = {}
-        for name in self.numbers:
-            node = cluster.nodes[name]
-            ips = internal_ips(node)
-            for cidr in pod_cidrs(node):
-                via = next((ip for ip in ips if (":" in ip) == (":" in cidr)), None)
-                if via is not None:
-                    wanted[cidr] = index, via
-        for cidr, (ifindex, via) in wanted.items():
-            if self._kernel.get(cidr) != (ifindex, via):
-                source = next((ip for ip in mine if (":" in ip) == (":" in cidr)), None)
-                try:
-                    net.route(cidr, ifindex, gateway=via, source=source)
-                    self._kernel[cidr] = ifindex, via
-                except OSError as error:
-                    self.errors.append(str(error))
-        for cidr in set(self._kernel) - set(wanted):
-            net.remove_route(cidr)
-            del self._kernel[cidr]
 
 
 def _masquerading(hop: Hop, addresses: Iterable[str]) -> Hop:

@@ -53,10 +53,11 @@ def dry_run(agent: Agent, packets: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 def dry_run_facts(agent: Agent) -> dict[str, Any]:
     """What it takes to build packets for dry runs: pods' slots and MACs as they are in force,
-    and cards by their role (`enum link_role`). From the worker."""
+    cards by their role (`enum link_role`), and where tunnels end, by hop. From the worker."""
     records = agent.dp.endpoints.view
     slots = [int(slot) for slot in np.flatnonzero(records["flags"] & 1)]
     links, roles = agent.dp.link_roles.items()
+    hops, tunnel = agent.publisher.hops(), agent.dp.object.schema.enum("hop_flag")["HOP_TUNNEL"]
     return {
         "endpoints": [
             {
@@ -72,6 +73,10 @@ def dry_run_facts(agent: Agent) -> dict[str, Any]:
             for slot in slots
         ],
         "links": {int(role): int(link) for link, role in zip(links, roles, strict=True)},
+        "tunnels": {
+            int(hop): format_address(hops[hop]["remote"].tobytes())
+            for hop in np.flatnonzero(hops["flags"] & tunnel)
+        },
     }
 
 

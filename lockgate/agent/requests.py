@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lockgate.agent.endpoints import Attachment, namespace_exists
-from lockgate.agent.hops import internal_ips, pod_cidrs
 from lockgate.agent.ipam import Lease, PoolExhausted
+from lockgate.agent.ways import internal_ips, pod_cidrs
 from lockgate.objects.model import Pod
 
 if TYPE_CHECKING:

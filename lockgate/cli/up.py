@@ -32,6 +32,13 @@ __all__ = ["up"]
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, path_type=Path))
 @click.option("--nodes", default=2, show_default=True, type=click.IntRange(1, 64))
+@click.option(
+    "--routing",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "direct", "vxlan"]),
+    help="How packets reach other nodes: over the link, or in a tunnel.",
+)
 @click.option("--detach", is_flag=True, help="Return when the pods are ready; the cluster stays.")
 @click.option("--once", is_flag=True, help="Check everything, clean up, leave with 0 or 1.")
 @click.option(
@@ -42,6 +49,7 @@ __all__ = ["up"]
 def up(
     folder: Path,
     nodes: int,
+    routing: str,
     detach: bool,
     once: bool,
     timeout: float,
@@ -61,7 +69,7 @@ def up(
     _check_manifests(folder)
     state = State(cluster)
     _clear(state, quiet=as_json)
-    supervisor = _start(state, folder, nodes, detach)
+    supervisor = _start(state, folder, nodes, routing, detach)
     code = 0
     try:
         status = _until_ready(state, supervisor, timeout, quiet=as_json)
@@ -136,10 +144,13 @@ def _clear(state: State, quiet: bool) -> None:
         click.echo(f"Removed what an earlier run had left ({len(removed)} things).", err=True)
 
 
-def _start(state: State, folder: Path, nodes: int, detach: bool) -> subprocess.Popen[bytes]:
+def _start(
+    state: State, folder: Path, nodes: int, routing: str, detach: bool
+) -> subprocess.Popen[bytes]:
     state.root.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "lockgate.standalone.main", "--cluster", state.cluster]
-    argv += ["--nodes", str(nodes), *(["--detached"] if detach else []), str(folder.absolute())]
+    argv += ["--nodes", str(nodes), "--routing", routing]
+    argv += [*(["--detached"] if detach else []), str(folder.absolute())]
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
     with state.log.open("ab") as log:

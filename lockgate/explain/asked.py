@@ -36,6 +36,7 @@ class AskedNode:
             for ip in one["ips"]:
                 self._endpoints[parse_address(ip)] = ends
         self._links = {int(role): int(index) for role, index in facts["links"].items()}
+        self._tunnels = {int(hop): parse_address(ip) for hop, ip in facts["tunnels"].items()}
 
     def endpoint(self, address: bytes, pod: str) -> tuple[int, bytes, bytes]:
         found = self._endpoints.get(address)
@@ -50,6 +51,9 @@ class AskedNode:
             if found is not None:
                 return found
         raise QuestionError(f"node {self.name} has no network card that the data plane knows")
+
+    def tunnel_end(self, hop: int) -> bytes | None:
+        return self._tunnels.get(hop)
 
     def run(self, batch: Sequence[DryRun]) -> list[Ran]:
         results: list[Ran] = []

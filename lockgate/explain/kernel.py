@@ -16,6 +16,7 @@ from lockgate.bpf.btf import Schema
 from lockgate.explain.names import Attempt, Names
 from lockgate.explain.packet import addresses_of, first_packet
 from lockgate.explain.question import Answer, Direction, Question, QuestionError, Side
+from lockgate.objects.address import format_address
 from lockgate.objects.model import Cluster
 
 __all__ = ["DRY_MARK", "IFINDEX_BASE", "DryRun", "KernelEngine", "NodeKernel", "Ran"]
@@ -25,7 +26,7 @@ DRY_MARK = 0x6C6B6761
 IFINDEX_BASE = 65536
 CELL_ALLOW = 0x8000_0000
 CELL_REASON = 0x3FFF_FFFF
-LINK_UNDERLAY, LINK_OUTSIDE = 1, 2
+LINK_UNDERLAY, LINK_OUTSIDE, LINK_TUNNEL = 1, 2, 3
 DRY_RESULT, DRY_EGRESS, DRY_INGRESS, DRY_TARGET = 0, 1, 2, 3
 DIR_INGRESS, DIR_EGRESS = 1, 2
 TO_HOP = 2
@@ -65,6 +66,9 @@ class NodeKernel(Protocol):
 
     def link(self, role: int) -> int:
         """Interface index of a network card by its role; any, when there is none of it."""
+
+    def tunnel_end(self, hop: int) -> bytes | None:
+        """The address that a hop tunnels to; None if it is no tunnel."""
 
     def run(self, batch: Sequence[DryRun]) -> list[Ran]:
         """The test runs, inside the node's network namespace."""
@@ -214,12 +218,23 @@ class KernelEngine:
         if pod is None or pod.spec.node_name == node:
             return None  # to the world, or to another node itself
         try:
-            at = self._node(pod.spec.node_name)
-            run.next = DryRun("from_net", result.packet, at.link(LINK_UNDERLAY))
+            remote = self._node(node).tunnel_end(cells[DRY_TARGET] & 0xFFFFFFF)
+            at = self._node(pod.spec.node_name if remote is None else self._node_at(remote, node))
+            role = LINK_UNDERLAY if remote is None else LINK_TUNNEL
+            run.next = DryRun("from_net", result.packet, at.link(role))
         except QuestionError as error:
             answer.error = str(error)
             return None
         return at.name
+
+    def _node_at(self, remote: bytes, node: str) -> str:
+        """The node at the other end of a tunnel from `node`."""
+        found = self.names.end_at(remote).node
+        if found is None:
+            raise QuestionError(
+                f"node {node}: its tunnel leads to {format_address(remote)}, which is no node's"
+            )
+        return found
 
     def _conclude(self, run: _Run) -> None:
         """Direction and policies out of the cells."""

@@ -23,6 +23,9 @@ from lockgate.observer.journal import Journal
 __all__ = ["NodePlace", "PinnedNode"]
 
 
+HOP_TUNNEL = 8  # bpf/types.h
+
+
 @dataclass(frozen=True, slots=True)
 class NodePlace:
     """Where a node's pins, network namespace and journal are."""
@@ -39,6 +42,7 @@ class PinnedNode:
         self.name = name
         self._place = place
         self._endpoint_dtype = schema.dtype("endpoint")
+        self._hop_dtype, self._state_dtype = schema.dtype("hop"), schema.dtype("node_state")
         self._contexts: dict[tuple[int, bool], bytes] = {}
         self._programs: dict[str, int] = {}
         with ExitStack() as undo:
@@ -94,6 +98,16 @@ class PinnedNode:
             if found is not None:
                 return found
         raise QuestionError(f"node {self.name} has no network card that the data plane knows")
+
+    def tunnel_end(self, hop: int) -> bytes | None:
+        """The address that a hop tunnels to; None if it is no tunnel."""
+        pins = self._place.pins
+        with (
+            ArrayMap.open(str(pins / "state"), self._state_dtype) as state,
+            ArrayMap.open(str(pins / "hops"), self._hop_dtype) as hops,
+        ):
+            view = hops[hop]["view"][int(state[0]["epoch"]) & 1]
+        return _address(view["remote"]) if view["flags"] & HOP_TUNNEL else None
 
     def _context(self, ifindex: int, own_socket: bool) -> bytes:
         key = ifindex, own_socket

@@ -20,6 +20,7 @@ __all__ = [
     "ROUTE_PROTOCOL",
     "DefaultRoute",
     "Interface",
+    "Route",
     "addresses",
     "default_gateways",
     "default_routes",
@@ -27,7 +28,9 @@ __all__ = [
     "link",
     "macs",
     "own_routes",
+    "own_unicast",
     "routes_of",
+    "vxlan_port",
 ]
 
 _SOL_NETLINK, _STRICT = 270, 12
@@ -44,9 +47,12 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_IFALIAS = 1, 3, 4, 5, 
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_TABLE = 1, 4, 5, 6, 15
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
+_RTA_ENCAP, _ENCAP_DST, _ENCAP_SRC = 22, 2, 3
 _MAIN = 254
 _UNICAST = 1
+_IFLA_LINKINFO, _INFO_KIND, _INFO_DATA = 18, 1, 2
+_VXLAN_PORT, _VXLAN_COLLECT_METADATA = 15, 25
 #: Who made a route (rtm_protocol), on all of ours. Above what rtnetlink.h names.
 ROUTE_PROTOCOL = 108
 _NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
@@ -170,6 +176,54 @@ def own_routes() -> list[str]:
                 address = _attributes(body, _ROUTE.size).get(_RTA_DST)
                 found.append(f"{ip_address(address) if address else anywhere}/{body[1]}")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A unicast route; addresses as text, "" for none. `remote` and `local` are the outer
+    addresses of one into a tunnel."""
+
+    ifindex: int
+    gateway: str = ""
+    source: str = ""
+    remote: str = ""
+    local: str = ""
+
+
+def own_unicast(below: int) -> dict[str, Route]:
+    """Our unicast routes by destination, those over interfaces with an index under `below`."""
+    found = {}
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = _ROUTE.pack(family, 0, 0, 0, _MAIN, ROUTE_PROTOCOL, 0, _UNICAST, 0)
+        for body in _ask(_GETROUTE, _DUMP, request):
+            length, table, protocol, kind = body[1], body[4], body[5], body[7]
+            own = _attributes(body, _ROUTE.size)
+            index = int.from_bytes(own.get(_RTA_OIF, b""), "little")
+            if (table, protocol, kind) != (_MAIN, ROUTE_PROTOCOL, _UNICAST) or index >= below:
+                continue
+            raw = own.get(_RTA_DST) or bytes(4 if family == socket.AF_INET else 16)
+            outer = _attributes(own.get(_RTA_ENCAP, b""), 0)
+            found[f"{ip_address(raw)}/{length}"] = Route(
+                index,
+                *(_text(own.get(kind)) for kind in (_RTA_GATEWAY, _RTA_PREFSRC)),
+                *(_text(outer.get(kind)) for kind in (_ENCAP_DST, _ENCAP_SRC)),
+            )
+    return found
+
+
+def vxlan_port(ifindex: int) -> int | None:
+    """UDP port of an interface that is a VXLAN device in external mode; None if it is not."""
+    (body,) = _ask(_GETLINK, _ONE, _IFINFO.pack(0, 0, ifindex, 0, 0))
+    info = _attributes(_attributes(body, _IFINFO.size).get(_IFLA_LINKINFO, b""), 0)
+    data = _attributes(info.get(_INFO_DATA, b""), 0)
+    external = any(data.get(_VXLAN_COLLECT_METADATA, b""))
+    if info.get(_INFO_KIND) != b"vxlan\0" or not external:
+        return None
+    return int.from_bytes(data[_VXLAN_PORT], "big")
+
+
+def _text(raw: bytes | None) -> str:
+    return str(ip_address(raw)) if raw else ""
 
 
 def macs(ifindex: int) -> dict[str, bytes]:

@@ -11,12 +11,13 @@ import os
 import socket
 import struct
 from collections.abc import Container
+from dataclasses import dataclass
 from ipaddress import ip_interface
 from typing import Self
 
 from lockgate.net.dumps import ATTRIBUTE, HEADER, ROUTE_PROTOCOL
 
-__all__ = ["Batch", "attribute", "text"]
+__all__ = ["Batch", "Tunnel", "attribute", "text"]
 
 _REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 1, 4, 0x100, 0x200, 0x400
 _ERROR = 2
@@ -31,6 +32,7 @@ _NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
 _UP = 1
 _NODAD = 2
 _PERMANENT = 0x80
+_NOARP = 0x80
 _ONLINK = 4
 _TABLE_MAIN, _UNICAST = 254, 1
 _SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_NOWHERE = 0, 253, 255
@@ -44,6 +46,12 @@ _INET6_ADDR_GEN_MODE, _GEN_MODE_NONE = 8, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _NDA_DST, _NDA_LLADDR = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC = 1, 4, 5, 7
+_RTA_ENCAP_TYPE, _RTA_ENCAP = 21, 22
+_ENCAP_IP, _ENCAP_IP6 = 2, 4
+_ENCAP_ID, _ENCAP_DST, _ENCAP_SRC, _ENCAP_FLAGS = 1, 2, 3, 6
+_TUNNEL_CSUM = 1
+_VXLAN_LEARNING, _VXLAN_PORT, _VXLAN_COLLECT_METADATA = 7, 15, 25
+_NESTED = 0x8000
 
 
 def attribute(kind: int, value: bytes | int) -> bytes:
@@ -56,6 +64,29 @@ def attribute(kind: int, value: bytes | int) -> bytes:
 def text(value: str) -> bytes:
     """A string as netlink has it."""
     return value.encode() + b"\0"
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """What a route gives packets for a tunnel device in external mode: the identifier and the
+    outer addresses, of one family."""
+
+    number: int
+    remote: str
+    local: str
+
+    def attributes(self) -> bytes:
+        """As attributes of a route."""
+        six = ":" in self.remote
+        made = attribute(_ENCAP_ID, self.number.to_bytes(8, "big"))
+        made += attribute(_ENCAP_DST, _packed(self.remote))
+        made += attribute(_ENCAP_SRC, _packed(self.local))
+        if six:  # UDP over IPv6 needs its checksum, and VXLAN devices drop it without
+            made += attribute(_ENCAP_FLAGS, _TUNNEL_CSUM.to_bytes(2, "big"))
+        kind = _ENCAP_IP6 if six else _ENCAP_IP
+        return attribute(_RTA_ENCAP_TYPE, kind.to_bytes(2, "little")) + attribute(
+            _NESTED | _RTA_ENCAP, made
+        )
 
 
 class Batch:
@@ -158,6 +189,25 @@ class Batch:
         payload = _IFINFO.pack(0, 0, 0, 0, 0) + group
         self.add("remove interfaces", DELLINK, payload, fine={errno.ENODEV})
 
+    def vxlan(self, name: str, port: int, mtu: int) -> None:
+        """A device in external mode that neither learns nor asks for MACs. It is down."""
+        data = attribute(_VXLAN_COLLECT_METADATA, b"\1") + attribute(_VXLAN_LEARNING, b"\0")
+        data += attribute(_VXLAN_PORT, port.to_bytes(2, "big"))
+        payload = (
+            _IFINFO.pack(0, 0, 0, _NOARP, _NOARP)
+            + attribute(IFLA_IFNAME, text(name))
+            + attribute(IFLA_MTU, mtu)
+            + attribute(
+                IFLA_LINKINFO,
+                attribute(_INFO_KIND, text("vxlan")) + attribute(_INFO_DATA, data),
+            )
+        )
+        self.add(f"make interface {name}", NEWLINK, payload, _CREATE | _EXCL)
+
+    def set_mtu(self, index: int, mtu: int) -> None:
+        payload = _IFINFO.pack(0, 0, index, 0, 0) + attribute(IFLA_MTU, mtu)
+        self.add(f"set the MTU of interface {index}", SETLINK, payload)
+
     # ---- Addresses, neighbours, routes -------------------------------------------------
 
     def address(self, index: int, address: str) -> None:
@@ -183,7 +233,14 @@ class Batch:
         payload += attribute(_NDA_DST, _packed(address)) + attribute(_NDA_LLADDR, mac)
         self.add(f"set neighbour {address}", _NEWNEIGH, payload, _CREATE | _REPLACE)
 
-    def route(self, destination: str, index: int, gateway: str = "", source: str = "") -> None:
+    def route(
+        self,
+        destination: str,
+        index: int,
+        gateway: str = "",
+        source: str = "",
+        tunnel: Tunnel | None = None,
+    ) -> None:
         """Set a route over a link. An IPv4 gateway is taken to be on the link."""
         address, _, length = destination.partition("/")
         # What has no gateway is on the link; IPv6 has no scopes of routes.
@@ -195,6 +252,8 @@ class Batch:
         payload += attribute(_RTA_OIF, index)
         payload += attribute(_RTA_GATEWAY, _packed(gateway)) if gateway else b""
         payload += attribute(_RTA_PREFSRC, _packed(source)) if source else b""
+        if tunnel is not None:
+            payload += tunnel.attributes()
         self.add(f"set route {destination}", _NEWROUTE, payload, _CREATE | _REPLACE)
 
     def remove_route(self, destination: str) -> None:

@@ -29,7 +29,7 @@ class ChildStatus(msgspec.Struct, rename="camel"):
     error: str = ""
 
 
-def write_config(state: State, node: str, role: str) -> Path:
+def write_config(state: State, node: str, role: str, routing: str = "auto") -> Path:
     """The settings of a node's agent or observer (lockgate/agent/config.py, observer/server.py)."""
     folder = state.node(node)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +42,7 @@ def write_config(state: State, node: str, role: str) -> Path:
             "cgroup": str(state.cgroup(node)),
             "underlay": "underlay0",
             "outside": "outside0",
+            "routing": routing,
             "serviceCidrs": ["10.96.0.0/16", "fd00:10:96::/112"],
             "bpffs": str(bpffs()),
         }

@@ -1,6 +1,6 @@
 """The process of one cluster: the supervisor and its API in one asyncio loop.
 
-python -m lockgate.standalone.main --cluster NAME --nodes N [--detached] FOLDER
+python -m lockgate.standalone.main --cluster NAME --nodes N [--routing WAY] [--detached] FOLDER
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 async def _main(arguments: argparse.Namespace) -> None:
     state = State(arguments.cluster)
-    supervisor = Supervisor(state, arguments.folder, arguments.nodes)
+    supervisor = Supervisor(state, arguments.folder, arguments.nodes, arguments.routing)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop.set)
@@ -47,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="lockgate supervisor")
     parser.add_argument("--cluster", required=True)
     parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--routing", choices=("auto", "direct", "vxlan"), default="auto")
     parser.add_argument("--detached", action="store_true")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()

@@ -57,8 +57,9 @@ PARALLEL_STARTS = 8
 class Supervisor:
     """Everything of one cluster. `run` returns when it was told to stop, and has cleaned up."""
 
-    def __init__(self, state: State, folder: Path, nodes: int) -> None:
+    def __init__(self, state: State, folder: Path, nodes: int, routing: str = "auto") -> None:
         self.state = state
+        self._routing = routing
         self.store = Store()
         self.folder = Folder(folder)
         self.update = Update(objects=[])
@@ -272,7 +273,7 @@ class Supervisor:
 
         for role in ("agent", "observer"):
             for node in self.nodes:
-                config = write_config(self.state, node, role)
+                config = write_config(self.state, node, role, self._routing)
                 (self.state.cgroup(node) / "pods").mkdir(parents=True, exist_ok=True)
                 child = Child(self.state, node, role, config)
                 child.start(died)

@@ -81,6 +81,8 @@ class Hop:
     mtu: int = 1500
     via: tuple[str, ...] = ()
     masquerade: tuple[str, ...] = ()
+    remote: str = ""
+    local: str = ""
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,9 @@ class World:
             for address in hop.masquerade:
                 name = "masq6" if ":" in address else "masq4"
                 record[name] = np.frombuffer(parse_address(address), np.uint8)
+            for name, address in (("remote", hop.remote), ("local", hop.local)):
+                if address:
+                    record[name] = np.frombuffer(parse_address(address), np.uint8)
         return table
 
     def write_routes(self, scene: Scene) -> None:

@@ -92,6 +92,7 @@ class Node:
         self.cgroup = cgroup.find() / "lockgate" / cluster / name
         self.pins = Path("/sys/fs/bpf/lockgate", cluster, name)
         self.process: asyncio.subprocess.Process | None = None
+        self.settings: dict[str, Any] = {}
         #: More of the agent's configuration.
         self.settings: dict[str, Any] = {}
 
@@ -111,6 +112,7 @@ class Node:
             "underlay": "underlay",
             "outside": "outside",
             "serviceCidrs": ["10.96.0.0/16", "fd96::/112"],
+            **self.settings,
             **self.settings,
         }
         path = self.state / "config.json"

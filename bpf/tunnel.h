@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * tunnel.h: VXLAN (RFC 7348) by the kernel's device in external mode: the
+ * outer addresses travel beside the packet, and the device makes or takes off
+ * the outer headers.
+ */
+#ifndef LOCKGATE_TUNNEL_H
+#define LOCKGATE_TUNNEL_H
+
+#include "packet.h"
+
+/* Give the packet the outer addresses of its hop. 0 on success. */
+static __always_inline int enter_tunnel(struct __sk_buff *skb, const struct hop_view *hop)
+{
+	struct bpf_tunnel_key key = { .tunnel_id = TUNNEL_ID };
+
+	if (is_v4(&hop->remote)) {
+		key.remote_ipv4 = bpf_ntohl(*(__be32 *)&hop->remote.b[12]);
+		key.local_ipv4 = bpf_ntohl(*(__be32 *)&hop->local.b[12]);
+		/* RFC 7348 4: "SHOULD be transmitted as zero". */
+		return bpf_skb_set_tunnel_key(skb, &key, sizeof(key), BPF_F_ZERO_CSUM_TX);
+	}
+	__builtin_memcpy(key.remote_ipv6, &hop->remote, 16);
+	__builtin_memcpy(key.local_ipv6, &hop->local, 16);
+	return bpf_skb_set_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6);
+}
+
+/* The node that sent the packet into the tunnel, by its outer source address.
+ * False: it came by no tunnel, or by one that is not ours. */
+static __always_inline bool tunnel_sender(struct __sk_buff *skb, struct addr *sender)
+{
+	struct bpf_tunnel_key key;
+
+	if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0))
+		map_v4(sender, bpf_htonl(key.remote_ipv4));
+	else if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6))
+		__builtin_memcpy(sender, key.remote_ipv6, 16);
+	else
+		return false;
+	return key.tunnel_id == TUNNEL_ID;
+}
+
+/* Did the node at the end of this hop send it? A call of its own: inlined, the
+ * verifier would walk what follows once for each way through here. */
+static __noinline int sent_by(struct __sk_buff *skb, const struct hop_view *hop)
+{
+	struct addr sender __attribute__((aligned(8)));
+
+	return hop && tunnel_sender(skb, &sender) && same_addr(&sender, &hop->remote);
+}
+
+#endif

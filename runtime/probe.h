@@ -3,7 +3,9 @@
  * probe.h: tries many addresses at once from inside a pod.
  *
  * Questions, one a line:  ID tcp|udp ADDRESS PORT TIMEOUT_MS
- * Answers, as they come:  ID ok FIRST_LINE | refused | timeout | unreachable | error NAME
+ * Answers, as they come:  ID SOURCE_PORT RESULT, which is
+ *     ok FIRST_LINE | refused | timeout | unreachable | error NAME
+ * The source port is 0 where none was taken.
  *
  * "ok" means that bytes came back, never only that a handshake succeeded. The
  * question we send is an HTTP request, which every kind of server answers
@@ -21,6 +23,7 @@ struct attempt {
 	bool tcp;
 	bool connected;
 	int fd;			/* -1: over, or not begun */
+	unsigned int port;	/* our own */
 	struct sockaddr_storage to;
 	long timeout, due;
 	size_t size;
@@ -54,7 +57,7 @@ static bool parse_attempt(const char *line, struct attempt *attempt)
 
 static void conclude(struct attempt *attempt, const char *result, const char *detail)
 {
-	printf("%s %s%s%s\n", attempt->id, result, *detail ? " " : "", detail);
+	printf("%s %u %s%s%s\n", attempt->id, attempt->port, result, *detail ? " " : "", detail);
 	if (attempt->fd >= 0)
 		close(attempt->fd);
 	attempt->fd = -1;
@@ -94,6 +97,14 @@ static bool answer_complete(const struct attempt *attempt)
 	return strchr(attempt->got, '\n');
 }
 
+static unsigned int port_of(int fd)
+{
+	struct sockaddr_in6 own = {};	/* the port lies where IPv4 has it */
+	socklen_t size = sizeof(own);
+
+	return getsockname(fd, (struct sockaddr *)&own, &size) < 0 ? 0 : ntohs(own.sin6_port);
+}
+
 static void begin_attempt(struct attempt *attempt, int poll_fd, unsigned int index)
 {
 	struct epoll_event event = { .events = EPOLLIN | EPOLLOUT, .data.u32 = index };
@@ -109,6 +120,7 @@ static void begin_attempt(struct attempt *attempt, int poll_fd, unsigned int ind
 		fail_attempt(attempt, errno);
 		return;
 	}
+	attempt->port = port_of(attempt->fd);
 	epoll_ctl(poll_fd, EPOLL_CTL_ADD, attempt->fd, &event);
 }
 

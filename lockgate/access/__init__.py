@@ -39,10 +39,12 @@ class Target(msgspec.Struct, rename="camel", omit_defaults=True):
 
 
 class Result(msgspec.Struct, rename="camel", omit_defaults=True):
-    """ok · refused · timeout · unreachable · error; as `lockgate-pod probe` has them."""
+    """ok · refused · timeout · unreachable · error; as `lockgate-pod probe` has them. `port`: of
+    the source, for a timeout at least; 0 if it is not known."""
 
     result: str
     detail: str = ""
+    port: int = 0
 
 
 class Place(msgspec.Struct):

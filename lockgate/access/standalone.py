@@ -134,7 +134,7 @@ async def _probe(where: dict[str, Any], targets: Sequence[Target]) -> list[Resul
         )
     except runtime.RuntimeFailure as error:
         raise Refused(str(error)) from error
-    return [Result(one.result, one.detail) for one in found]
+    return [Result(one.result, one.detail, one.port) for one in found]
 
 
 def agent_probe(

@@ -59,10 +59,12 @@ class Request(msgspec.Struct):
 
 
 class Probed(msgspec.Struct, omit_defaults=True):
-    """ok: a handshake, or an answer over UDP · refused · timeout · unreachable · error."""
+    """ok: a handshake, or an answer over UDP · refused · timeout · unreachable · error. `port`: of
+    the source of what timed out."""
 
     result: str
     detail: str = ""
+    port: int = 0
 
 
 async def probe(agent: Agent, asked: Request) -> list[Probed]:
@@ -120,15 +122,17 @@ async def _try(netns: str, target: ProbeTarget) -> Probed:
     loop = asyncio.get_running_loop()
     try:
         with await asyncio.to_thread(_open, netns, family, kind) as wire:
-            async with asyncio.timeout(target.timeout):
-                await loop.sock_connect(wire, (target.address, target.port))
-                if target.protocol == "tcp":
+            try:
+                async with asyncio.timeout(target.timeout):
+                    await loop.sock_connect(wire, (target.address, target.port))
+                    if target.protocol == "tcp":
+                        return Probed("ok")
+                    await loop.sock_sendall(wire, base64.b64decode(target.payload))
+                    await loop.sock_recv(wire, 2048)
                     return Probed("ok")
-                await loop.sock_sendall(wire, base64.b64decode(target.payload))
-                await loop.sock_recv(wire, 2048)
-                return Probed("ok")
-    except TimeoutError as error:  # ETIMEDOUT is one too
-        return Probed("timeout", "" if error.errno is None else "ETIMEDOUT")
+            except TimeoutError as error:  # ETIMEDOUT is one too
+                detail = "" if error.errno is None else "ETIMEDOUT"
+                return Probed("timeout", detail, wire.getsockname()[1])
     except ConnectionRefusedError:
         return Probed("refused")
     except OSError as error:

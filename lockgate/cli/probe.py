@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -21,10 +22,11 @@ from lockgate.cli.common import (
     print_json,
 )
 from lockgate.cli.render import WIDTH, columns, heading, paint
+from lockgate.cli.verdicts import Attempted, Recorder, Recording
 from lockgate.explain.names import Names
 from lockgate.explain.question import Answer, Family, Question, QuestionError
 from lockgate.explain.spec import SpecEngine
-from lockgate.objects.address import parse_address
+from lockgate.objects.address import format_address, parse_address
 from lockgate.objects.model import Cluster, Pod
 
 __all__ = ["Check", "Summary", "differences_text", "matrix", "measure", "probe", "workload"]
@@ -49,7 +51,10 @@ class Check:
     backends: dict[str, str]  # answer of a backend → its verdict
     certain: bool  # something answers there, so silence means denied
     named: bool  # and answers with its pod's name
+    source_ip: str
+    ends: frozenset[tuple[str, int]]  # the address and port, and those of the backends
     result: Result | None = None
+    recording: Recording | None = None  # of the time when it was tried, for a timeout
 
     @property
     def measured(self) -> str:
@@ -58,9 +63,36 @@ class Check:
             return "unknown"
         if self.result.result == "ok" or (self._shows_a_way and not self.refusal):
             return "allow"
-        if self.result.result == "timeout" and not self.certain and self.expected != "deny":
+        if (
+            self.result.result == "timeout"
+            and not self.certain
+            and self.expected != "deny"
+            and self.denial is None
+        ):
             return "unknown"
         return "deny"
+
+    @property
+    def _attempted(self) -> Attempted:
+        assert self.result
+        return Attempted(self.protocol, self.source_ip, self.result.port, self.ends)
+
+    @property
+    def denial(self) -> str | None:
+        """Who denied it, by the nodes' records."""
+        return self.recording.denial(self._attempted) if self.recording else None
+
+    @property
+    def _by_the_records(self) -> str:
+        """What the nodes' records say of a silence that should have been an answer."""
+        if self.recording is None:
+            return ""
+        if self.denial is not None:
+            return f": {self.denial}"
+        nodes = self.recording.allowing(self._attempted)
+        if nodes:
+            return f": allowed on {' and '.join(nodes)}, but the server did not answer"
+        return ": no node denied it" if self.recording.complete else ""
 
     @property
     def _shows_a_way(self) -> bool:
@@ -94,7 +126,17 @@ class Check:
         if measured == "unknown":
             return None
         if self.expected != "either" and measured != self.expected:
-            return f"expected {self.expected}, measured {measured} ({self._what})"
+            told = f"expected {self.expected}, measured {measured} ({self._what})"
+            return told + self._by_the_records
+        if (
+            self.expected == "deny"
+            and self.recording is not None
+            and self.recording.complete
+            and self.denial is None
+        ):
+            nodes = self.recording.allowing(self._attempted)
+            passed = f"; allowed on {' and '.join(nodes)}" if nodes else ""
+            return f"expected deny: no answer, but nobody denied it{passed}"
         if result.result == "ok" and self.named and self.backends.get(result.detail) != "allow":
             return f"answered by {result.detail!r}, expected {_any(self.backends)}"
         return None
@@ -112,6 +154,7 @@ class Check:
             "measured": self.measured,
             "result": self.result.result if self.result else None,
             "answer": self.result.detail if self.result else None,
+            "denial": self.denial,
             "direction": answer["direction"],
             "policy": answer["policy"],
             "rule": answer["rule"],
@@ -235,6 +278,15 @@ def _check(
         # A real pod's kernel accepts or refuses every TCP connection; nothing is known of UDP.
         named or (not standalone and question.protocol == "TCP" and all(pods)),
         named,
+        format_address(parse_address(question.source)),
+        frozenset(
+            {
+                (end.ip, attempt.port or 0)
+                for end, attempt in zip(ends, attempts, strict=True)
+                if end
+            }
+            | {(format_address(parse_address(question.target)), question.port or 0)}
+        ),
     )
 
 
@@ -262,7 +314,24 @@ def _try(
     timeout: float,
     advance: Callable[[int], None],
 ) -> list[str]:
-    """Fills in the results; sentences about pods that could not try."""
+    """Fills in the results, and for silences the nodes' records of that time; sentences about
+    pods that could not try."""
+    recorder = Recorder(access)
+    complaints = _connect(access, checks, timeout, advance)
+    silent = [c for c in checks if c.result and c.result.result == "timeout" and c.result.port]
+    if silent:
+        recording = recorder.recording()
+        for check in silent:
+            check.recording = recording
+    return complaints
+
+
+def _connect(
+    access: Access,
+    checks: Sequence[Check],
+    timeout: float,
+    advance: Callable[[int], None],
+) -> list[str]:
     by_source: dict[tuple[str, str], list[Check]] = {}
     for check in checks:
         by_source.setdefault(check.source.key, []).append(check)
@@ -395,7 +464,8 @@ def _mark(checks: list[Check]) -> str:
 def _told(check: Check, what: str | None) -> str:
     return (
         f"  {'/'.join(check.source.key)} → {check.target} ({check.address}) "
-        f"port {check.port}/{check.protocol}:\n    {what}"
+        f"port {check.port}/{check.protocol}:\n"
+        + textwrap.fill(what or "", WIDTH, initial_indent="    ", subsequent_indent="    ")
     )
 
 
@@ -446,7 +516,9 @@ def probe(
     its own network. What happens is compared with what the policies mean. On a real cluster the
     agents open the sockets, and nothing is said on the connections.
 
-    A server that is allowed to be reached and does not answer is shown, but is no difference.
+    A server that is allowed to be reached, accepts and does not answer is shown, but is no
+    difference. Of a silence the nodes' records say who denied it: where nobody did, a connection
+    that should have been denied differs, too.
 
     Exit codes: 0 all as specified, 1 something differs, 2 no such cluster.
     """

@@ -322,10 +322,11 @@ class Target:
 class ProbeResult:
     """`detail`: the first line of the answer when ok (a pod's own server answers
     with its name), the errno's name on "error", "connected" on the "timeout" of a TCP
-    server that accepted and then said nothing."""
+    server that accepted and then said nothing. `port`: the source port, 0 if it took none."""
 
     result: Result
     detail: str = ""
+    port: int = field(default=0, compare=False)
 
 
 _RESULTS: dict[str, Result] = {
@@ -369,8 +370,9 @@ async def probe_each(
         except (BrokenPipeError, ConnectionResetError):
             pass  # it says why on stderr
         while line := await process.stdout.readline():
-            index, result, *detail = line.decode(errors="replace").rstrip("\n").split(" ", 2)
-            yield int(index), ProbeResult(_RESULTS[result], detail[0] if detail else "")
+            index, port, result, *detail = line.decode(errors="replace").rstrip("\n").split(" ", 3)
+            found = ProbeResult(_RESULTS[result], detail[0] if detail else "", int(port))
+            yield int(index), found
         complaint = (await process.stderr.read()).decode(errors="replace").strip()
         if await process.wait():
             raise RuntimeFailure(f"probe: {complaint.removeprefix('error ')}")

@@ -502,6 +502,30 @@ def test_a_stopped_server_is_shown_but_is_no_difference_of_policy(shop: Cluster)
     assert all(check["measured"] == "allow" and check["difference"] is None for check in silent)
 
 
+def test_probe_fails_when_nobody_denied_what_should_have_been_denied(shop: Cluster) -> None:
+    """The pod's own filter swallows what policies would deny: the silence proves nothing."""
+    pod = shop.bare(shop.pod("payments/vault-1"))
+    rules = "table inet test { chain o { type filter hook output priority 0; drop; }; }"
+    pod.run("nft", "-f", "-", input=rules)
+    try:
+        arguments = ["probe", "-n", "payments", "--family", "4", "--timeout", "0.2"]
+        done = shop.lockgate(*arguments, check=False)
+        assert done.returncode == 1, done.stdout
+        assert "expected deny: no answer, but nobody denied it" in done.stdout
+    finally:
+        pod.run("nft", "delete", "table", "inet", "test")
+
+
+def test_a_denied_connection_names_who_denied_it(shop: Cluster) -> None:
+    checks = ask(shop, "probe", "-n", "payments", "--family", "4")
+    silent = [check for check in checks if check["expected"] == "deny"]
+    assert silent
+    for check in silent:
+        by = check["policy"]
+        assert check["denial"].startswith(f"denied by {by['namespace']}/"), check
+        assert check["direction"] in check["denial"], check
+
+
 def test_probe_fails_when_a_packet_filter_of_somebody_else_denies(shop: Cluster) -> None:
     pod = shop.bare(shop.pod("payments/vault-1"))
     rules = (
@@ -513,7 +537,9 @@ def test_probe_fails_when_a_packet_filter_of_somebody_else_denies(shop: Cluster)
         done = shop.lockgate(*arguments, check=False)
         assert done.returncode == 1, done.stdout
         assert "differ from the specification" in done.stdout
-        assert "expected allow, measured deny (timeout)" in done.stdout
+        told = r"expected allow, measured deny \(timeout\): allowed on (node-1|node-1 and node-2)"
+        text = " ".join(done.stdout.split())
+        assert re.search(f"{told}, but the server did not answer", text), done.stdout
         assert "✗" in done.stdout
         assert [line for line in done.stdout.splitlines() if len(line) > WIDTH] == []
     finally:

@@ -136,6 +136,16 @@ class FlowLog:
         self._head_size = head_size
         self._interfaces: dict[int, str] = {}
         self._clock = 0
+        journal.in_use = self.ids
+
+    def ids(self) -> dict[str, set[int]]:
+        """The ids that events kept speak of, by kind as in the journal."""
+        events = self._events[: min(self.next, self.capacity)]
+        return {
+            "endpoint": set(np.union1d(events["src_endpoint"], events["dst_endpoint"]).tolist()),
+            "reason": set(np.unique(events["reason"]).tolist()),
+            "service": set(np.unique(events["service"]).tolist()),
+        }
 
     @property
     def first(self) -> int:

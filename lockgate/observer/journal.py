@@ -7,6 +7,7 @@ of events is matched with one look-up, and strings are made only for records tha
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,23 @@ class _Column:
     def __init__(self) -> None:
         self.codes: Codes = np.zeros(256, np.int32)
         self._numbers: dict[str, int] = {}
+        self._last = 0
+
+    def forget(self, ids: list[int]) -> None:
+        self.codes[ids] = 0
+        used = set(np.unique(self.codes).tolist())
+        self._numbers = {text: code for text, code in self._numbers.items() if code in used}
 
     def set(self, id_: int, text: str) -> None:
         if id_ >= len(self.codes):
             grown = np.zeros(max(id_ + 1, 2 * len(self.codes)), np.int32)
             grown[: len(self.codes)] = self.codes
             self.codes = grown
-        self.codes[id_] = self._numbers.setdefault(text, len(self._numbers) + 1)
+        code = self._numbers.get(text)
+        if code is None:
+            self._last += 1
+            code = self._numbers[text] = self._last
+        self.codes[id_] = code
 
     def equal(self, ids: npt.NDArray[Any], text: str) -> npt.NDArray[np.bool_]:
         """Which of the ids have this text."""
@@ -82,7 +93,11 @@ class _Column:
 
 
 class Journal:
-    """Follows one journal file; it may not exist yet, and may be replaced by a longer one."""
+    """Follows one journal file; it may not exist yet, and may be replaced by another.
+
+    What neither that file nor the one before it says, and no event kept (`in_use`) speaks of, is
+    forgotten. Of the one before: events about its ids may be in the ring still.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,6 +107,9 @@ class Journal:
         self.namespace = _Column()
         self.name = _Column()
         self.damaged = 0
+        #: Ids that must stay, by kind as in the file
+        self.in_use: Callable[[], dict[str, set[int]]] = _none
+        self._said: dict[str, set[int]] = _none()
         self._file: Any = None
         self._inode = 0
         self._rest = b""
@@ -102,9 +120,11 @@ class Journal:
             info = os.stat(self.path)
         except OSError:
             return
+        before: dict[str, set[int]] | None = None
         if self._file is None or info.st_ino != self._inode or info.st_size < self._file.tell():
             if self._file is not None:
                 self._file.close()
+                before, self._said = self._said, _none()
             self._file = open(self.path, "rb")  # noqa: SIM115, kept open while we follow
             self._inode, self._rest = os.fstat(self._file.fileno()).st_ino, b""
         text = self._rest + self._file.read()
@@ -112,6 +132,26 @@ class Journal:
         for line in lines:
             if line.strip():
                 self._take(line)
+        if before is not None:
+            self._forget(before)
+
+    def _forget(self, before: dict[str, set[int]]) -> None:
+        used = self.in_use()
+
+        def gone(kind: str, known: Mapping[int, object]) -> list[int]:
+            stay = self._said[kind] | before[kind] | used[kind]
+            return [id_ for id_ in known if id_ not in stay]
+
+        endpoints = gone("endpoint", self.endpoints)
+        for id_ in endpoints:
+            del self.endpoints[id_]
+        if endpoints:
+            self.namespace.forget(endpoints)
+            self.name.forget(endpoints)
+        for id_ in gone("reason", self.reasons):
+            del self.reasons[id_]
+        for id_ in gone("service", self.services):
+            del self.services[id_]
 
     def close(self) -> None:
         if self._file is not None:
@@ -149,6 +189,8 @@ class Journal:
             id_ = int(record["id"])
             if not 0 < id_ < _MAX_ID:
                 raise ValueError(id_)
+            if record["k"] in self._said:
+                self._said[record["k"]].add(id_)
             match record["k"]:
                 case "endpoint":
                     endpoint = EndpointName(
@@ -168,6 +210,10 @@ class Journal:
                     )
         except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
             self.damaged += 1
+
+
+def _none() -> dict[str, set[int]]:
+    return {"endpoint": set(), "reason": set(), "service": set()}
 
 
 def _reason(record: dict[str, Any]) -> Reason:

@@ -239,3 +239,42 @@ def test_journal_follows_what_is_appended_and_survives_damage(tmp_path: Path) ->
     assert journal.damaged == 2
     ids = np.array([1, 2, 10**6], np.uint32)
     assert journal.is_pod(ids, "a/b").tolist() == [True, False, False]
+
+
+def pod_line(number: int) -> dict[str, Any]:
+    return {"k": "endpoint", "id": number, "namespace": "a", "name": f"pod-{number}"}
+
+
+def put(path: Path, lines: list[dict[str, Any]]) -> None:
+    """In the place of the file, as the agent shortens its journal."""
+    write(path.with_suffix(".new"), lines)
+    path.with_suffix(".new").rename(path)
+
+
+def test_what_a_shorter_journal_leaves_out_is_forgotten_with_its_last_event(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    write(path, [*LINES, *map(pod_line, range(400, 500))])
+    journal = Journal(path)
+    journal.refresh()
+    log = FlowLog(EVENT, 128, NAMES, journal, "n1", capacity=2)
+    log.add(event(src_endpoint=400, dst_endpoint=401, service=5))
+    put(path, [pod_line(410)])
+    journal.refresh()
+    assert len(journal.endpoints) == 102  # events about the others may be on their way
+    put(path, [pod_line(410), pod_line(500)])
+    journal.refresh()
+    assert set(journal.endpoints) == {400, 401, 410, 500}
+    assert set(journal.reasons) == {1} and set(journal.services) == {5}
+    ids = np.array([400, 402, 410, 500], np.uint32)
+    assert journal.is_pod(ids, "a/pod-400").tolist() == [True, False, False, False]
+    assert journal.is_pod(ids, "pod-402").tolist() == [False] * 4
+    assert journal.in_namespace(ids, "a").tolist() == [True, False, True, True]
+    log.add(np.concatenate([event(src_endpoint=500, dst_endpoint=410, reason=0)] * 2))
+    put(path, [pod_line(500)])
+    journal.refresh()
+    assert set(journal.endpoints) == {410, 500}
+    assert journal.reasons == {} and journal.services == {}
+    write(path, [pod_line(402)])  # ids are not reused, but names are
+    journal.refresh()
+    assert journal.is_pod(ids, "pod-402").tolist() == [False, True, False, False]
+    assert journal.is_pod(ids, "pod-500").tolist() == [False, False, False, True]

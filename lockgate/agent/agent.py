@@ -32,7 +32,7 @@ from lockgate.agent.sweep import sweep
 from lockgate.agent.tunnel import TunnelDevice
 from lockgate.agent.ways import internal_ips, pod_cidrs
 from lockgate.agent.writeback import WriteBack
-from lockgate.bpf.features import probe
+from lockgate.bpf.features import Feature
 from lockgate.compile import Tables, compile_node
 from lockgate.garbage import collect_between
 from lockgate.kube import stream
@@ -54,7 +54,7 @@ class Agent:
     cancelled; `close()` leaves the kernel as it is. The process must be in the node's network
     namespace before the agent is made."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, features: list[Feature]) -> None:
         self.config = config
         self._state = Path(config.state_dir)
         self.source = _source(config)
@@ -85,7 +85,7 @@ class Agent:
         self.metrics = Metrics()
         self.started = time.time()
         self.swept = 0
-        self.features = [f._asdict() for f in probe()]
+        self.features = [feature._asdict() for feature in features]
 
     # ---- Life ----------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from lockgate.agent.api import application
 from lockgate.agent.cni import CniServer
 from lockgate.agent.config import Config, listen, read
 from lockgate.agent.web import application as pages_of
-from lockgate.bpf.features import MissingFeature, require
+from lockgate.bpf.features import Feature, MissingFeature, require
 from lockgate.bpf.object import LoadError
 from lockgate.net.namespaces import enter
 
@@ -38,20 +38,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         config = read(options.config)
-        require()
+        features = require()
         path = config.netns_path
         if path is not None:
             # Before any thread is made: threads inherit the namespace of their maker.
             enter(path)
-        asyncio.run(_serve(config))
+        asyncio.run(_serve(config, features))
     except (OSError, ValueError, LoadError, MissingFeature) as error:
         print(f"agent: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _serve(config: Config) -> None:
-    agent = Agent(config)
+async def _serve(config: Config, features: list[Feature]) -> None:
+    agent = Agent(config, features)
     await agent.start()
     runner = web.AppRunner(application(agent), access_log=None, shutdown_timeout=1)
     await runner.setup()

@@ -48,11 +48,13 @@ def probe() -> list[Feature]:
     return [Feature(name, _try(test), advice) for name, test, advice in _PROBES]
 
 
-def require() -> None:
-    """Raise MissingFeature for the first need that is not met."""
-    for feature in probe():
+def require() -> list[Feature]:
+    """What `probe` found. Raises MissingFeature for the first need that is not met."""
+    found = probe()
+    for feature in found:
         if not feature.ok:
             raise MissingFeature(f"This machine has no {feature.name}: {feature.advice}.")
+    return found
 
 
 # ---- Probes ---------------------------------------------------------------------

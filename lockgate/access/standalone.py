@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from lockgate.access import Place, Refused, Result, Role, Target
+from lockgate.access import Place, Refused, Result, Role, Target, Unreachable
 from lockgate.access.sockets import call, connect, stream
 from lockgate.objects.model import (
     Cluster,
@@ -34,6 +34,9 @@ _TYPES: dict[str, Any] = {
     "endpoints": list[EndpointSlice],
     "policies": list[NetworkPolicy],
 }
+
+
+_PATIENCE = 5  # seconds for a status
 
 
 class StandaloneAccess:
@@ -91,7 +94,10 @@ class StandaloneAccess:
         return self.state.agent(node) if role == "agent" else self.state.observer(node)
 
     def status(self) -> dict[str, Any]:
-        found = call(self.state.control, "GET", "/v1/status")
+        try:
+            found = call(self.state.control, "GET", "/v1/status", timeout=_PATIENCE)
+        except TimeoutError:
+            raise Unreachable(f"nothing came within {_PATIENCE} s") from None
         assert isinstance(found, dict)
         return found
 

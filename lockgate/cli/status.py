@@ -13,10 +13,11 @@ from lockgate.access import ROLES, Access, Refused
 from lockgate.cli.common import access_options, fail, json_option, not_ready, print_json
 from lockgate.cli.render import paint, table
 
-__all__ = ["gather", "problems", "status"]
+__all__ = ["gather", "problems", "process_state", "status"]
 
 Row = dict[str, Any]
 _AT_ONCE = 32
+_PATIENCE = 10  # seconds
 #: Nobody sends such packets on purpose; what else is dropped is policy, or a misbehaving pod.
 _FAULTS = {
     "not-ready": "packets came before anything was in force",
@@ -58,7 +59,11 @@ def gather(access: Access) -> Row:
     def ask(asked: tuple[Row, str]) -> None:
         node, role = asked
         try:
-            told = access.call(node["name"], role, "GET", "/v1/status", timeout=10)  # type: ignore[arg-type]
+            told = access.call(node["name"], role, "GET", "/v1/status", timeout=_PATIENCE)  # type: ignore[arg-type]
+        except TimeoutError:
+            told = {"error": f"nothing came within {_PATIENCE} s"}
+        except (FileNotFoundError, ConnectionRefusedError):
+            told = {"error": "it is starting", "starting": True}
         except (OSError, Refused, ValueError) as error:
             told = {"error": str(error)}
         node[f"{role}Status"] = told
@@ -179,24 +184,26 @@ def _line(node: Row) -> list[str]:
     agent, observer = node["agentStatus"], node["observerStatus"]
     return [
         node["name"],
-        _process(node.get("agent") or {}),
+        process_state(node.get("agent") or {}, agent),
         str(agent.get("version", "-")),
         _age(agent["started"]) if "started" in agent else "-",
         f"{agent.get('applied', '-')} of {agent.get('revision', '-')}",
         str(agent.get("counts", {}).get("endpoints", "-")),
         _size(agent["memory"]) if "memory" in agent else "-",
-        _process(node.get("observer") or {}),
+        process_state(node.get("observer") or {}, observer),
         str(observer.get("events", "-")),
         str(observer["lost"] + observer.get("cut", 0) if "lost" in observer else "-"),
         _size(observer["memory"]) if "memory" in observer else "-",
     ]
 
 
-def _process(child: Row) -> str:
+def process_state(child: Row, told: Row) -> str:
+    """`up` once it answers, and what it is until then."""
     if not child.get("up"):
         return "down"
     restarts = child.get("restarts", 0)
-    return "up" + (f", {_count(restarts, 'restart')}" if restarts else "")
+    how = "up" if "node" in told else "starting" if told.get("starting") else "no answer"
+    return how + (f", {_count(restarts, 'restart')}" if restarts else "")
 
 
 def _count(number: int, noun: str) -> str:

@@ -155,6 +155,8 @@ def test_an_agent_that_is_killed_comes_back_and_keeps_every_pod(cluster: Cluster
     pods = {one["metadata"]["name"]: one["status"]["podIPs"] for one in cluster.objects("pods")}
     epoch = cluster.agent_status("node-1")["epoch"]
     [pid] = [n["agent"]["pid"] for n in cluster.status()["nodes"] if n["name"] == "node-1"]
+    os.kill(pid, signal.SIGSTOP)
+    assert agent_in_status(cluster, "node-1") == "no answer"
     os.kill(pid, signal.SIGKILL)
 
     def back() -> bool:
@@ -169,7 +171,25 @@ def test_an_agent_that_is_killed_comes_back_and_keeps_every_pod(cluster: Cluster
         one["metadata"]["name"]: one["status"]["podIPs"] for one in cluster.objects("pods")
     }
     assert cluster.lockgate("probe").returncode == 0
-    assert "1 restart" in cluster.lockgate("status").stdout
+    assert agent_in_status(cluster, "node-1") == "up, 1 restart"
+
+
+def agent_in_status(cluster: Cluster, node: str) -> str:
+    """What the table says of the node's agent."""
+    lines = cluster.lockgate("status", check=False).stdout.splitlines()
+    [line] = [line for line in lines if line.startswith(f"{node} ")]
+    return line.removeprefix(node).strip().split("  ")[0]
+
+
+def test_the_status_of_a_supervisor_that_hangs_is_one_sentence(cluster: Cluster) -> None:
+    pid = json.loads((State(cluster.name).root / "cluster.json").read_text())["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = cluster.lockgate("status", check=False, timeout=25)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert done.returncode == 2
+    assert "does not answer: nothing came within 5 s" in done.stderr
 
 
 # ---- Damage ------------------------------------------------------------------------

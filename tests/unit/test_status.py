@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lockgate import __version__
-from lockgate.cli.status import problems
+from lockgate.cli.status import problems, process_state
 
 UP = {"up": True, "restarts": 0, "error": ""}
 
@@ -146,3 +146,18 @@ def test_the_cluster_itself_may_be_wrong() -> None:
         ("", "not ready: x/y"),
     ]
     assert [one["text"] for one in problems(well() | {"nodes": []})] == ["there are no nodes"]
+
+
+@pytest.mark.parametrize(
+    ("child", "told", "wanted"),
+    [
+        ({"up": True, "restarts": 0}, {"node": "a", "error": "waits for its rings"}, "up"),
+        ({"up": True, "restarts": 2}, {"node": "a"}, "up, 2 restarts"),
+        ({"up": True, "restarts": 1}, {"error": "x", "starting": True}, "starting, 1 restart"),
+        ({"up": True}, {"error": "nothing came within 10 s"}, "no answer"),
+        ({"up": False, "restarts": 1}, {"error": "x", "starting": True}, "down"),
+        ({}, {"error": "x"}, "down"),
+    ],
+)
+def test_a_process_is_up_once_it_answers(child, told, wanted):
+    assert process_state(child, told) == wanted

@@ -179,13 +179,14 @@ def _print(answer: Answer, cluster: Cluster) -> None:
     if answer.source_ip != origin:
         origin += f" ({answer.source_ip})"
     click.echo(f"{origin} → {to}, {port}\n")
+    sides = SpecSides(answer, cluster)
     if answer.verdict == "allow":
-        click.echo(paint("allow", "green", bold=True) + f"  {_why_allowed(answer)}")
+        why = _why_allowed(answer, sides.exempt)
+        click.echo(paint("allow", "green", bold=True) + f"  {why}")
     else:
         click.echo(paint("deny", "red", bold=True) + f"  {_why_denied(answer)}")
     if answer.cause is not None:
         return
-    sides = SpecSides(answer, cluster)
     click.echo("")
     for direction in ("egress", "ingress"):
         click.echo(f"  {direction:<8} {sides.text(direction)}")
@@ -195,9 +196,9 @@ def _print(answer: Answer, cluster: Cluster) -> None:
         click.echo("\n".join(hints))
 
 
-def _why_allowed(answer: Answer) -> str:
+def _why_allowed(answer: Answer, exempt: str | None) -> str:
     if answer.direction is None:
-        return "no policy applies"
+        return f"not judged: {exempt}" if exempt else "no policy applies"
     return f"by {answer.direction}: {policies_text(answer.policies)}"
 
 
@@ -235,12 +236,19 @@ class SpecSides:
         else:
             self._attempt = spec.names.attempts(answer.question)[0]
 
+    @property
+    def exempt(self) -> str | None:
+        """Why the policies are not asked."""
+        return self._attempt.exempt
+
     def text(self, direction: Direction) -> str:
         end = self._attempt.source if direction == "egress" else self._attempt.destination
         side = self.sides.get(direction)
         if end is None or end.pod is None:
             return "not a pod of this cluster: no policy applies"
         name = "/".join(end.pod.key)
+        if self.exempt is not None:
+            return f"of {name}: not judged: {self.exempt}"
         if side is None:
             return f"of {name}: not asked"
         if not side.policies:

@@ -41,6 +41,18 @@ class Attempt:
     backend: str | None = None
     unserved: str | None = None
 
+    @property
+    def exempt(self) -> str | None:
+        """Why no policy is asked, though some may select the pod; a sentence."""
+        pod = self.destination.pod if self.destination is not None else None
+        if pod is None:
+            return None
+        if self.source.pod is not None and self.source.pod.key == pod.key:
+            return "a pod may always reach itself"
+        if self.source.node is not None and self.source.node == pod.spec.node_name:
+            return "a node may always reach its own pods"
+        return None
+
 
 class Names:
     """Names and addresses of one state of a cluster."""

@@ -269,6 +269,26 @@ def test_a_question_that_cannot_be_asked_is_one_sentence(
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("engine", ["kernel", "spec"])
+@pytest.mark.parametrize("of", ["itself", "its node"])
+def test_what_is_not_judged_is_not_said_to_have_no_policy(
+    shop: Cluster, of: str, engine: str
+) -> None:
+    """Policies select vault-0, in both directions; they are not asked."""
+    pod = shop.pod("payments/vault-0")
+    name = "payments/vault-0"
+    [node] = [n for n in shop.objects("nodes") if n["metadata"]["name"] == pod.node]
+    own = next(a["address"] for a in node["status"]["addresses"] if a["type"] == "InternalIP")
+    source, why = {
+        "itself": (name, "not judged: a pod may always reach itself"),
+        "its node": (own, "not judged: a node may always reach its own pods"),
+    }[of]
+    told = shop.lockgate("explain", source, name, "8200", "--engine", engine).stdout
+    assert f"allow  {why}\n" in told
+    assert f"of {name}: {why}\n" in told
+    assert f"of {name}: no policy applies" not in told
+
+
 def all_questions(cluster: Cluster) -> list[dict[str, Any]]:
     """Every pod, address outside and service to every pod and service, on ports that matter."""
     pods = [

@@ -63,20 +63,30 @@ def choose(
         return Choice(cluster=cluster)
     if not plugin and runs(DEFAULT):
         return Choice(cluster=DEFAULT)
-    if plugin or environment.get("KUBECONFIG") or config_files("", environment)[0].exists():
+    if plugin or environment.get("KUBECONFIG") or _readable(config_files("", environment)[0]):
         return _kubernetes("", "", environment)
+    if os.geteuid() != 0:
+        raise Wrong(
+            "there is no kubeconfig that can be read, and a standalone cluster needs root:"
+            " give --kubeconfig FILE, or run it again with sudo"
+        )
     raise Wrong(
         f"no cluster {DEFAULT!r} is running, and there is no kubeconfig:"
         " start one with `lockgate up DIR`, or give --kubeconfig FILE"
     )
 
 
+def _readable(path: Path) -> bool:
+    """Also False where the folder may not be looked into."""
+    return os.access(path, os.R_OK)
+
+
 def _kubernetes(file: str, context: str, environment: Mapping[str, str]) -> Choice:
     """Of several files, the first that has the context (its cluster and user with it)."""
     files = config_files(file, environment)
-    there = [path for path in files if path.exists()]
+    there = [path for path in files if _readable(path)]
     if not there:
-        raise Wrong(f"there is no kubeconfig {' or '.join(map(str, files))}")
+        raise Wrong(f"there is no kubeconfig {' or '.join(map(str, files))} that can be read")
     try:
         current = (kubeconfig.current_context(path) for path in there)
         name = context or next(filter(None, current), "")

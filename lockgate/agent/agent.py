@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from lockgate.agent import questions
+from lockgate.agent import doctor, questions
 from lockgate.agent.cards import Cards, read_cards
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
@@ -119,7 +119,7 @@ class Agent:
         self._ids = NodeIds(self.journal, self.endpoints, self.hops)
         if config.cgroup_path is not None:
             self.dp.attach_cgroup(config.cgroup_path)
-        cards = self._read_cards()
+        cards = self.read_cards_now()
         self._set_mtu(cards)
         with Net() as net:
             net.add_gateway()
@@ -279,7 +279,7 @@ class Agent:
             self._hops_changed.clear()
             # Not in the turn: mostly all is as it was, and no change has to wait for that.
             with contextlib.suppress(OSError):
-                cards = await asyncio.to_thread(self._read_cards)
+                cards = await asyncio.to_thread(self.read_cards_now)
                 if self.hops.need(cards):
                     async with self.turn:
                         await self.work(self._refresh_hops, self.cluster, cards)
@@ -289,7 +289,7 @@ class Agent:
         if cluster is None:
             return
         try:
-            cards = cards or self._read_cards()
+            cards = cards or self.read_cards_now()
             self._attach_cards(cards)
             with Net() as net:
                 self.hops.refresh(net, cards, cluster)
@@ -299,7 +299,8 @@ class Agent:
             log.warning("hops: %s", error)
             self.errors["hops"] = [str(error)]
 
-    def _read_cards(self) -> Cards:
+    def read_cards_now(self) -> Cards:
+        """The node's cards as they are."""
         me = self.cluster.nodes.get(self.config.node) if self.cluster is not None else None
         own = internal_ips(me) if me is not None else []
         return read_cards(self.config.underlay, self.config.outside, own)
@@ -325,6 +326,11 @@ class Agent:
     async def dry_run_facts(self) -> dict[str, Any]:
         """What GET /v1/dryrun answers."""
         return await self.work(questions.dry_run_facts, self)
+
+    async def doctor(self) -> tuple[doctor.Facts, list[doctor.Finding]]:
+        """What GET /v1/doctor answers."""
+        facts = await self.work(doctor.collect, self)
+        return facts, doctor.check(facts)
 
     async def status(self) -> dict[str, Any]:
         """What GET /v1/status answers."""

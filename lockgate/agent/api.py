@@ -35,6 +35,7 @@ def application(agent: Agent) -> web.Application:
             web.get("/v1/objects/nodes", _nodes),
             web.post("/v1/dryrun", _dry_run),
             web.post("/v1/probe", _probe),
+            web.get("/v1/doctor", _doctor),
             web.get("/healthz", _health),
         ]
     )
@@ -98,6 +99,12 @@ async def _probe(request: web.Request) -> web.Response:
     body = msgspec.json.decode(await request.read(), type=probe.Request)
     results = await probe.probe(request.app[_AGENT], body)
     return web.json_response({"results": msgspec.to_builtins(results)})
+
+
+async def _doctor(request: web.Request) -> web.Response:
+    facts, findings = await request.app[_AGENT].doctor()
+    answer = {"facts": facts, "findings": findings}
+    return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
 async def _dry_run(request: web.Request) -> web.Response:

@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("lockgate.cli.status:status", "Say whether all is well, and what is not."),
     "get": ("lockgate.cli.views:get", "List pods, services, endpoints, policies or nodes."),
     "flows": ("lockgate.cli.flows:flows", "Show connections with their verdicts and rules."),
+    "doctor": (
+        "lockgate.cli.doctor:doctor",
+        "Try every way, find what stands in it, say what to do.",
+    ),
     "explain": ("lockgate.cli.explain:explain", "Say whether FROM may reach TO, and who decides."),
     "probe": ("lockgate.cli.probe:probe", "Try every pair of pods; compare with the policies."),
 }

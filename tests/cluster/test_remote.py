@@ -213,3 +213,39 @@ def test_calls_of_many_threads_go_side_by_side(access: KubernetesAccess) -> None
         return await asyncio.gather(*asked)
 
     assert {answer["node"] for answer in asyncio.run(many())} == set(NODES)
+
+
+CRD = """
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: ciliumnetworkpolicies.cilium.io}
+spec:
+  group: cilium.io
+  names: {kind: CiliumNetworkPolicy, plural: ciliumnetworkpolicies, singular: ciliumnetworkpolicy}
+  scope: Namespaced
+  versions:
+  - name: v2
+    served: true
+    storage: true
+    schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+"""
+POLICY = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: a, namespace: default}
+spec: {endpointSelector: {}}
+"""
+
+
+def test_policies_that_nobody_enforces_are_found(lockgate: Cluster) -> None:
+    def found() -> list[str]:
+        return [one["text"] for one in ask(lockgate, "doctor") if one["check"] == "policies"]
+
+    lockgate.apply(CRD)
+    crd = "crd/ciliumnetworkpolicies.cilium.io"
+    lockgate.kubectl("wait", "--for=condition=Established", crd, "--timeout=30s")
+    assert found() == ["no policy of another system is left alone"]
+    lockgate.apply(POLICY)
+    expected = ["1 ciliumnetworkpolicies.cilium.io: nobody enforces them any more"]
+    assert until("it is found", lambda: found() == expected, 20)
+    lockgate.kubectl("delete", crd)

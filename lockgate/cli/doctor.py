@@ -1,0 +1,245 @@
+"""`lockgate doctor`: tries every way, looks for what stands in it, and says what to do."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+import msgspec
+
+from lockgate.access import Access, Refused
+from lockgate.agent.doctor import Finding
+from lockgate.cli import paths
+from lockgate.cli.common import access_options, fail, json_option, print_json
+from lockgate.cli.render import heading, paint
+from lockgate.cli.status import gather, problems
+from lockgate.objects.model import Cluster, Pod
+
+__all__ = ["doctor", "examine"]
+
+Row = dict[str, Any]
+# Policies that only their own agents enforce: plural.group → the daemon (label k8s-app or app).
+_FOREIGN_POLICIES = {
+    "ciliumnetworkpolicies.cilium.io": "cilium",
+    "ciliumclusterwidenetworkpolicies.cilium.io": "cilium",
+    "networkpolicies.crd.projectcalico.org": "calico-node",
+    "globalnetworkpolicies.crd.projectcalico.org": "calico-node",
+    "networkpolicies.crd.antrea.io": "antrea",
+    "clusternetworkpolicies.crd.antrea.io": "antrea",
+}
+_DAEMONS = {
+    "cilium": "Cilium",
+    "calico-node": "Calico",
+    "antrea": "Antrea",
+    "flannel": "flannel",
+    "weave-net": "Weave Net",
+    "kube-router": "kube-router",
+    "kindnet": "kindnet",
+    "kube-proxy": "kube-proxy",
+}
+_MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "ok": ("✓", "green")}
+
+
+@click.command()
+@click.option(
+    "--outside", metavar="ADDRESS:PORT", help="Beyond the cluster; else the API server's address."
+)
+@click.option("-v", "--verbose", is_flag=True, help="Show what is well, too.")
+@json_option
+@access_options
+def doctor(outside: str | None, verbose: bool, as_json: bool, access: Access) -> None:
+    """Try every way through the cluster, and look for what stands in it.
+
+    From each node: pod to pod (same node, other node), node to pod, to a service, outside, DNS;
+    connections that the policies allow, so silence is a fault. Then each node's kernel, MTU,
+    reverse path filter, firewalls, other CNI plugins, kube-proxy, and policies of other systems
+    that nobody enforces. Each finding says what to do.
+
+    Exit codes: 0 no error (perhaps warnings), 1 errors, 2 no such cluster.
+    """
+    beyond = _outside(outside)
+    try:
+        findings = examine(access, beyond)
+    except (OSError, Refused) as error:
+        fail(f"{access.title} does not answer: {error}")
+    if as_json:
+        print_json(msgspec.to_builtins(findings))
+    else:
+        _print(findings, verbose)
+    raise SystemExit(1 if any(one.severity == "error" for one in findings) else 0)
+
+
+def _outside(text: str | None) -> dict[int, tuple[str, int]]:
+    if text is None:
+        return {}
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise click.BadParameter("expected ADDRESS:PORT", param_hint="--outside")
+    host = host.strip("[]")
+    return {6 if ":" in host else 4: (host, int(port))}
+
+
+def examine(access: Access, outside: dict[int, tuple[str, int]]) -> list[Finding]:
+    """All findings. Raises Refused or OSError when the cluster does not answer."""
+    told = gather(access)
+    findings = [
+        Finding("error", "status", one["text"], "lockgate status shows all nodes", one["node"])
+        for one in problems(told)
+    ]
+    names = [node["name"] for node in told["nodes"] if "node" in node["agentStatus"]]
+    cluster = access.objects()
+    for name, facts, of_node in _nodes(access, names, findings):
+        findings += [msgspec.structs.replace(one, node=name) for one in of_node]
+        told_of = next(node for node in told["nodes"] if node["name"] == name)
+        told_of["facts"] = facts
+    findings += _alike(told["nodes"])
+    findings += daemons(cluster)
+    findings += _policies(access, cluster)
+    tried = paths.plan(cluster, names, outside or _beyond(access, told["nodes"]))
+    paths.try_all(access, tried)
+    return findings + [_of_path(path) for path in tried]
+
+
+def _nodes(
+    access: Access, names: list[str], findings: list[Finding]
+) -> list[tuple[str, Row, list[Finding]]]:
+    """What each agent finds on its node."""
+
+    def ask(name: str) -> tuple[str, Row, list[Finding]] | Finding:
+        try:
+            answer = access.call(name, "agent", "GET", "/v1/doctor")
+        except (OSError, Refused) as error:
+            return Finding("error", "agent", f"the node can't be examined: {error}", "", name)
+        return name, answer["facts"], msgspec.convert(answer["findings"], list[Finding])
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(ask, names))
+    findings += [one for one in found if isinstance(one, Finding)]
+    return [one for one in found if not isinstance(one, Finding)]
+
+
+def _alike(nodes: list[Row]) -> list[Finding]:
+    """Pods' MTU must be one: no node tells another's pods of a smaller one."""
+    mtus: dict[int, list[str]] = {}
+    for node in nodes:
+        if "facts" in node:
+            mtus.setdefault(node["facts"]["pod_mtu"], []).append(node["name"])
+    if len(mtus) < 2:
+        return []
+    text = "; ".join(f"{mtu} on {', '.join(names)}" for mtu, names in sorted(mtus.items()))
+    advice = f"set mtu in the ConfigMap lockgate to {min(mtus)}"
+    return [Finding("warning", "mtu", f"pods' MTU differs between nodes: {text}", advice)]
+
+
+def daemons(cluster: Cluster) -> list[Finding]:
+    """Pure: other data planes that run."""
+    running: dict[str, int] = {}
+    for pod in cluster.pods.values():
+        name = _daemon(pod)
+        if name:
+            running[name] = running.get(name, 0) + 1
+    return [
+        Finding(
+            "warning",
+            "daemons",
+            f"{_DAEMONS[name]} runs on this cluster ({count} pod{'s' * (count > 1)})",
+            "Lockgate does its work: delete its DaemonSet (docs/migrate.md)",
+        )
+        for name, count in sorted(running.items())
+    ]
+
+
+def _daemon(pod: Pod) -> str:
+    labels = pod.metadata.labels
+    name = labels.get("k8s-app") or labels.get("app") or labels.get("name", "")
+    live = pod.status.phase == "Running" and pod.spec.host_network
+    return name if live and name in _DAEMONS else ""
+
+
+def _policies(access: Access, cluster: Cluster) -> list[Finding]:
+    """Policies of other systems that nobody enforces."""
+    running = {_daemon(pod) for pod in cluster.pods.values()}
+    found = []
+    try:
+        there = [name for name in access.resources() if name in _FOREIGN_POLICIES]
+        for name in there:
+            count = access.count(name)
+            if count and _FOREIGN_POLICIES[name] not in running:
+                text = f"{count} {name}: nobody enforces them any more"
+                advice = (
+                    f"write them as NetworkPolicy, then delete them: kubectl get {name} -A -o yaml"
+                )
+                found.append(Finding("error", "policies", text, advice))
+    except (OSError, Refused) as error:
+        text = f"policies of other systems could not be looked for: {error}"
+        found.append(Finding("warning", "policies", text))
+    return found or [Finding("ok", "policies", "no policy of another system is left alone")]
+
+
+def _beyond(access: Access, nodes: list[Row]) -> dict[int, tuple[str, int]]:
+    """An address beyond the cluster, by family: the standalone cluster's outside, or the API
+    server as the nodes see it."""
+    if access.standalone:
+        from lockgate.standalone.underlay import OUTSIDE4, OUTSIDE6
+
+        return {4: (OUTSIDE4, 9), 6: (OUTSIDE6, 9)}
+    found: dict[int, tuple[str, int]] = {}
+    for node in nodes:
+        parts = urlsplit(node["agentStatus"].get("api", {}).get("server", ""))
+        if parts.hostname:
+            found[6 if ":" in parts.hostname else 4] = (parts.hostname, parts.port or 443)
+    return found
+
+
+def _of_path(path: paths.Path) -> Finding:
+    if not path.candidates:
+        text = f"{path}: not tried, the policies allow none that could be"
+        return Finding("ok", "path", text, "", path.node)
+    origin = "/".join(path.place.pod.key) if path.place.pod else path.node
+    ends = " and ".join(
+        f"{name} ({target.address} port {target.port})"
+        for name, target in zip(path.names, path.candidates, strict=True)
+    )
+    if path.error:
+        return Finding(
+            "warning", "path", f"{path}: could not be tried: {path.error}", "", path.node
+        )
+    if path.open:
+        return Finding("ok", "path", f"{path}: open", "", path.node)
+    results = " and ".join(dict.fromkeys(r.result for r in path.results))
+    end = path.candidates[0]
+    source = origin if path.place.pod else "the node's address"
+    advice = (
+        f"the policies allow it. lockgate explain {source} {end.address} {end.port}/{end.protocol} "
+        f"asks the kernel; the findings about node {path.node} tell what may stand in the way"
+    )
+    return Finding("error", "path", f"{path}: {origin} → {ends}: {results}", advice, path.node)
+
+
+def _print(findings: list[Finding], verbose: bool) -> None:
+    counts = dict.fromkeys(_MARKS, 0)
+    for one in findings:
+        counts[one.severity] += 1
+    nodes = dict.fromkeys(one.node for one in findings)
+    for node in sorted(nodes):
+        mine = [one for one in findings if one.node == node]
+        shown = [one for one in mine if verbose or one.severity != "ok"]
+        well = len(mine) - len(shown)
+        click.echo(heading(f"node {node}" if node else "cluster"))
+        for one in sorted(shown, key=lambda one: list(_MARKS).index(one.severity)):
+            mark, colour = _MARKS[one.severity]
+            click.echo(f"  {paint(mark, colour, bold=True)} {one.text}")
+            if one.advice:
+                click.echo(f"      → {one.advice}")
+        if well:
+            click.echo(f"  {paint('✓', 'green')} {well} more looked at and well")
+    click.echo(
+        f"\n{_number(counts['error'], 'error')}, {_number(counts['warning'], 'warning')}, "
+        f"{counts['ok']} well" + ("" if verbose else " (-v shows them)")
+    )
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from lockgate.agent import doctor, questions
+from lockgate.agent import doctor, questions, report
 from lockgate.agent.cards import Cards, read_cards
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
@@ -331,6 +331,10 @@ class Agent:
         """What GET /v1/doctor answers."""
         facts = await self.work(doctor.collect, self)
         return facts, doctor.check(facts)
+
+    async def report(self) -> dict[str, Any]:
+        """What GET /v1/report answers."""
+        return await self.work(report.report, self)
 
     async def status(self) -> dict[str, Any]:
         """What GET /v1/status answers."""

@@ -36,6 +36,7 @@ def application(agent: Agent) -> web.Application:
             web.post("/v1/dryrun", _dry_run),
             web.post("/v1/probe", _probe),
             web.get("/v1/doctor", _doctor),
+            web.get("/v1/report", _report),
             web.get("/healthz", _health),
         ]
     )
@@ -105,6 +106,11 @@ async def _doctor(request: web.Request) -> web.Response:
     facts, findings = await request.app[_AGENT].doctor()
     answer = {"facts": facts, "findings": findings}
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+
+async def _report(request: web.Request) -> web.Response:
+    body = msgspec.json.encode(await request.app[_AGENT].report())
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _dry_run(request: web.Request) -> web.Response:

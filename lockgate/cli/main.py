@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lockgate.cli.doctor:doctor",
         "Try every way, find what stands in it, say what to do.",
     ),
+    "bugreport": (
+        "lockgate.cli.bugreport:bugreport",
+        "Pack what a maintainer needs, without secrets.",
+    ),
     "explain": ("lockgate.cli.explain:explain", "Say whether FROM may reach TO, and who decides."),
     "probe": ("lockgate.cli.probe:probe", "Try every pair of pods; compare with the policies."),
 }

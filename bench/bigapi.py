@@ -30,6 +30,7 @@ import numpy as np
 from lockgate.bpf import links as bpf_links
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import HashMap, MappedArray
+from lockgate.bpf.pins import pin_names
 from lockgate.net import namespaces
 from lockgate.net.links import Net
 from lockgate.objects.address import parse_address
@@ -220,12 +221,13 @@ class Poller(threading.Thread):
     def __init__(self, pins: Path) -> None:
         super().__init__(daemon=True)
         schema = Schema.from_object(bpf_object())
-        self._epoch = MappedArray.open(str(pins / "state"), schema.dtype("node_state")).view[
+        names = pin_names(schema)
+        self._epoch = MappedArray.open(str(pins / names["state"]), schema.dtype("node_state")).view[
             "epoch"
         ]
         self._view = schema.dtype("peer_view").itemsize
         key, value = np.dtype(("u1", 16)), np.dtype(("u1", 2 * self._view))
-        self._peers = HashMap.open(str(pins / "peers"), key, value)
+        self._peers = HashMap.open(str(pins / names["peers"]), key, value)
         self.waiting: dict[str, float] = {}
         self.times: list[float] = []
         self.stop = False
@@ -287,13 +289,14 @@ async def measure(big: Big, folder: Path, seconds: float, rate: float) -> dict[s
     agent = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     poller = None
     try:
-        record = Schema.from_object(bpf_object()).dtype("node_state")
+        schema = Schema.from_object(bpf_object())
+        state, record = pins / pin_names(schema)["state"], schema.dtype("node_state")
         epoch = None
         while epoch is None or not epoch[0]:
             if time.monotonic() - began > PATIENCE or agent.poll() is not None:
                 raise TimeoutError((folder / "agent.log").read_text()[-2000:])
             with contextlib.suppress(OSError):
-                epoch = MappedArray.open(str(pins / "state"), record).view["epoch"]
+                epoch = MappedArray.open(str(state), record).view["epoch"]
             await asyncio.sleep(0.01)
         start = time.monotonic() - began
         start_cpu = cpu(agent.pid)

@@ -9,6 +9,7 @@
  * them, and the record of events_raw: clang leaves out what only constants and
  * pointers use. */
 const volatile struct {
+	enum format format;
 	enum peer_kind peer_kind;
 	enum endpoint_flag endpoint_flag;
 	enum isolation isolation;

@@ -22,6 +22,14 @@ struct addr {
 	__u8 b[16];
 } __attribute__((aligned(4)));
 
+/* Maps outlive the agent that made them, and the next one knows them by their
+ * layout (lockgate/bpf/pins.py). What no layout tells: raise the number when the
+ * same words mean something else in what the agent publishes, the verdict image
+ * above all. Of what the programs remember, numbers never change their meaning. */
+enum format {
+	FORMAT_PUBLISHED = 1,
+};
+
 /* ---- The node's state: one element, mapped into the agent ---------------- */
 
 /* Everything that a verdict reads exists in two views. A packet reads `epoch`

@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from lockgate.agent import doctor, questions, report
 from lockgate.agent.cards import Cards, read_cards
+from lockgate.agent.carry import Carry
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.endpoints import Endpoints
@@ -33,6 +34,7 @@ from lockgate.agent.tunnel import TunnelDevice
 from lockgate.agent.ways import internal_ips, pod_cidrs
 from lockgate.agent.writeback import WriteBack
 from lockgate.bpf.features import Feature
+from lockgate.bpf.grace import wait_grace
 from lockgate.compile import Tables, compile_node
 from lockgate.garbage import collect_between
 from lockgate.kube import stream
@@ -106,6 +108,7 @@ class Agent:
         self.ipam = Ipam(self._state / "ipam.json", len(self.dp.endpoints))
         self.publisher = Publisher(self.dp)
         self.endpoints = Endpoints(self.dp, self.ipam, config.node)
+        self._tunnel = TunnelDevice(self.dp, config.vxlan_port)
         self.hops = Hops(
             self.dp,
             self.publisher.hops(),
@@ -114,17 +117,38 @@ class Agent:
             config.outside,
             config.service_cidrs,
             config.routing,
-            TunnelDevice(self.dp, config.vxlan_port),
+            self._tunnel,
         )
         self._ids = NodeIds(self.journal, self.endpoints, self.hops)
-        if config.cgroup_path is not None:
-            self.dp.attach_cgroup(config.cgroup_path)
         cards = self.read_cards_now()
         self._set_mtu(cards)
         with Net() as net:
             net.add_gateway()
-            self.errors["endpoints"] = self.endpoints.reconcile()
+        self.errors["endpoints"] = self.endpoints.reconcile()
+        if self.dp.pending:
+            log.info("maps of another version are in force until ours are complete")
+        else:
+            self._attach(cards)
+            self.dp.tidy()
+
+    def _attach(self, cards: Cards) -> None:
+        """Our programs everywhere, in place of those of the agent before."""
+        if self.config.cgroup_path is not None:
+            self.dp.attach_cgroup(self.config.cgroup_path)
+        self.errors["attach"] = self.endpoints.attach()
         self._attach_cards(cards)
+        self._tunnel.attach_waiting()
+
+    def _take_over(self) -> None:
+        """From programs of another version, once our maps hold all that ours need
+        (docs/cluster.md, Versioned pins). Whenever this ends, the next agent does it again."""
+        with Carry(self.dp) as carry:
+            carried = carry.before() + carry.before()
+            self._attach(self.read_cards_now())
+            wait_grace()
+            carried += carry.after()
+        self.dp.settle()
+        log.info("taken over from another version; %d records carried over", carried)
 
     async def run(self) -> None:
         """Follow the objects and the kernel's neighbours."""
@@ -266,6 +290,8 @@ class Agent:
             log.warning("%s", text)
         self.errors["objects"] = tables.errors
         self._tables = tables
+        if self.dp.pending:
+            self._take_over()
         return moved
 
     # ---- Hops and cards --------------------------------------------------------------
@@ -290,7 +316,8 @@ class Agent:
             return
         try:
             cards = cards or self.read_cards_now()
-            self._attach_cards(cards)
+            if not self.dp.pending:
+                self._attach_cards(cards)
             with Net() as net:
                 self.hops.refresh(net, cards, cluster)
             self._set_mtu(cards)
@@ -358,6 +385,7 @@ class Agent:
             try:
                 while (count := await self.work(next, steps, None)) is not None:
                     self.swept += count
+                await self.work(self.dp.tidy)
             except OSError as error:
                 log.warning("sweep: %s", error)
 

@@ -1,13 +1,13 @@
 """The programs and maps of one node in the kernel, and the pins that outlive the agent.
 
-Pins are in `<bpffs>/lockgate/CLUSTER/NODE`: maps by name, links in `links/`. An agent that
-starts finds the maps of the one before and goes on with them; pinned links get the new
-programs in place, so packets are judged all the while.
+Pins are in `<bpffs>/lockgate/CLUSTER/NODE`: maps by name and version, links in `links/`. An
+agent that starts finds the maps of the one before and goes on with them; pinned links get the
+new programs in place, so packets are judged all the while. Maps of other versions are left
+to the programs that use them until ours can do without (`pending`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -17,9 +17,11 @@ from typing import Self
 import numpy as np
 
 from lockgate.agent.limits import Limits
+from lockgate.agent.others import Table, inherit
 from lockgate.bpf import links, syscall
 from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
-from lockgate.bpf.object import LoadError, Object
+from lockgate.bpf.object import Object
+from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
 from lockgate.bpf.syscall import TestRun
 
 __all__ = ["Datapath", "Sizes"]
@@ -65,13 +67,12 @@ class Datapath:
         self.object = Object(path)
         try:
             sizes = sizes or Sizes.from_memory()
-            self.replaced = self._reuse(sizes)
+            self.names = pin_names(self.object.schema)
+            self._set_aside()
+            self._reuse(sizes)
             self.object.set_rodata((limits or Limits()).constants(sizes.half_open))
             self.object.set_rodata({"config_tunnel": int(tunnels)})
             self.object.load()
-            for name in self.replaced:
-                (pins / name).unlink(missing_ok=True)
-            self.object.pin_maps(pins)
         except BaseException:
             self.object.close()
             raise
@@ -93,7 +94,50 @@ class Datapath:
         self.half_open = HashMap.of(obj, "half_open", dtype("ct_key"), dtype("ct"))
         self.nat = HashMap.of(obj, "nat", dtype("tuple"), dtype("nat"))
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
+        self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.counters = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
+        #: Maps of other versions, which programs that are attached may be using.
+        self.others = other_pins(pins, self.names)
+        #: The last epoch that any of those was in: ours are not to be confounded with them.
+        self.beyond = 0
+        try:
+            tables: dict[str, Table] = {
+                "hops": self.hops,
+                "routes": self.routes,
+                "link_roles": self.link_roles,
+            }
+            self.beyond = inherit(self.others, self.state, self.ids, tables)
+            # Not before: what is pinned is whole.
+            self.object.pin_maps(pins, self.names)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pending(self) -> bool:
+        """Are there maps of other versions? Then nothing is to be attached before ours hold all
+        that our programs need; what is attached goes on with the others meanwhile."""
+        return bool(self.others)
+
+    def settle(self) -> None:
+        """All programs are attached, and nothing uses the maps of other versions any more."""
+        for pin in self.others:
+            pin.path.unlink(missing_ok=True)
+        self.others = []
+        self.tidy()
+
+    def tidy(self) -> int:
+        """Unpin links whose interface or cgroup is gone, and those of programs that are none of
+        ours (of a later version, after a downgrade). Returns how many."""
+        if self.pending:
+            return 0
+        count = 0
+        for name, info in links.links_in(str(self.links)).items():
+            program = name if name in self.object.programs else name.partition("-")[0]
+            severed = info.ifindex == 0 and info.cgroup_id == 0
+            if severed or program not in self.object.programs:
+                count += links.remove(str(self.links / name))
+        return count
 
     def close(self) -> None:
         """Close descriptors; nothing is detached."""
@@ -167,30 +211,31 @@ class Datapath:
 
     # ---- Inside --------------------------------------------------------------------
 
-    def _reuse(self, sizes: Sizes) -> list[str]:
-        """Take over pinned maps; returns those that are of another version and will be new."""
+    def _set_aside(self) -> None:
+        """What the agent publishes is read together: where some of its pins are missing (an agent
+        ended while it pinned, or somebody removed one), the others are not ours either."""
+        paths = [self.pins / self.names[name] for name in PUBLISHED]
+        there = [path for path in paths if path.exists()]
+        if len(there) < len(paths):
+            for path in there:
+                log.warning("%s is not whole any more and will be made anew", path)
+                path.rename(path.with_name(f"{path.name}-incomplete"))
+
+    def _reuse(self, sizes: Sizes) -> None:
+        """Take over the maps of this version."""
         wanted = {
             "connections": sizes.connections,
             "half_open": sizes.half_open,
             "nat": sizes.nat,
             "sockets": sizes.sockets,
         }
-        replaced = []
-        for name in self.object.maps:
-            if name.startswith("."):
-                continue
-            path = self.pins / name
+        for name, pin in self.names.items():
+            path = self.pins / pin
             if path.exists():
                 fd = syscall.obj_get(str(path))
                 try:
                     self.object.reuse_map(name, fd)
-                    continue
-                except LoadError as error:
-                    log.warning("%s; it is replaced and what it held is lost", error)
-                    replaced.append(name)
                 finally:
                     os.close(fd)
-            if name in wanted:
-                with contextlib.suppress(LoadError):
-                    self.object.set_max_entries(name, wanted[name])
-        return replaced
+            elif name in wanted:
+                self.object.set_max_entries(name, wanted[name])

@@ -166,8 +166,7 @@ class Endpoints:
     def reconcile(self) -> list[str]:
         """At start, make leases and wiring agree: links tell whose they are, should the leases
         have been lost; links and pins without a pod go; leases whose link is gone are given back
-        (the namespace and the pod went while no agent ran); the others get the new programs.
-        Returns what could not be done."""
+        (the namespace and the pod went while no agent ran). Returns what could not be done."""
         errors = [self._ipam.damaged] if self._ipam.damaged else []
         seals = pods.seals()
         with self._ipam.together():
@@ -176,12 +175,18 @@ class Endpoints:
                 if seals.get(lease.slot) != self._seal(lease):
                     log.info("pod %s went while no agent ran: its addresses are free", uid)
                     self._ipam.release(uid)
-        leases = list(self._ipam.leases.values())
-        stray = (set(seals) | self._dp.pod_slots()) - {lease.slot for lease in leases}
+        stray = (set(seals) | self._dp.pod_slots()) - {
+            lease.slot for lease in self._ipam.leases.values()
+        }
         if stray:
             log.info("endpoint slots with wiring but no pod, removed: %s", sorted(stray))
             self.unwire(sorted(stray))
-        for lease in leases:
+        return errors
+
+    def attach(self) -> list[str]:
+        """The programs to all pods that are wired. Returns what could not be done."""
+        errors = []
+        for lease in self._ipam.leases.values():
             try:
                 self._attach(self.link(lease))
             except OSError as error:

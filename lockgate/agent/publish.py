@@ -176,9 +176,17 @@ class Publisher:
             self.read_back()
         wanted = self._encoder.encode(tables, endpoints)
         epoch = self.epoch
-        if epoch and self._in_force(epoch & 1, wanted) and self._has_hops(epoch & 1, hops):
+        # Connections remember the epoch that judged them, also those that programs of another
+        # version judge beside ours: one number, one meaning.
+        if (
+            epoch > self._dp.beyond
+            and self._in_force(epoch & 1, wanted)
+            and self._has_hops(epoch & 1, hops)
+        ):
             return False
         following = epoch + 1 if epoch < _MAX_EPOCH else 2
+        if following <= self._dp.beyond < _MAX_EPOCH - 2:
+            following += (self._dp.beyond - following) // 2 * 2 + 2
         idle = following & 1
         # Whoever reads the idle view began before the last move of the epoch; by now they have
         # mostly finished.

@@ -20,7 +20,7 @@ class TunnelDevice:
 
     def __init__(self, dp: Datapath, port: int) -> None:
         self._dp, self._port = dp, port
-        self._attached = 0
+        self._attached = self._wanted = 0
 
     def ensure(self, mtu: int) -> Card:
         """The device. What arrives by it is the stack's until `attach`, and made out to nobody.
@@ -37,13 +37,19 @@ class TunnelDevice:
         return Card(TUNNEL, index, dumps.link(index)[0], mtu)
 
     def attach(self, index: int) -> None:
-        """from_net on it, which has its role by now."""
-        if self._attached != index:
-            self._dp.attach_net(TUNNEL, index)
-            self._attached = index
+        """from_net on it, which has its role by now; or later, `attach_waiting`."""
+        self._wanted = index
+        if not self._dp.pending:
+            self.attach_waiting()
+
+    def attach_waiting(self) -> None:
+        """What was not attached while maps of another version were in force."""
+        if self._attached != self._wanted:
+            self._dp.attach_net(TUNNEL, self._wanted)
+            self._attached = self._wanted
 
     def remove(self) -> None:
         """Nothing there is success."""
         vxlan.remove(TUNNEL)
-        self._attached = 0
+        self._attached = self._wanted = 0
         self._dp.detach_net(TUNNEL)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BtfError", "Schema", "Variable"]
+__all__ = ["BtfError", "MapType", "Schema", "Variable"]
 
 INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT = range(1, 12)
 FUNC, FUNC_PROTO, VAR, DATASEC, FLOAT, DECL_TAG, TYPE_TAG, ENUM64 = range(12, 20)
@@ -40,6 +40,17 @@ class Variable:
     offset: int
     size: int
     dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MapType:
+    """A map as C declares it; `key` and `value` are None where C gives no type."""
+
+    type: int
+    flags: int
+    max_entries: int
+    key: np.dtype[Any] | None
+    value: np.dtype[Any] | None
 
 
 @dataclass(slots=True)
@@ -121,6 +132,23 @@ class Schema:
         section, offset, size = self._symbols[name]
         return Variable(name, section, offset, size, self._dtype(self._types[number].value))
 
+    @property
+    def maps(self) -> list[str]:
+        """Names of the maps (section .maps)."""
+        section = self._by_name.get((DATASEC, ".maps"))
+        if section is None:
+            return []
+        members = struct.iter_unpack("<III", self._types[section].extra)
+        return [self._types[number].name for number, _offset, _size in members]
+
+    def map(self, name: str) -> MapType:
+        """How C declares map `name`; what holds other maps has the value of those. BtfError if
+        there is none."""
+        number = self._by_name.get((VAR, name))
+        if number is None or name not in self.maps:
+            raise BtfError(f"{self._source}: no map {name}")
+        return self._map(self._types[number].value)
+
     def variables(self, section: str) -> list[str]:
         """Names of the global variables in `section` (".rodata")."""
         return [
@@ -130,6 +158,29 @@ class Schema:
         ]
 
     # ---- Inside ------------------------------------------------------------------
+
+    def _map(self, number: int) -> MapType:
+        """libbpf's convention: members are pointers, to the type that is meant or to an array
+        with as many elements as the number says; __array is an array of pointers."""
+        fields = {
+            self._string(at): self._types[member]
+            for at, member, _ in struct.iter_unpack("<III", self._types[number].extra)
+        }
+
+        def count(field: str) -> int:
+            if field not in fields:
+                return 0
+            length: int = struct.unpack("<III", self._types[fields[field].value].extra)[2]
+            return length
+
+        def of(field: str) -> np.dtype[Any] | None:
+            return self._dtype(fields[field].value) if field in fields else None
+
+        value = of("value")
+        if "values" in fields:
+            pointer = struct.unpack("<III", fields["values"].extra)[0]
+            value = self._map(self._types[pointer].value).value
+        return MapType(count("type"), count("map_flags"), count("max_entries"), of("key"), value)
 
     def _parse(self, raw: bytes) -> None:
         magic, _version, _flags, header, type_off, type_len, str_off, str_len = struct.unpack_from(

@@ -252,12 +252,14 @@ class Object:
             )
         self._loaded = True
 
-    def pin_maps(self, directory: str | os.PathLike[str]) -> list[str]:
-        """Pin every declared map under its name in `directory` (which must exist in a bpffs),
-        leaving pins that are there; returns the names newly pinned."""
+    def pin_maps(
+        self, directory: str | os.PathLike[str], pins: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Pin every declared map in `directory` (which must exist in a bpffs) under the name that
+        `pins` has for it, else its own, leaving pins that are there; returns those newly pinned."""
         done = []
         for name in self._maps:
-            path = os.path.join(directory, name)
+            path = os.path.join(directory, name if pins is None else pins.get(name, name))
             if not name.startswith(".") and not os.path.exists(path):
                 syscall.obj_pin(self.map_fd(name), path)
                 done.append(name)

@@ -33,6 +33,7 @@ __all__ = [
     "ProgInfo",
     "TestRun",
     "batch",
+    "btf_by_id",
     "link_create",
     "link_detach",
     "link_fd_by_id",
@@ -78,6 +79,7 @@ _PROG_TEST_RUN = 10
 _PROG_FD_BY_ID = 13
 _MAP_FD_BY_ID = 14
 _OBJ_INFO = 15
+_BTF_FD_BY_ID = 19
 _LINK_CREATE = 28
 _LINK_UPDATE = 29
 _LINK_FD_BY_ID = 30
@@ -306,6 +308,7 @@ class MapInfo:
     max_entries: int
     flags: int
     name: str
+    btf_id: int  # of the types that its maker knew; 0 = none
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,9 +347,32 @@ def map_info(fd: int) -> MapInfo:
     """What the kernel knows of a map. EINVAL if `fd` is no bpf object."""
     raw = _info(fd, 88, "map")
     type_, id_, key_size, value_size, max_entries, flags, name = struct.unpack_from("<6I16s", raw)
+    (btf_id,) = struct.unpack_from("<I", raw, 64)
     return MapInfo(
-        type_, id_, key_size, value_size, max_entries, flags, name.rstrip(b"\0").decode()
+        type_, id_, key_size, value_size, max_entries, flags, name.rstrip(b"\0").decode(), btf_id
     )
+
+
+def btf_by_id(id_: int) -> bytes:
+    """The types behind `MapInfo.btf_id`, as in a .BTF section. ENOENT if they are gone."""
+    fd = _bpf(_BTF_FD_BY_ID, struct.pack("<III", id_, 0, 0), f"open BTF {id_}")
+    try:
+        # struct bpf_btf_info: address and size of a buffer that the kernel fills; first its size.
+        (size,) = struct.unpack_from("<8xI", _btf_info(fd, b""))
+        buffer = ctypes.create_string_buffer(size)
+        _btf_info(fd, buffer)
+        return buffer.raw
+    finally:
+        os.close(fd)
+
+
+def _btf_info(fd: int, into: bytes | ctypes.Array[ctypes.c_char]) -> bytes:
+    size = len(into)
+    asked = struct.pack("<QII", _address(into) if size else 0, size, 0).ljust(32, b"\0")
+    info = ctypes.create_string_buffer(asked, len(asked))
+    attr = struct.pack("<IIQ", fd, len(info), ctypes.addressof(info))
+    _bpf(_OBJ_INFO, attr, f"read the info of BTF {fd}")
+    return info.raw
 
 
 def prog_info(fd: int) -> ProgInfo:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import ArrayMap, HashMap
+from lockgate.bpf.pins import pin_names
 from lockgate.bpf.syscall import link_info, obj_get, prog_fd_by_id, prog_test_run, skb_context
 from lockgate.explain.kernel import DRY_MARK, DryRun, Ran
 from lockgate.explain.question import QuestionError
@@ -43,6 +44,7 @@ class PinnedNode:
         self._place = place
         self._endpoint_dtype = schema.dtype("endpoint")
         self._hop_dtype, self._state_dtype = schema.dtype("hop"), schema.dtype("node_state")
+        self._names = pin_names(schema)
         self._contexts: dict[tuple[int, bool], bytes] = {}
         self._programs: dict[str, int] = {}
         with ExitStack() as undo:
@@ -50,7 +52,7 @@ class PinnedNode:
             try:
                 for program in ("from_pod", "to_pod", "from_net"):
                     self._programs[program] = _attached(place.pins / "links", program)
-                with HashMap.open(str(place.pins / "link_roles"), "<u4", "<u4") as roles:
+                with HashMap.open(self._pin("link_roles"), "<u4", "<u4") as roles:
                     links, kinds = roles.items()
             except OSError as error:
                 raise QuestionError(
@@ -72,7 +74,7 @@ class PinnedNode:
     def refresh(self) -> None:
         """Reads endpoints and journal again: pods come and go."""
         self._journal.refresh()
-        with ArrayMap.open(str(self._place.pins / "endpoints"), self._endpoint_dtype) as endpoints:
+        with ArrayMap.open(self._pin("endpoints"), self._endpoint_dtype) as endpoints:
             records = endpoints.values()
         self._endpoints: dict[bytes, tuple[int, bytes, bytes]] = {}
         for slot in np.flatnonzero(records["flags"] & 1):
@@ -82,6 +84,9 @@ class PinnedNode:
                 address = _address(record[key])
                 if any(address):
                     self._endpoints[address] = ends
+
+    def _pin(self, name: str) -> str:
+        return str(self._place.pins / self._names[name])
 
     def endpoint(self, address: bytes, pod: str) -> tuple[int, bytes, bytes]:
         """Slot, MAC and host MAC of the pod that has the address here."""
@@ -101,10 +106,9 @@ class PinnedNode:
 
     def tunnel_end(self, hop: int) -> bytes | None:
         """The address that a hop tunnels to; None if it is no tunnel."""
-        pins = self._place.pins
         with (
-            ArrayMap.open(str(pins / "state"), self._state_dtype) as state,
-            ArrayMap.open(str(pins / "hops"), self._hop_dtype) as hops,
+            ArrayMap.open(self._pin("state"), self._state_dtype) as state,
+            ArrayMap.open(self._pin("hops"), self._hop_dtype) as hops,
         ):
             view = hops[hop]["view"][int(state[0]["epoch"]) & 1]
         return _address(view["remote"]) if view["flags"] & HOP_TUNNEL else None

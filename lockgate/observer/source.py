@@ -1,7 +1,8 @@
 """The pinned rings and counters of one node, opened when they are there.
 
 The rings outlive agents. When their pins are not there yet, or were made anew, the source
-waits and opens them again; a ring has one reader at a time, the observer.
+waits and opens them again; a ring has one reader at a time, the observer. During an upgrade
+there may be rings of another version: they are read until their pins go, and a last time then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import Map, PerCpuArray
+from lockgate.bpf.pins import OtherPin, convert, other_pins, pin_names, ring_record
 from lockgate.bpf.ring import Ring
 from lockgate.bpf.syscall import map_info, obj_get
 from lockgate.observer.flows import FlowLog
@@ -28,11 +30,13 @@ class Source:
 
     def __init__(self, pins: Path, schema: Schema, log: FlowLog) -> None:
         self._pins, self._log = pins, log
+        self._names = pin_names(schema)
         self._event, self._raw = schema.dtype("event"), schema.dtype("event_raw")
         counters = schema.enum("counter")
         self._written, self._lost = counters["COUNT_EVENTS"], counters["COUNT_EVENTS_LOST"]
         self._cut = counters["COUNT_EVENTS_CUT"]
         self._rings: list[Ring] = []
+        self._others: dict[Path, Ring] = {}
         self._counters: PerCpuArray | None = None
         self.decoded = 0
         self.error = "waiting for the agent to pin its rings"
@@ -43,24 +47,28 @@ class Source:
 
     def filenos(self) -> list[int]:
         """Descriptors that are readable when there are events."""
-        return [ring.fileno() for ring in self._rings]
+        return [ring.fileno() for ring in (*self._rings, *self._others.values())]
 
     def open(self) -> bool:
         """Opens what is pinned, if it is not what is open already; True if anything changed."""
-        if self._rings and all(self._current(ring, ring.name) for ring in self._rings):
+        changed = self._open_others()
+        return self._open_own() or changed
+
+    def _open_own(self) -> bool:
+        if self._rings and all(self._current(ring) for ring in self._rings):
             return False
         was = self.ready
         if was:
             with suppress(OSError, ValueError):
                 self.read()  # the last words of rings that were replaced
-        self.close()
+        self._close_own()
         opened: list[Map] = []
         try:
-            events = Ring.open(str(self._pins / "events"), self._event)
+            events = Ring.open(self._pin("events"), self._event)
             opened.append(events)
-            raw = Ring.open(str(self._pins / "events_raw"), self._raw)
+            raw = Ring.open(self._pin("events_raw"), self._raw)
             opened.append(raw)
-            self._counters = PerCpuArray.open(str(self._pins / "counters"), "<u8")
+            self._counters = PerCpuArray.open(self._pin("counters"), "<u8")
         except (OSError, TypeError) as error:
             for one in opened:
                 one.close()
@@ -72,17 +80,18 @@ class Source:
     def read(self, limit: int = 16) -> bool:
         """Takes what is there, at most `limit` batches; True if there may be more."""
         more = False
-        for ring in self._rings:
+        for ring in (*self._others.values(), *self._rings):
             for _ in range(limit):
                 records = ring.read(_BATCH)
                 if not len(records):
                     break
                 # Ids are journalled before they go live: now every one can be resolved.
                 self._log.journal.refresh()
-                if ring.record_dtype is self._raw:
+                if "head" in (records.dtype.names or ()):
+                    records = convert(records, self._raw)
                     self._log.add(records["event"], records["head"])
                 else:
-                    self._log.add(records)
+                    self._log.add(convert(records, self._event))
                 self.decoded += len(records)
             else:
                 more = True
@@ -102,6 +111,12 @@ class Source:
         }
 
     def close(self) -> None:
+        for ring in self._others.values():
+            ring.close()
+        self._others.clear()
+        self._close_own()
+
+    def _close_own(self) -> None:
         for ring in self._rings:
             ring.close()
         self._rings = []
@@ -109,9 +124,38 @@ class Source:
             self._counters.close()
             self._counters = None
 
-    def _current(self, ring: Ring, name: str) -> bool:
+    def _open_others(self) -> bool:
+        """Open and let go of rings of other versions; True if anything changed."""
+        with suppress(FileNotFoundError):
+            found = {
+                pin.path: pin
+                for pin in other_pins(self._pins, self._names)
+                if pin.name in ("events", "events_raw")
+            }
+            gone, new = set(self._others) - set(found), set(found) - set(self._others)
+            if gone:
+                with suppress(OSError, ValueError):
+                    self.read()
+            for path in gone:
+                self._others.pop(path).close()
+            opened = [self._open_other(found[path]) for path in sorted(new)]
+            return any(opened) or bool(gone)
+        return False
+
+    def _open_other(self, pin: OtherPin) -> bool:
+        with suppress(OSError, TypeError):
+            record = ring_record(pin)
+            if record is not None:
+                self._others[pin.path] = Ring.open(str(pin.path), record)
+                return True
+        return False
+
+    def _pin(self, name: str) -> str:
+        return str(self._pins / self._names[name])
+
+    def _current(self, ring: Ring) -> bool:
         try:
-            fd = obj_get(str(self._pins / name))
+            fd = obj_get(str(self._pins / ring.name))
         except OSError:
             return True  # unpinned, but what we hold may still be written to
         try:

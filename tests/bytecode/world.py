@@ -232,6 +232,7 @@ class World:
         self.hops = MappedArray.of(obj, "hops", dtype("hop"))
         self.routes = LpmTrie.of(obj, "routes", dtype("route_key"), u32)
         self.link_roles = HashMap.of(obj, "link_roles", u32, u32)
+        self.beyond = 0  # no other version
         self.connections = HashMap.of(obj, "connections", dtype("ct_key"), dtype("ct"))
         self.half_open = HashMap.of(obj, "half_open", dtype("ct_key"), dtype("ct"))
         self.nat = HashMap.of(obj, "nat", dtype("tuple"), dtype("nat"))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Cluster, manifest, need_root, unique_name
+from tests.system.harness import ROOT, Cluster, manifest, need_root, unique_name
 
 NEAR, FAR = "node-1", "node-2"
 
@@ -63,3 +67,33 @@ def traffic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             place.sysctl(net__ipv4__ip_forward=0, net__ipv6__conf__all__forwarding=0)
             place.run("nft", "-f", "-", input=FOREIGN_FIREWALL)
         yield cluster
+
+
+# Fields more, at the beginning, in records of every kind: published, remembered, told.
+OTHER_LAYOUT = {
+    "struct node_state {": "__u32 extra;",
+    "struct ct {": "__u32 extra;",
+    "struct nat {": "__u32 extra;",
+    "struct event {": "__u64 extra;",
+}
+
+
+@pytest.fixture(scope="session")
+def other_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The object as another version might be: other layouts of what is pinned."""
+    folder = tmp_path_factory.mktemp("other")
+    sources = folder / "bpf"
+    shutil.copytree(ROOT / "bpf", sources)
+    text = (sources / "types.h").read_text()
+    for head, field in OTHER_LAYOUT.items():
+        assert text.count(f"\n{head}\n") == 1, head
+        text = text.replace(f"\n{head}\n", f"\n{head}\n\t{field}\n")
+    (sources / "types.h").write_text(text)
+    clang = next(c for c in ("clang-19", "clang-18", "clang-17", "clang-16") if shutil.which(c))
+    made = folder / "other.bpf.o"
+    flags = f"-target bpf -mcpu=v3 -O2 -g -std=gnu11 -I/usr/include/{platform.machine()}-linux-gnu"
+    subprocess.run(
+        [clang, *flags.split(), f"-I{sources}", "-c", str(sources / "lockgate.bpf.c"), "-o", made],
+        check=True,
+    )
+    return made

@@ -15,6 +15,7 @@ from scapy.layers.inet import IP, TCP
 from lockgate.bpf import links as bpf_links
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import ArrayMap
+from lockgate.bpf.pins import pin_names
 from lockgate.net import namespaces
 from lockgate.net.pods import remove
 from lockgate.observer.journal import Journal
@@ -147,7 +148,8 @@ async def test_services_hops_and_dry_runs(bed: Bed) -> None:
     assert await asyncio.to_thread(bed.exchange, "far", "10.96.0.7", 80) == "server"
 
     def hops(node: Node) -> list[Any]:
-        with ArrayMap.open(str(node.pins / "hops"), schema.dtype("hop")) as table:
+        pin = str(node.pins / pin_names(schema)["hops"])
+        with ArrayMap.open(pin, schema.dtype("hop")) as table:
             return list(table[8]["view"])
 
     schema = Schema.from_object(bpf_object())

@@ -15,6 +15,7 @@ import pytest
 
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import ArrayMap
+from lockgate.bpf.pins import pin_names
 from lockgate.net import namespaces
 from lockgate.paths import bpf_object
 from tests.system.agents import NODES, Bed, Node, make_bed, pod, until, with_ips
@@ -61,9 +62,10 @@ class Talk:
 def hop(node: Node, number: int) -> Any:
     """The record in force."""
     schema = Schema.from_object(bpf_object())
+    names = pin_names(schema)
     with (
-        ArrayMap.open(str(node.pins / "hops"), schema.dtype("hop")) as table,
-        ArrayMap.open(str(node.pins / "state"), schema.dtype("node_state")) as state,
+        ArrayMap.open(str(node.pins / names["hops"]), schema.dtype("hop")) as table,
+        ArrayMap.open(str(node.pins / names["state"]), schema.dtype("node_state")) as state,
     ):
         return table[number]["view"][int(state[0]["epoch"]) & 1]
 

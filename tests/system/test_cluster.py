@@ -15,6 +15,7 @@ import yaml
 
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import HashMap, PerCpuArray
+from lockgate.bpf.pins import pin_names
 from lockgate.cli.common import call
 from lockgate.paths import bpf_object
 from tests.system.harness import Cluster, family_of, unique_name, until
@@ -403,8 +404,8 @@ def traces(cluster: Cluster, schema: Schema) -> dict[str, Any]:
     """What questions must not move: counters, connections and events of every node."""
     found: dict[str, Any] = {}
     for node in cluster.node_names:
-        pins = cluster.state.pins() / node
-        with PerCpuArray.open(str(pins / "counters"), np.dtype("<u8")) as counters:
+        pins, names = cluster.state.pins() / node, pin_names(schema)
+        with PerCpuArray.open(str(pins / names["counters"]), np.dtype("<u8")) as counters:
             found[f"{node} counters"] = counters.values().sum(axis=1).tolist()
         for name, key, value in (
             ("connections", "ct_key", "ct"),
@@ -413,7 +414,7 @@ def traces(cluster: Cluster, schema: Schema) -> dict[str, Any]:
             ("fragments", "frag_key", "frag"),
         ):
             types = schema.dtype(key), schema.dtype(value)
-            with HashMap.open(str(pins / name), *types) as entries:
+            with HashMap.open(str(pins / names[name]), *types) as entries:
                 found[f"{node} {name}"] = sorted(bytes(key) for key in entries.keys())  # noqa: SIM118
         answer = call(cluster.state.observer(node), "GET", "/v1/status")
         found[f"{node} events"] = answer["events"]

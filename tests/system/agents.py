@@ -101,6 +101,11 @@ class Node:
         return self.folder / self.name
 
     async def start(self) -> None:
+        await self.launch()
+        await until(self._answers)
+
+    async def launch(self) -> None:
+        """Start the agent; do not wait for it."""
         self.state.mkdir(exist_ok=True)
         config = {
             "cluster": self.cluster,
@@ -128,7 +133,6 @@ class Node:
                 stdout=log,
                 stderr=log,
             )
-        await until(self._answers)
 
     async def _answers(self) -> bool:
         assert self.process is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lockgate.cli.common import call
 from tests.system.harness import Cluster, connected, manifest, until
 from tests.system.test_traffic import exchange, udp
 
@@ -256,6 +258,31 @@ def test_connections_and_verdicts_outlive_a_killed_agent(policies: Cluster) -> N
     # And the new agents follow what is saved.
     cluster.save("policy-allow.yaml")
     assert not may_connect(cluster, "live/client", "live/near")
+
+
+def test_a_killed_observer_leaves_nothing_unread(policies: Cluster) -> None:
+    cluster = policies
+    cluster.save("policy-isolate.yaml", isolating("near", "Ingress"))
+    cluster.save("policy-allow.yaml", allowing("near", "Ingress", "client"))
+    [observer] = [one["observer"] for one in cluster.status()["nodes"] if one["name"] == "node-1"]
+    os.kill(observer["pid"], signal.SIGSTOP)
+    client, ports = cluster.pod("live/client"), set()
+    for _ in range(20):
+        with client.socket() as near:
+            near.connect((cluster.pod("live/near").ip(4), 8080))
+            ports.add(near.getsockname()[1])
+    os.kill(observer["pid"], signal.SIGKILL)
+
+    def told() -> bool:
+        with contextlib.suppress(Exception):  # nobody listens yet
+            flows = cluster.flows("node-1", pod="live/client")
+            return ports <= {flow["source"].get("port") for flow in flows}
+        return False
+
+    until(told, "records of what was connected while it did not read", deadline=20)
+    status = call(cluster.state.observer("node-1"), "GET", "/v1/status")
+    assert status["lost"] == 0
+    cluster.save("policy-allow.yaml")
 
 
 def back(cluster: Cluster, node: str, pids: dict[str, int]) -> bool:

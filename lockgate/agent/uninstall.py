@@ -103,14 +103,15 @@ def _node() -> list[str]:
 
 def _folder(path: Path) -> list[str]:
     """All that is in it; the folder itself may be a mount."""
-    for one in path.iterdir():
+    content = list(path.iterdir())
+    for one in content:
         if one.is_dir() and not one.is_symlink():
             shutil.rmtree(one)
         else:
             one.unlink()
     with contextlib.suppress(OSError):
         path.rmdir()
-    return [str(path)]
+    return [str(path)] if content or not path.exists() else []
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -59,7 +59,7 @@ class Agent:
     def __init__(self, config: Config, features: list[Feature]) -> None:
         self.config = config
         self._state = Path(config.state_dir)
-        self.source = _source(config)
+        self.source = _source(config, lambda: self.publisher.epoch > 0)
         self._worker = ThreadPoolExecutor(1, "kernel")
         self.turn = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -401,9 +401,9 @@ class Agent:
             raise
 
 
-def _source(config: Config) -> stream.Source:
+def _source(config: Config, in_force: Callable[[], bool]) -> stream.Source:
     """Where the objects come from: the API server, or the supervisor of a standalone cluster."""
     if config.kubernetes is None:
         return stream.StreamSource(Path(config.control), config.node)
     state = Path(config.state_dir)
-    return ApiSource(Client(config.kubernetes, state), state / "snapshot")
+    return ApiSource(Client(config.kubernetes, state), state / "snapshot", in_force=in_force)

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,20 @@ class ApiSource:
     """The objects of a cluster (see `lockgate.kube.stream.Source`)."""
 
     def __init__(
-        self, client: Client, saved: Path | None = None, *, snapshot_after: float = _SNAPSHOT_AFTER
+        self,
+        client: Client,
+        saved: Path | None = None,
+        *,
+        snapshot_after: float = _SNAPSHOT_AFTER,
+        in_force: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`saved` is the snapshot's file."""
+        """`saved` is the snapshot's file. `in_force` tells whether the kernel has a state by
+        which it judges: a snapshot that changes came after must not take its place."""
         self.client = client
         self._saved, self._snapshot_after = saved, snapshot_after
+        self._in_force = in_force
+        #: There while the snapshot is behind what was told, however this process ends.
+        self._behind = saved.with_suffix(".behind") if saved is not None else None
         self._parts = Parts()
         self._reflectors = [
             Reflector(client, kind, self._parts, self._take, self._look) for kind in KINDS
@@ -138,6 +147,9 @@ class ApiSource:
     def _take(self, kind: Kind, key: Any, change: Change) -> None:
         """A difference, from a reflector."""
         self._pending[kind.name, key] = change
+        if not self._dirty and self._behind is not None:
+            with contextlib.suppress(OSError):
+                self._behind.touch()
         self._dirty = True
 
     def _look(self) -> None:
@@ -167,6 +179,9 @@ class ApiSource:
             await self._woken.wait()
         if any(one.synced for one in self._reflectors):
             return False
+        if self._stale and self._in_force():
+            log.warning("%s; the kernel has a later state than the snapshot", self.problem())
+            return False
         found = await asyncio.to_thread(snapshot.load, self._saved)
         if found is None or any(one.synced for one in self._reflectors):
             return False
@@ -175,6 +190,10 @@ class ApiSource:
             one.objects.update(tables[one.kind.name])
         log.warning("%s", self.problem())
         return True
+
+    @property
+    def _stale(self) -> bool:
+        return self._behind is not None and self._behind.exists()
 
     async def _wait(self, tasks: list[asyncio.Task[None]]) -> None:
         await self._woken.wait()
@@ -211,7 +230,10 @@ class ApiSource:
         tables = {one.kind.name: list(one.objects.values()) for one in self._reflectors}
         self._dirty = False
         try:
-            return await asyncio.to_thread(snapshot.save, self._saved, tables)
+            size = await asyncio.to_thread(snapshot.save, self._saved, tables)
+            if not self._dirty and self._behind is not None:
+                self._behind.unlink(missing_ok=True)
+            return size
         except OSError as error:
             self._dirty = True
             log.warning("the snapshot can't be written: %s", error)

@@ -80,9 +80,11 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 @asynccontextmanager
-async def reading(url: str, saved: Path | None = None) -> AsyncIterator[Reader]:
+async def reading(
+    url: str, saved: Path | None = None, in_force: bool = False
+) -> AsyncIterator[Reader]:
     client = Client(Settings(api_server=url))
-    source = ApiSource(client, saved, snapshot_after=0.3)
+    source = ApiSource(client, saved, snapshot_after=0.3, in_force=lambda: in_force)
     reader = Reader(source)
     task = asyncio.create_task(reader.run())
     try:
@@ -268,6 +270,33 @@ async def test_a_snapshot_serves_without_a_server(server: ApiServer, tmp_path: P
         await until(lambda: reader.pods() == ["b", "c"])
         assert [t.complete for t in reader.transactions] == [True, False]
         assert reader.source.problem() == ""
+
+
+async def test_a_snapshot_that_is_behind_does_not_take_the_place_of_what_is_in_force(
+    server: ApiServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = tmp_path / "snapshot"
+    url = await server.start()
+    async with reading(url, saved) as reader:
+        await until(lambda: reader.cluster)
+    assert not saved.with_suffix(".behind").exists()
+    async with reading(url, saved) as reader:
+        await until(lambda: reader.cluster)
+        assert saved.with_suffix(".behind").exists(), "until it is written the next time"
+        saved.with_suffix(".killed").touch()
+    saved.with_suffix(".killed").rename(saved.with_suffix(".behind"))
+    await server.stop()
+    async with reading(url, saved, in_force=True) as reader:
+        await until(lambda: "later state than the snapshot" in caplog.text)
+        assert reader.cluster is None
+        await server.start()
+        await until(lambda: reader.pods() == ["a", "b"])
+        assert [t.complete for t in reader.transactions] == [True]
+    saved.with_suffix(".behind").touch()
+    await server.stop()
+    async with reading(url, saved) as reader:
+        await until(lambda: reader.cluster)
+        assert "working with a snapshot of" in reader.source.problem(), "better than nothing"
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x05\x00\x00\x00abc"])

@@ -20,7 +20,7 @@ _HOUR = 360
 
 async def collect_between(busy: Callable[[], bool], settled: Callable[[], object]) -> None:
     """Takes the collector over, until it is cancelled. Waits while `busy`. When `settled` gives
-    another object than before, what is there now is taken to stay, and not looked at again
+    another answer than before, what is there now is taken to stay, and not looked at again
     within the hour."""
     gc.disable()
     known: object = None
@@ -31,8 +31,10 @@ async def collect_between(busy: Callable[[], bool], settled: Callable[[], object
                 await asyncio.sleep(0.05)
             if turn % _HOUR == 0:
                 gc.unfreeze()
-            gc.collect()
-            if turn % _HOUR == 0 or settled() is not known:
+            # What came with the start is mostly objects that stay, and many.
+            if turn > 1:
+                gc.collect()
+            if turn % _HOUR == 0 or settled() != known:
                 known = settled()
                 gc.freeze()
     finally:

@@ -42,6 +42,7 @@ from lockgate.kube.client import AWAY, Client
 from lockgate.kube.source import ApiSource
 from lockgate.net import neighbours
 from lockgate.net.links import IFINDEX_BASE, Net
+from lockgate.objects.changes import Changed, Name
 from lockgate.objects.model import Cluster
 
 __all__ = ["Agent"]
@@ -67,8 +68,8 @@ class Agent:
         self.seen = asyncio.Condition()
         self.cluster: Cluster | None = None
         self._noted: deque[stream.Transaction] = deque()
-        #: Of the pods that are known, those noted included.
-        self.uids: set[str] = set()
+        #: By uid the pods that are known, those noted included.
+        self.uids: dict[str, Name] = {}
         self._uid_of: dict[tuple[str, str], str] = {}
         self.requests = Requests(self)
         #: Cards with our program, by name → ifindex.
@@ -77,6 +78,8 @@ class Agent:
         self.underlay = 1
         self._hops_made_of: tuple[object, object] | None = None
         self._tables: Tables | None = None
+        #: What changed in `cluster` since the tables were made; None: anything.
+        self._unpublished: Changed | None = None
         self.revision = 0
         self.applied = 0
         self._reported = -1
@@ -159,7 +162,7 @@ class Agent:
                 group.create_task(self._apply())
                 group.create_task(self._watch_hops())
                 group.create_task(self._sweep())
-                group.create_task(collect_between(self.turn.locked, self._pods))
+                group.create_task(collect_between(self.turn.locked, lambda: self.revision))
                 if isinstance(self.source, ApiSource):
                     group.create_task(WriteBack(self, self.source.client).run())
         finally:
@@ -184,8 +187,7 @@ class Agent:
                 await self._take(transaction)
 
     async def _take(self, transaction: stream.Transaction) -> None:
-        """Note what changed; the next turn applies all that was noted, with one copy of each
-        table: a copy for each change would cost more than the changes."""
+        """Note what changed; the next turn applies all that was noted."""
         for error in transaction.errors:
             if error not in self.object_errors:
                 log.warning("%s", error)
@@ -206,16 +208,20 @@ class Agent:
         for change in transaction.changes:
             if change.object.kind == "Pod":
                 key, uid = change.object.key, change.object.metadata.uid
-                self.uids.discard(self._uid_of.pop(key, ""))
+                self.uids.pop(self._uid_of.pop(key, ""), None)
                 if change.verb != "DELETED":
                     self._uid_of[key] = uid
-                    self.uids.add(uid)
+                    self.uids[uid] = key
 
     def catch_up(self) -> None:
         """Apply what was noted, from the worker, in turn."""
         noted = [self._noted.popleft() for _ in range(len(self._noted))]
         if noted:
-            self.cluster = stream.apply(self.cluster or Cluster(), *noted)
+            self.cluster, changed = stream.apply(self.cluster or Cluster(), *noted)
+            if changed is None or self._unpublished is None:
+                self._unpublished = None
+            else:
+                self._unpublished.update(changed)
 
     async def _apply(self) -> None:
         while True:
@@ -234,9 +240,6 @@ class Agent:
             if error:
                 await asyncio.sleep(1)
                 self._changed.set()
-
-    def _pods(self) -> object:
-        return None if self.cluster is None else self.cluster.pods
 
     async def _report(self, revision: int, error: str) -> None:
         try:
@@ -265,20 +268,25 @@ class Agent:
         self.catch_up()
         if self.cluster is None:
             return False
-        cluster = self.endpoints.overlay(self.cluster)
+        # Should anything fail on the way, all may have changed the next time.
+        changed, self._unpublished = self._unpublished, None
+        tables, self._tables = self._tables, None
+        cluster, changed = self.endpoints.overlay(self.cluster, changed)
         me = cluster.nodes.get(self.config.node)
         if me is not None:
             self.ipam.set_pools(pod_cidrs(me))
-        self.hops.assign(cluster.nodes)
-        made_of = cluster.nodes, cluster.service_cidrs
-        if made_of != self._hops_made_of:
-            self._refresh_hops(cluster)
-            self._hops_made_of = made_of
+        if changed is None or changed.nodes or changed.service_cidrs:
+            self.hops.assign(cluster.nodes)
+            made_of = dict(cluster.nodes), dict(cluster.service_cidrs)
+            if made_of != self._hops_made_of:
+                self._refresh_hops(cluster)
+                self._hops_made_of = made_of
         self.journal.cluster = cluster
         overgrown = self.journal.overgrown
         with self.journal.asking() if overgrown else contextlib.nullcontext():
-            reusable = None if overgrown else self._tables
-            tables = compile_node(cluster, self.config.node, self._ids, reusable)
+            reusable = None if overgrown else tables
+            tables = compile_node(cluster, self.config.node, self._ids, reusable, changed)
+            self._tables, self._unpublished = tables, Changed()
             records = self.endpoints.records(tables.endpoints, self.journal.endpoint)
         self.journal.commit()
         if overgrown:
@@ -286,10 +294,10 @@ class Agent:
                 self.journal.shorten()
         moved = self.publisher.publish(tables, records, self.hops.table)
         self.hops.write_routes()
+        self.publisher.level(tables)
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
             log.warning("%s", text)
         self.errors["objects"] = tables.errors
-        self._tables = tables
         if self.dp.pending:
             self._take_over()
         return moved

@@ -1,31 +1,42 @@
-"""The compiler's tables as arrays of the kernel's records.
-
-The encoder keeps what it made: a table that is still the same object costs nothing, and
-addresses that are still the same keep their order.
-"""
+"""The compiler's tables as arrays of the kernel's records: whole, or what changed in them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lockgate.bpf.btf import Schema
-from lockgate.compile.tables import NO_CLASS, PEER_LOCAL, PeerView, ServiceView, Tables
+from lockgate.compile.peers import Peers
+from lockgate.compile.tables import (
+    NO_CLASS,
+    PEER_LOCAL,
+    BackendKey,
+    Delta,
+    PeerView,
+    ServiceKey,
+    ServiceView,
+    Tables,
+)
 from lockgate.objects.address import is_ipv4, parse_address
 
-__all__ = ["EP_LIVE", "Bytes", "Encoder", "EndpointRecord", "Wanted", "rows", "sortable"]
+__all__ = ["EP_LIVE", "Bytes", "Encoder", "EndpointRecord", "Patch", "Wanted", "rows", "sortable"]
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 Bytes = NDArray[np.uint8]
 #: Keys in order, and their values.
 Table = tuple[Bytes, Bytes]
 EP_LIVE = 1
 _U32 = np.dtype("<u4")
+_NO_PEER = PeerView(0, 0, 0, 0)
+_NO_SERVICE = ServiceView(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -50,18 +61,25 @@ class EndpointRecord:
 
 @dataclass(slots=True)
 class Wanted:
-    """Tables as arrays; `slots` are endpoints without their views."""
+    """Whole tables as arrays."""
 
     peers: Table
     services: Table
     backends: Table
-    image: NDArray[np.uint64]
-    slots: NDArray[Any]
-    views: NDArray[Any]
+
+
+class Patch(NamedTuple):
+    """Keys to be written to one view of a table: what they are to be there, and what they are in
+    the other view, which is in force. All zero bytes: nothing."""
+
+    keys: Bytes
+    wanted: Bytes
+    others: Bytes
 
 
 class Encoder:
-    """Encodes one state after the other."""
+    """Encodes one state after the other. Of the local pods, what is still the same is the same
+    array."""
 
     def __init__(self, schema: Schema, slots: int) -> None:
         self._peer_view = schema.dtype("peer_view")
@@ -70,65 +88,104 @@ class Encoder:
         self._backend_key = schema.dtype("backend_key")
         self._endpoint = schema.dtype("endpoint")
         self._endpoint_view = schema.dtype("endpoint_view")
-        # What was encoded last, and what came of it.
-        self._tables = Tables(np.zeros(0, np.uint64))
-        self._addresses = b""
-        self._keys = rows(np.zeros(0, np.uint8), 16)
-        self._order = np.zeros(0, np.intp)
-        self._peers = self._encode_peers(self._tables.peers)
-        self._services = self._encode_services(self._tables.services)
-        self._backends = self._encode_backends(self._tables.backends)
+        # What was encoded last of the local pods, and of what.
         self._records: Mapping[int, EndpointRecord] = {}
         self._slots = np.zeros(slots, self._endpoint)
-        # What peers say of the local pods, and of which peers and slots that was.
+        self._views = np.zeros(slots, self._endpoint_view)
         self._own: dict[int, tuple[int, int, int]] = {}
-        self._own_of: tuple[object, object] = (None, None)
+        self._addresses: set[bytes] = set()
+        self._serial = 0
+        self._made_of: tuple[object, object] = (None, None)
 
-    def encode(self, tables: Tables, endpoints: Mapping[int, EndpointRecord]) -> Wanted:
-        """`endpoints` are the local pods by slot; the same dict, and `slots` come as the same
-        array, if they did not change."""
-        before, self._tables = self._tables, tables
-        if tables.peers is not before.peers:
-            self._peers = self._encode_peers(tables.peers)
-        if tables.services is not before.services:
-            self._services = self._encode_services(tables.services)
-        if tables.backends is not before.backends:
-            self._backends = self._encode_backends(tables.backends)
+    def encode(self, tables: Tables) -> Wanted:
+        """All but image and endpoints, whole."""
+        peers, services, backends = tables.peers, tables.services, list(tables.backends)
+        keys = self._peer_keys(peers)
+        if isinstance(peers, Peers) and _plain(self._peer_view):
+            values = rows(peers.records().astype(_U32, copy=False), self._peer_view.itemsize)
+        else:
+            values = self._peer_values(peers.values())
+        return Wanted(
+            sort(keys, values),
+            sort(self._service_keys(services), self._service_values(services.values())),
+            sort(self._backend_keys(backends), np.ones((len(backends), 1), np.uint8)),
+        )
+
+    def patches(self, tables: Tables, delta: Delta, behind: Delta) -> tuple[Patch, Patch, Patch]:
+        """What the view that is not in force lacks: `delta` tells `tables` from what is in force,
+        `behind` what is in force from what the view has. Peers, services, backends."""
+        peers, services, backends = tables.peers, tables.services, tables.backends
+        p = list({**behind.peers, **delta.peers})
+        s = list({**behind.services, **delta.services})
+        b = list({**behind.backends, **delta.backends})
+        have = np.fromiter((one in backends for one in b), np.uint8, len(b))
+        had = np.fromiter((delta.backends.get(one, one in backends) for one in b), np.uint8, len(b))
+        return (
+            Patch(
+                self._peer_keys(p),
+                self._peer_values(peers.get(one) or _NO_PEER for one in p),
+                self._peer_values(_before(one, delta.peers, peers) or _NO_PEER for one in p),
+            ),
+            Patch(
+                self._service_keys(s),
+                self._service_values(services.get(one) or _NO_SERVICE for one in s),
+                self._service_values(
+                    _before(one, delta.services, services) or _NO_SERVICE for one in s
+                ),
+            ),
+            Patch(self._backend_keys(b), have.reshape(-1, 1), had.reshape(-1, 1)),
+        )
+
+    def endpoints(
+        self, tables: Tables, endpoints: Mapping[int, EndpointRecord]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The local pods by slot, without their views, and their views. The same arrays as the
+        last time if they did not change."""
         if endpoints is not self._records:
             self._encode_slots(endpoints)
-        views = self._encode_views(tables, endpoints)
-        return Wanted(self._peers, self._services, self._backends, tables.image, self._slots, views)
+        made_of, delta = (self._slots, tables.endpoints), tables.delta
+        if (
+            made_of[0] is not self._made_of[0]
+            or made_of[1] is not self._made_of[1]
+            or delta is None
+            or delta.base != self._serial
+            or not self._addresses.isdisjoint(delta.peers)
+        ):
+            self._encode_views(tables, endpoints)
+        self._made_of, self._serial = made_of, tables.serial
+        return self._slots, self._views
 
-    def _encode_peers(self, peers: Mapping[bytes, PeerView]) -> Table:
-        addresses = b"".join(peers)
-        if addresses != self._addresses:
-            keys = np.frombuffer(addresses, np.uint8).reshape(-1, 16)
-            self._addresses, self._order = addresses, np.argsort(sortable(keys))
-            self._keys = keys[self._order]
-        values = rows(structured(peers.values(), self._peer_view), self._peer_view.itemsize)
-        return self._keys, values[self._order]
+    # ---- Hashes ----------------------------------------------------------------------
 
-    def _encode_services(self, services: Mapping[tuple[bytes, int, int], ServiceView]) -> Table:
+    @staticmethod
+    def _peer_keys(peers: Iterable[bytes]) -> Bytes:
+        return np.frombuffer(b"".join(peers), np.uint8).reshape(-1, 16)
+
+    def _peer_values(self, peers: Iterable[PeerView]) -> Bytes:
+        return rows(structured(peers, self._peer_view), self._peer_view.itemsize)
+
+    def _service_keys(self, services: Collection[ServiceKey]) -> Bytes:
         keys = np.zeros(len(services), self._service_key)
         keys["addr"] = np.frombuffer(b"".join(key[0] for key in services), np.uint8).reshape(-1, 16)
         keys["port"] = [key[1] for key in services]
         keys["proto"] = [key[2] for key in services]
-        values = structured(
-            ((s.id, s.backends, s.count, s.flags) for s in services.values()), self._service_view
-        )
-        return sort(
-            rows(keys, self._service_key.itemsize), rows(values, self._service_view.itemsize)
-        )
+        return rows(keys, self._service_key.itemsize)
 
-    def _encode_backends(self, backends: Iterable[tuple[bytes, int, int, int]]) -> Table:
-        pairs = list(backends)
-        keys = np.zeros(len(pairs), self._backend_key)
-        keys["addr"] = np.frombuffer(b"".join(p[0] for p in pairs), np.uint8).reshape(-1, 16)
-        keys["service"] = [p[1] for p in pairs]
-        keys["port"] = [p[2] for p in pairs]
-        keys["proto"] = [p[3] for p in pairs]
-        live = np.ones((len(pairs), 1), np.uint8)
-        return sort(rows(keys, self._backend_key.itemsize), live)
+    def _service_values(self, services: Iterable[ServiceView]) -> Bytes:
+        values = structured(
+            ((s.id, s.backends, s.count, s.flags) for s in services), self._service_view
+        )
+        return rows(values, self._service_view.itemsize)
+
+    def _backend_keys(self, backends: Collection[BackendKey]) -> Bytes:
+        keys = np.zeros(len(backends), self._backend_key)
+        keys["addr"] = np.frombuffer(b"".join(p[0] for p in backends), np.uint8).reshape(-1, 16)
+        keys["service"] = [p[1] for p in backends]
+        keys["port"] = [p[2] for p in backends]
+        keys["proto"] = [p[3] for p in backends]
+        return rows(keys, self._backend_key.itemsize)
+
+    # ---- Endpoints -------------------------------------------------------------------
 
     def _encode_slots(self, endpoints: Mapping[int, EndpointRecord]) -> None:
         changed = [
@@ -153,19 +210,22 @@ class Encoder:
         for field, address in zip(("addr4", "addr6"), record.by_family, strict=True):
             row[field] = np.frombuffer(address, np.uint8)
 
-    def _encode_views(
-        self, tables: Tables, endpoints: Mapping[int, EndpointRecord]
-    ) -> NDArray[Any]:
-        if tables.peers is not self._own_of[0] or self._slots is not self._own_of[1]:
-            self._own = {s: _own_peers(tables.peers, s, r) for s, r in endpoints.items()}
-            self._own_of = tables.peers, self._slots
-        own = self._own
+    def _encode_views(self, tables: Tables, endpoints: Mapping[int, EndpointRecord]) -> None:
+        own = {slot: _own_peers(tables.peers, slot, one) for slot, one in endpoints.items()}
         views = np.zeros(len(self._slots), self._endpoint_view)
         places = [slot for slot in tables.endpoints if slot in own]
         views[places] = structured(
-            (tables.endpoints[slot] + own[slot] for slot in places), self._endpoint_view
+            (
+                (view.rows, view.cols, view.isolated, *own[slot])
+                for slot in places
+                for view in (tables.endpoints[slot],)
+            ),
+            self._endpoint_view,
         )
-        return views
+        # Another array only if it is another: what was handed out stays as it is.
+        if not np.array_equal(views, self._views):
+            self._views = views
+        self._addresses = {a for record in endpoints.values() for a in record.by_family}
 
 
 def _own_peers(
@@ -182,6 +242,11 @@ def _own_peers(
     return record.id, classes[0], classes[1]
 
 
+def _before(key: K, changed: Mapping[K, V | None], now: Mapping[K, V]) -> V | None:
+    """What was there before `changed`."""
+    return changed[key] if key in changed else now.get(key)
+
+
 # ---- Rows of bytes ---------------------------------------------------------------
 
 
@@ -192,10 +257,16 @@ def rows(array: NDArray[Any], size: int) -> Bytes:
 
 def structured(records: Iterable[tuple[int, ...]], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Tuples in the order of the struct's fields, as an array."""
-    names = dtype.names or ()
-    if dtype.itemsize == 4 * len(names) and all(dtype[name] == _U32 for name in names):
+    if _plain(dtype):
         return np.fromiter(chain.from_iterable(records), _U32).view(dtype)
     return np.array([tuple(record) for record in records], dtype)
+
+
+@cache
+def _plain(dtype: np.dtype[Any]) -> bool:
+    """Are these __u32 only?"""
+    names = dtype.names or ()
+    return dtype.itemsize == 4 * len(names) and all(dtype[name] == _U32 for name in names)
 
 
 def sort(keys: Bytes, values: Bytes) -> Table:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -17,6 +17,7 @@ from lockgate.agent.encode import EndpointRecord
 from lockgate.agent.ipam import Ipam, Lease
 from lockgate.net import pods
 from lockgate.net.pods import PodLink, Seal
+from lockgate.objects.changes import Changed, Name
 from lockgate.objects.model import Cluster, Pod, PodIP
 
 __all__ = ["Attachment", "Endpoints"]
@@ -53,10 +54,16 @@ class Endpoints:
         # Pods as last seen, so that one whose object went is judged until its DEL, and with
         # their addresses, which the object tells only later.
         self._pods: dict[str, tuple[Pod, Pod]] = {}
-        # What `overlay` and `records` made last, and of what.
-        self._overlaid: tuple[object, object, dict[tuple[str, str], Pod]] | None = None
+        # What `overlay` made last: all pods, those of this node as the objects have them by uid,
+        # where it put others than the objects, and the leases that this was for.
+        self._judged: dict[Name, Pod] = {}
+        self._here: dict[str, Pod] = {}
+        self._laid: set[Name] = set()
+        self._leases: dict[str, Lease] = {}
+        # How often pods of this node or leases were others: what `records` made last is of that.
+        self._times = 0
         self._records: dict[str, tuple[Lease, EndpointRecord]] = {}
-        self._recorded: tuple[object, tuple[int, set[int]]] | None = None
+        self._recorded: tuple[int, int, set[int]] | None = None
         self._by_slot: dict[int, EndpointRecord] = {}
 
     def slot(self, uid: str) -> int | None:
@@ -68,46 +75,90 @@ class Endpoints:
         """A pod with a lease, as the overlay has it."""
         return self._pods[uid][1]
 
-    def overlay(self, cluster: Cluster) -> Cluster:
+    def overlay(
+        self, cluster: Cluster, changed: Changed | None = None
+    ) -> tuple[Cluster, Changed | None]:
         """The cluster as this node has to judge it: local pods bear the addresses of their
-        leases at once, and stay until DEL. The same pods and leases give the same dict."""
-        last = self._overlaid
-        if last is None or last[0] is not cluster.pods or last[1] is not self._ipam.leases:
-            pods = self._overlay(cluster)
-            self._overlaid = last = cluster.pods, self._ipam.leases, pods
-        return msgspec.structs.replace(cluster, pods=last[2])
+        leases at once, and stay until DEL. `changed` is what changed in `cluster` since the last
+        time (None: anything), and comes back with what changed by leases besides; the dict of
+        pods that comes is patched the next time."""
+        leases = self._ipam.leases
+        others = changed is None
+        if changed is None:
+            self._judged, self._here, self._laid = dict(cluster.pods), {}, set()
+            keys: Collection[Name] = cluster.pods.keys()
+        else:
+            keys = changed.pods
+        for key in keys:
+            others |= self._take(key, cluster.pods.get(key))
+        if others or leases is not self._leases:
+            self._times += 1
+            moved = self._lay(cluster.pods, leases)
+            if changed is not None:
+                changed.pods |= moved
+        return msgspec.structs.replace(cluster, pods=self._judged), changed
 
-    def _overlay(self, cluster: Cluster) -> dict[tuple[str, str], Pod]:
-        pods = dict(cluster.pods)
-        by_uid = {
-            pod.metadata.uid: pod for pod in pods.values() if pod.metadata.uid in self._ipam.leases
+    def _take(self, key: Name, pod: Pod | None) -> bool:
+        """A pod is another, or went (None). True if that concerns this node."""
+        before = self._judged.get(key)
+        if pod is None:
+            self._judged.pop(key, None)
+        else:
+            self._judged[key] = pod
+        concerned = key in self._laid
+        here = None if before is None else self._here.get(before.metadata.uid)
+        if here is not None and here is not pod and here.key == key:
+            del self._here[here.metadata.uid]
+            concerned = True
+        if pod is not None:
+            uid = pod.metadata.uid
+            if pod.spec.node_name == self._node or uid in self._ipam.leases:
+                self._here[uid] = pod
+                concerned = True
+        return concerned
+
+    def _lay(self, objects: Mapping[Name, Pod], leases: dict[str, Lease]) -> set[Name]:
+        """Put pods with leases over the objects. Returns where there is another than before."""
+        judged, before = self._judged, {key: self._judged.get(key) for key in self._laid}
+        moved = {
+            pod.key
+            for uid, pod in self._here.items()
+            if leases.get(uid) is not self._leases.get(uid)
         }
-        for uid in set(self._pods) - set(self._ipam.leases):
-            del self._pods[uid]
-        for uid, lease in self._ipam.leases.items():
-            pod = by_uid.get(uid)
-            known = self._pods.get(uid)
+        for key in self._laid:
+            if key in objects:
+                judged[key] = objects[key]
+            else:
+                judged.pop(key, None)
+        self._laid, self._leases = set(), leases
+        for uid in self._pods.keys() - leases.keys():
+            moved.add(self._pods.pop(uid)[1].key)
+        for uid, lease in leases.items():
+            pod, known = self._here.get(uid), self._pods.get(uid)
             if pod is None:
                 if known is not None:
-                    pods.setdefault(known[1].key, known[1])
+                    judged.setdefault(known[1].key, known[1])
+                    self._laid.add(known[1].key)
                 continue
             if known is None or known[0] is not pod or tuple(known[1].ips) != lease.ips:
-                known = pod, with_addresses(pod, lease)
-                self._pods[uid] = known
-            pods[pod.key] = known[1]
-        return pods
+                known = self._pods[uid] = pod, with_addresses(pod, lease)
+            key = pod.key
+            before.setdefault(key, judged.get(key))
+            judged[key] = known[1]
+            self._laid.add(key)
+        return moved | {
+            key for key in self._laid | before.keys() if judged.get(key) is not before.get(key)
+        }
 
     def records(
         self, slots: Collection[int], number: Callable[[Pod], int]
     ) -> dict[int, EndpointRecord]:
         """What the publisher needs of the pods in `slots`; `number` is a pod's endpoint id.
         What stays the same, a record or all of them, stays the same object."""
-        # Of `_overlaid` there is one object as long as pods and leases stay.
-        last, self._recorded = self._recorded, None
-        made_of = self._overlaid, (self.mtu, set(slots))
-        if last is not None and last[0] is made_of[0] and last[1] == made_of[1]:
-            self._recorded = last
+        made_of = self._times, self.mtu, set(slots)
+        if self._recorded == made_of:
             return self._by_slot
+        self._recorded = None
         before, self._records = self._records, {}
         for uid, lease in self._ipam.leases.items():
             if lease.slot not in slots or uid not in self._pods:

@@ -49,9 +49,9 @@ class Journal:
         never went live. What a damaged or lost file no longer says is asked of `last`: ids go on
         from there."""
         self.path = path
-        self._endpoints: dict[str, tuple[int, dict[str, Any]]] = {}
-        # The objects that were asked for last: pods don't change, so they cost nothing again.
-        self._seen: dict[str, tuple[Pod, int]] = {}
+        # With the object that was asked for last, which is there anyway; what the file says of a
+        # pod that was not asked for yet.
+        self._endpoints: dict[str, tuple[int, Pod | dict[str, Any]]] = {}
         self._reasons: dict[tuple[str, str, tuple[Rule, ...]], int] = {}
         self._services: dict[tuple[str, str, str, str, int], tuple[int, str]] = {}
         self._last: dict[Kind, int] = dict.fromkeys(_KINDS, 0)
@@ -85,33 +85,18 @@ class Journal:
 
     def endpoint(self, pod: Pod) -> int:
         """Id of the pod with this uid."""
-        meta = pod.metadata
-        seen = self._seen.get(meta.uid)
-        if seen is not None and seen[0] is pod:
-            number = seen[1]
+        uid = pod.metadata.uid
+        known = self._endpoints.get(uid)
+        if known is not None and known[1] is pod:
+            number = known[0]
         else:
-            number = self._endpoint(pod)
-            self._seen[meta.uid] = pod, number
+            number = self._next("endpoint") if known is None else known[0]
+            self._endpoints[uid] = number, pod
+            facts = _endpoint_facts(pod)
+            if known is None or _endpoint_facts(known[1]) != facts:
+                self._write("endpoint", number, facts)
         if self._asked is not None:
             self._asked.add(("endpoint", number))
-        return number
-
-    def _endpoint(self, pod: Pod) -> int:
-        meta = pod.metadata
-        facts: dict[str, Any] = {
-            "uid": meta.uid,
-            "namespace": meta.namespace,
-            "name": meta.name,
-            "node": pod.spec.node_name,
-            "ips": pod.ips,
-            "labels": meta.labels,
-        }
-        known = self._endpoints.get(meta.uid)
-        if known is not None and known[1] == facts:
-            return known[0]
-        number = known[0] if known is not None else self._next("endpoint")
-        self._endpoints[meta.uid] = number, facts
-        self._write("endpoint", number, facts)
         return number
 
     def reason(self, verdict: Verdict, direction: Direction, rules: tuple[Rule, ...]) -> int:
@@ -198,14 +183,13 @@ class Journal:
         services = {k: v for k, v in self._services.items() if ("service", v[0]) in wanted}
         lasts = {str(kind): number for kind, number in self._last.items()}
         lines = [_line({"k": "last", **lasts})]
-        lines += [_record("endpoint", n, facts) for n, facts in endpoints.values()]
+        lines += [_record("endpoint", n, _endpoint_facts(of)) for n, of in endpoints.values()]
         lines += [_record("reason", n, _reason_facts(*key)) for key, n in reasons.items()]
         lines += [_record("service", n, _service_facts(k, ip)) for k, (n, ip) in services.items()]
         fd = _replace(self.path, lines)
         os.close(self._fd)
         self._fd = fd
         self._endpoints, self._reasons, self._services = endpoints, reasons, services
-        self._seen = {uid: seen for uid, seen in self._seen.items() if uid in endpoints}
         self._lines = self._kept = len(lines)
 
     # ---- Inside ------------------------------------------------------------------
@@ -254,6 +238,20 @@ class Journal:
                 line["port"],
             )
             self._services[key] = number, line.get("ip", "")
+
+
+def _endpoint_facts(of: Pod | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(of, dict):
+        return of
+    meta = of.metadata
+    return {
+        "uid": meta.uid,
+        "namespace": meta.namespace,
+        "name": meta.name,
+        "node": of.spec.node_name,
+        "ips": of.ips,
+        "labels": meta.labels,
+    }
 
 
 def _reason_facts(verdict: str, direction: str, rules: tuple[Rule, ...]) -> dict[str, Any]:

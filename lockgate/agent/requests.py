@@ -123,12 +123,11 @@ class Requests:
         """The answer, or what kept it from being made, for each of `batch`."""
         self._agent.catch_up()
         assert self._agent.cluster is not None
-        pods = {pod.metadata.uid: pod for pod in self._agent.cluster.pods.values()}
         before = dict(self._agent.ipam.leases)
         answers: list[dict[str, Any] | Exception] = []
         try:
             with self._agent.ipam.together():
-                leases = [self._lease(who, pods.get(who.uid)) for who in batch]
+                leases = [self._lease(who, self._pod(who.uid)) for who in batch]
             if any(isinstance(lease, Lease) for lease in leases):
                 self._agent.publish()
         except Exception as error:
@@ -146,6 +145,12 @@ class Requests:
             else:
                 answers.append(lease)
         return answers
+
+    def _pod(self, uid: str) -> Pod | None:
+        """The pod of this uid, as the tables will have it."""
+        assert self._agent.cluster is not None
+        pod = self._agent.cluster.pods.get(self._agent.uids.get(uid, ("", "")))
+        return pod if pod is not None and pod.metadata.uid == uid else None
 
     def _lease(self, who: Attachment, pod: Pod | None) -> Lease | Exception:
         assert self._agent.cluster is not None

@@ -8,7 +8,7 @@ operations, however many pods there are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from lockgate.objects.model import LabelSelector, Namespace
@@ -78,10 +78,12 @@ class Subjects:
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[str, frozenset[tuple[str, str]]], int] = {}
+        self._subjects: list[tuple[str, frozenset[tuple[str, str]]]] = []
         self._pods = Index()
         self._by_namespace: dict[str, int] = defaultdict(int)
         self._namespaces = Index()
         self._namespace_names: list[str] = []
+        self._known: Mapping[str, Namespace] = {}
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -91,19 +93,21 @@ class Subjects:
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self._numbers)
+            self._subjects.append(key)
             self._pods.add(number, labels.items())
             self._by_namespace[namespace] |= 1 << number
         return number
 
     def set_namespaces(self, namespaces: Mapping[str, Namespace]) -> None:
         """Learn the namespaces' labels; a namespace only pods speak of has its name label."""
-        self._namespaces = Index()
+        self._namespaces, self._known = Index(), namespaces
         self._namespace_names = sorted(namespaces.keys() | self._by_namespace.keys())
         for number, name in enumerate(self._namespace_names):
-            known = namespaces.get(name)
-            labels = dict(known.metadata.labels) if known else {}
-            labels[NAME_LABEL] = name
-            self._namespaces.add(number, labels.items())
+            self._namespaces.add(number, self._namespace_labels(name).items())
+
+    def _namespace_labels(self, name: str) -> dict[str, str]:
+        known = self._known.get(name)
+        return {**(known.metadata.labels if known else {}), NAME_LABEL: name}
 
     def match(self, selector: PodSelector) -> int:
         """The subjects that `selector` matches."""
@@ -121,4 +125,20 @@ class Subjects:
                 matching ^= low
         if found and selector.pods is not None:
             found &= self._pods.match(selector.pods)
+        return found
+
+    def matching(self, number: int, selectors: Sequence[PodSelector]) -> int:
+        """The positions of the `selectors` that match one subject, as bits."""
+        namespace, labels = self._subjects[number]
+        pod, space = Index(), Index()
+        pod.add(0, labels)
+        space.add(0, self._namespace_labels(namespace).items())
+        found = 0
+        for position, selector in enumerate(selectors):
+            if selector.namespaces is None:
+                here = selector.namespace == namespace
+            else:
+                here = space.match(selector.namespaces) != 0
+            if here and (selector.pods is None or pod.match(selector.pods)):
+                found |= 1 << position
         return found

@@ -12,7 +12,7 @@ The steps, each a function below:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -193,17 +193,18 @@ class Addresses:
         self.selectors = selectors
         self.names = names
         self.blocks = blocks
-        self._subject_vectors = _transpose([subjects.match(s) for s in selectors], len(subjects))
+        self._subjects = subjects
         self._no_numbers: tuple[int | None, ...] = (None,) * len(names)
         self._kinds: dict[tuple[bytes, tuple[int | None, ...]], int] = {}
         self._classes: dict[tuple[int, frozenset[int]], int] = {}
+        self._listed = (0, 0)
         if before is not None and before.blocks == blocks:
             self._regions = before._regions
         else:
             numbered = list(enumerate(blocks))
             self._regions = {4: Regions(4, numbered), 6: Regions(6, numbered)}
-        width = (len(selectors) + 7) // 8
-        outside = self._kind(b"\0" * width, self._no_numbers)
+        self._width = (len(selectors) + 7) // 8
+        outside = self._kind(b"\0" * self._width, self._no_numbers)
         self.outside = outside
         self._class(outside, frozenset())
         self._leaves = tuple(
@@ -215,6 +216,12 @@ class Addresses:
             self.trie = before.trie
         else:
             self.trie = trie(self._leaves)
+        self.match()
+
+    def match(self) -> None:
+        """Ask which subjects the selectors match; again when namespaces have other labels."""
+        subjects = self._subjects
+        self._vectors = _transpose([subjects.match(s) for s in self.selectors], len(subjects))
 
     def _kind(self, vector: bytes, numbers: tuple[int | None, ...]) -> int:
         return self._kinds.setdefault((vector, numbers), len(self._kinds))
@@ -227,7 +234,19 @@ class Addresses:
         numbers = self._no_numbers
         if self.names and ports:
             numbers = tuple(ports.get(name) for name in self.names)
-        return self._kind(self._subject_vectors[subject], numbers)
+        while subject >= len(self._vectors):
+            found = self._subjects.matching(len(self._vectors), self.selectors)
+            self._vectors.append(found.to_bytes(self._width, "little"))
+        return self._kind(self._vectors[subject], numbers)
+
+    def named_ports(self) -> set[PortRange]:
+        """The numbers that the names have on any kind."""
+        return {
+            (name[1], number, number)
+            for _, numbers in self._kinds
+            for name, number in zip(self.names, numbers, strict=True)
+            if number is not None
+        }
 
     def classify(self, address: bytes, kind: int) -> int:
         """The class of an address that has this kind; new classes appear as they are met."""
@@ -249,22 +268,16 @@ class Addresses:
         """Does `blocks_at` answer the same there?"""
         return other is not None and other._regions is self._regions
 
-    def frame(self) -> Hashable:
-        """Equal frames mean equal classes under equal numbers."""
-        return (
-            tuple(self.selectors),
-            tuple(self.names),
-            tuple(self.blocks),
-            tuple(self._kinds),
-            tuple(self._classes),
-        )
-
     @property
     def count(self) -> int:
         return len(self._classes)
 
-    def close(self) -> None:
-        """All addresses are known: list the classes of each membership."""
+    def close(self) -> bool:
+        """All addresses are known: list the classes of each membership. False if that was done
+        and no class came since: what was made of them still holds."""
+        if self._listed == (len(self._kinds), self.count):
+            return False
+        self._listed = len(self._kinds), self.count
         kinds = np.fromiter((k for k, _ in self._classes), dtype=np.intp, count=self.count)
         self.by_peer: dict[Peer, Indices] = {}
         if self.selectors:
@@ -290,6 +303,7 @@ class Addresses:
                 port: np.flatnonzero(np.isin(kinds, of_kind[port])) for port in sorted(of_kind)
             }
         self._by_peers: dict[tuple[Peer, ...], Indices] = {}
+        return True
 
     def of(self, peers: tuple[Peer, ...]) -> Indices:
         """The classes that any of `peers` matches, ascending."""

@@ -1,24 +1,27 @@
-"""Services and EndpointSlices → service entries and backend lists."""
+"""Services and EndpointSlices → service entries and backend lists, patched by service."""
 
 from __future__ import annotations
 
 import struct
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lockgate.compile.cidr import pack
+from lockgate.compile.image import Image
 from lockgate.compile.tables import (
+    BACKEND_WORDS,
     PROTOCOL_NUMBER,
     SVC_PRESENT,
-    Builder,
+    BackendKey,
     Ids,
-    PeerView,
+    ServiceKey,
     ServiceView,
 )
+from lockgate.objects.changes import Name
 from lockgate.objects.model import Cluster, EndpointSlice, Service, ServicePort
 
-__all__ = ["Services", "compile_services"]
+__all__ = ["Services"]
 
 MAX_BACKENDS = 0xFFFF
 #: address, __be16 port; then little-endian __u16 flags, __u32 endpoint id
@@ -30,7 +33,7 @@ def _backends(
     service: Service,
     port: ServicePort,
     v4: bool,
-    slices: list[EndpointSlice],
+    slices: Iterable[EndpointSlice],
     errors: list[str],
 ) -> list[tuple[bytes, int]]:
     """Addresses and ports that take new connections, sorted.
@@ -66,173 +69,270 @@ def _backends(
     return sorted(found)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class Entry:
     """What the kernel looks up: a service's address, with or without a port, and its backends."""
 
-    key: tuple[bytes, int, int]
+    key: ServiceKey
     id: int
     words: bytes
     count: int
 
 
-#: Addresses and ports of a service's backends, and what could not be read.
-Chosen = tuple[list[tuple[bytes, int]], list[str]]
-
-
-@dataclass(slots=True)
-class Made:
-    """One port of a service at one address, and the endpoint ids that went into its words."""
-
-    endpoints: tuple[int, ...]
-    entry: Entry
-    backends: frozenset[tuple[bytes, int, int, int]]
-
-
 @dataclass(slots=True)
 class Part:
-    """What one service came to. It serves again as long as its objects are the same."""
+    """What one service came to."""
 
     service: Service
-    slices: list[EndpointSlice]
-    #: By position of the port and family.
-    chosen: dict[tuple[int, bool], Chosen] = field(default_factory=dict)
-    made: dict[tuple[bytes, int, int], Made] = field(default_factory=dict)
-
-    def backends(self, position: int, v4: bool) -> Chosen:
-        """The backends of one port, read once."""
-        known = self.chosen.get((position, v4))
-        if known is None:
-            errors: list[str] = []
-            service, port = self.service, self.service.spec.ports[position]
-            found = _backends(service, port, v4, self.slices, errors)
-            if len(found) > MAX_BACKENDS:
-                errors.append(
-                    f"Service {service.metadata.namespace}/{service.metadata.name}:"
-                    f" {len(found)} backends, the first {MAX_BACKENDS} serve"
-                )
-                del found[MAX_BACKENDS:]
-            known = self.chosen[position, v4] = found, errors
-        return known
+    entries: tuple[tuple[ServiceKey, int], ...]  # and the size of their lists, in words
+    backends: tuple[BackendKey, ...]
+    errors: tuple[str, ...]
 
 
-@dataclass(slots=True)
 class Services:
-    """The services of a compilation. `people` and `of` are what they were made of."""
+    """All services. `views` and `backends` are what the kernel looks up; the `before` of each has
+    what was touched since `begin`, and what it was then."""
 
-    people: object
-    of: list[object]
-    entries: list[Entry]
-    backends: set[tuple[bytes, int, int, int]]
-    errors: list[str]
-    parts: dict[tuple[str, str], Part] = field(default_factory=dict)
-    made: list[Made] = field(default_factory=list)
-    #: Where the backend lists begin, and the views that point there.
-    start: int = -1
-    views: dict[tuple[bytes, int, int], ServiceView] = field(default_factory=dict)
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.views: dict[ServiceKey, ServiceView] = {}
+        self.backends: set[BackendKey] = set()
+        self.views_before: dict[ServiceKey, ServiceView | None] = {}
+        self.backends_before: dict[BackendKey, bool] = {}
+        self.parts: dict[Name, Part] = {}
+        #: The slices by their own name, and by the service they are of.
+        self.slices: dict[Name, EndpointSlice] = {}
+        self._slices_of: dict[Name, tuple[Name, ...]] = {}
+        #: Who asks for a cluster IP: the first by name has it.
+        self._claims: dict[bytes, tuple[Name, ...]] = {}
+        #: The services whose backends have an address.
+        self._users: dict[bytes, tuple[Name, ...]] = {}
+        self._faulty: set[Name] = set()
 
+    def begin(self) -> None:
+        """What is touched from here on is told apart from what is there."""
+        self.views_before, self.backends_before = {}, {}
 
-def compile_services(
-    cluster: Cluster,
-    ids: Ids,
-    people: object,
-    peers: Mapping[bytes, PeerView],
-    builder: Builder,
-    before: Services | None,
-) -> Services:
-    """Puts the backend lists into the image. `people` is the same object as long as the pods
-    behind `peers` are the same, `before` the result of the compilation before."""
-    of: list[object] = [*cluster.services.values(), *cluster.slices.values()]
-    of += cluster.nodes.values()
-    if before is not None and before.people is people and _same(before.of, of):
-        result = before
-    else:
-        result = _read(cluster, ids, people, of, peers, before)
-    start = builder.words
-    places = [builder.add(entry.words) if entry.words else 0 for entry in result.entries]
-    if result.start != start:
-        views = {
-            entry.key: ServiceView(entry.id, at, entry.count, SVC_PRESENT)
-            for entry, at in zip(result.entries, places, strict=True)
-        }
-        result = replace(result, start=start, views=views)
-    return result
+    def change(
+        self,
+        cluster: Cluster,
+        services: Iterable[Name],
+        slices: Iterable[Name],
+        addresses: Iterable[bytes],
+        ids: Ids,
+        endpoint: Callable[[bytes], int],
+    ) -> None:
+        """Read again what these objects, or the pods at these addresses, concern. `endpoint` is
+        the id of the pod at an address, or 0."""
+        again = set(services)
+        for key in slices:
+            again.update(self._move(key, cluster.slices.get(key)))
+        for address in addresses:
+            again.update(self._users.get(address, ()))
+        for key in list(again):
+            for moved in self._claim(key, self._asked(key), cluster.services.get(key)):
+                again.add(moved)
+                self._withdraw(moved)
+        for key in sorted(again):
+            self._make(key, cluster.services.get(key), ids, endpoint)
 
+    def place_again(self) -> None:
+        """The image has no lists any more: all services are to be made again."""
+        for key, part in self.parts.items():
+            for entry, _ in part.entries:
+                self.views_before.setdefault(entry, self.views.pop(entry))
+            self.parts[key] = replace(part, entries=())
 
-def _same(one: Sequence[object], other: Sequence[object]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    def errors(self) -> list[str]:
+        """What is wrong with services and slices, each named."""
+        return [text for key in sorted(self._faulty) for text in self.parts[key].errors]
 
+    def views_delta(self) -> dict[ServiceKey, ServiceView | None]:
+        """What is another than at `begin`: what it was then."""
+        return {k: was for k, was in self.views_before.items() if self.views.get(k) != was}
 
-def _read(
-    cluster: Cluster,
-    ids: Ids,
-    people: object,
-    of: list[object],
-    peers: Mapping[bytes, PeerView],
-    before: Services | None,
-) -> Services:
-    slices: dict[tuple[str, str], list[EndpointSlice]] = defaultdict(list)
-    for slice_ in cluster.slices.values():
-        if slice_.service:
-            slices[slice_.metadata.namespace, slice_.service].append(slice_)
-    result = Services(people, of, [], set(), [])
-    seen: set[tuple[bytes, int, int]] = set()
-    owners: dict[bytes, str] = {}
-    known = before.parts if before is not None else {}
-    for (namespace, name), service in sorted(cluster.services.items()):
-        own = slices.get((namespace, name), [])
-        part = known.get((namespace, name))
-        if part is None or part.service is not service or not _same(part.slices, own):
-            part = Part(service, own)
-        result.parts[namespace, name] = part
+    def backends_delta(self) -> dict[BackendKey, bool]:
+        """The same of the backends: whether they were there."""
+        return {k: was for k, was in self.backends_before.items() if (k in self.backends) != was}
+
+    # ---- Who is concerned ------------------------------------------------------------
+
+    def _move(self, key: Name, slice_: EndpointSlice | None) -> list[Name]:
+        """A slice is another, or went (None): the services that it was and is of."""
+        concerned = []
+        old = self.slices.pop(key, None)
+        if old is not None:
+            home = old.metadata.namespace, old.service
+            _remove(self._slices_of, home, key)
+            concerned.append(home)
+        if slice_ is not None:
+            self.slices[key] = slice_
+            if slice_.service:
+                home = slice_.metadata.namespace, slice_.service
+                _add(self._slices_of, home, key)
+                concerned.append(home)
+        return concerned
+
+    def _asked(self, key: Name) -> Service | None:
+        part = self.parts.get(key)
+        return None if part is None else part.service
+
+    def _claim(self, key: Name, old: Service | None, new: Service | None) -> list[Name]:
+        """Claims of cluster IPs are others now: the services that this concerns."""
+        before = set() if old is None else set(_addresses(old))
+        after = set() if new is None else set(_addresses(new))
+        concerned = [] if before == after else [key]
+        for address in before - after:
+            _remove(self._claims, address, key)
+            concerned += self._claims.get(address, ())
+        for address in after - before:
+            _add(self._claims, address, key)
+            concerned += self._claims[address]
+        return concerned
+
+    # ---- One service -----------------------------------------------------------------
+
+    def _make(
+        self, key: Name, service: Service | None, ids: Ids, endpoint: Callable[[bytes], int]
+    ) -> None:
+        old = self.parts.pop(key, None)
+        self._faulty.discard(key)
+        entries: dict[ServiceKey, Entry] = {}
+        errors: list[str] = []
+        if service is not None:
+            slices = [self.slices[one] for one in sorted(self._slices_of.get(key, ()))]
+            entries = self._read(key, service, slices, ids, endpoint, errors)
+        rooms = {} if old is None else dict(old.entries)
+        for gone in rooms.keys() - entries.keys():
+            self._give_back(gone, rooms[gone])
+            self._view(gone, None)
+        for entry in entries.values():
+            at = self._place(entry, rooms.get(entry.key))
+            self._view(entry.key, ServiceView(entry.id, at, entry.count, SVC_PRESENT))
+        backends: dict[BackendKey, None] = {}
+        for entry in entries.values():
+            for at in range(0, len(entry.words), 8 * BACKEND_WORDS):
+                backend, port = _ADDRESS_PORT.unpack_from(entry.words, at)
+                backends[backend, entry.id, port, entry.key[2]] = None
+        self._list(key, () if old is None else old.backends, tuple(backends))
+        if service is not None:
+            places = tuple((one.key, len(one.words) // 8) for one in entries.values())
+            self.parts[key] = Part(service, places, tuple(backends), tuple(errors))
+            if errors:
+                self._faulty.add(key)
+
+    def _read(
+        self,
+        name: Name,
+        service: Service,
+        slices: list[EndpointSlice],
+        ids: Ids,
+        endpoint: Callable[[bytes], int],
+        errors: list[str],
+    ) -> dict[ServiceKey, Entry]:
+        title = f"Service {'/'.join(name)}"
+        found: dict[ServiceKey, Entry] = {}
         for ip in service.cluster_ips:
             try:
                 address = pack(ip)
             except ValueError as error:
-                result.errors.append(f"Service {namespace}/{name}: spec.clusterIPs: {error}")
+                errors.append(f"{title}: spec.clusterIPs: {error}")
                 continue
-            if address in owners:
-                result.errors.append(
-                    f"Service {namespace}/{name}: spec.clusterIPs: {ip} is taken by"
-                    f" Service {owners[address]}"
+            owner = min(self._claims[address])
+            if owner != name or (address, 0, 0) in found:
+                errors.append(
+                    f"{title}: spec.clusterIPs: {ip} is taken by Service {'/'.join(owner)}"
                 )
                 continue
-            owners[address] = f"{namespace}/{name}"
-            result.entries.append(Entry((address, 0, 0), 0, b"", 0))
-            for position, port in enumerate(service.spec.ports):
-                protocol = PROTOCOL_NUMBER[port.protocol]
-                key = (address, port.port, protocol)
-                if key in seen:
+            found[address, 0, 0] = Entry((address, 0, 0), 0, b"", 0)
+            for port in service.spec.ports:
+                key = (address, port.port, PROTOCOL_NUMBER[port.protocol])
+                if key in found:
                     continue
-                seen.add(key)
-                chosen, errors = part.backends(position, ":" not in ip)
-                result.errors += errors
-                # Most backends are pods, and few pods are new.
-                endpoints = tuple([peers[one].endpoint if one in peers else 0 for one, _ in chosen])
-                made = part.made.get(key)
-                if made is None or made.endpoints != endpoints:
-                    number = ids.service(namespace, name, port.name, port.protocol, port.port)
-                    made = part.made[key] = _make(key, number, chosen, endpoints)
-                result.entries.append(made.entry)
-                result.made.append(made)
-    if before is not None and _same(
-        [made.backends for made in before.made], [made.backends for made in result.made]
-    ):
-        result.backends = before.backends
+                chosen = _backends(service, port, ":" not in ip, slices, errors)
+                if len(chosen) > MAX_BACKENDS:
+                    errors.append(
+                        f"{title}: {len(chosen)} backends, the first {MAX_BACKENDS} serve"
+                    )
+                    del chosen[MAX_BACKENDS:]
+                number = ids.service(*name, port.name, port.protocol, port.port)
+                words = b"".join(
+                    _ADDRESS_PORT.pack(backend, target) + _FLAGS_ENDPOINT.pack(0, endpoint(backend))
+                    for backend, target in chosen
+                )
+                found[key] = Entry(key, number, words, len(chosen))
+        return found
+
+    def _withdraw(self, key: Name) -> None:
+        """Take a service's entries away, for its addresses may become another's."""
+        part = self.parts.get(key)
+        if part is not None:
+            for entry, size in part.entries:
+                self._give_back(entry, size)
+                self._view(entry, None)
+            self.parts[key] = replace(part, entries=())
+
+    def _place(self, entry: Entry, size: int | None) -> int:
+        """Where the list of an entry is, after it was put there; `size`: of the one before."""
+        known = self.views.get(entry.key)
+        words = len(entry.words) // 8
+        if known is not None and size and words and Image.fits(size, words):
+            at = known.backends
+        else:
+            self._give_back(entry.key, size)
+            at = self._image.place(words) if words else 0
+        if words:
+            self._image.write(at, entry.words)
+        return at
+
+    def _give_back(self, key: ServiceKey, size: int | None) -> None:
+        known = self.views.get(key)
+        if known is not None and size:
+            self._image.give_back(known.backends, size)
+
+    def _view(self, key: ServiceKey, view: ServiceView | None) -> None:
+        known = self.views.get(key)
+        if known == view:
+            return
+        self.views_before.setdefault(key, known)
+        if view is None:
+            del self.views[key]
+        else:
+            self.views[key] = view
+
+    def _list(self, key: Name, old: tuple[BackendKey, ...], new: tuple[BackendKey, ...]) -> None:
+        if old == new:
+            return
+        # No other service has the ids of this one's ports.
+        for one in set(old).difference(new):
+            self.backends_before.setdefault(one, True)
+            self.backends.discard(one)
+        for one in set(new).difference(old):
+            self.backends_before.setdefault(one, False)
+            self.backends.add(one)
+        before, after = {one[0] for one in old}, {one[0] for one in new}
+        for address in before - after:
+            _remove(self._users, address, key)
+        for address in after - before:
+            _add(self._users, address, key)
+
+
+def _addresses(service: Service) -> Iterable[bytes]:
+    """The cluster IPs that can be read."""
+    for ip in service.cluster_ips:
+        try:
+            yield pack(ip)
+        except ValueError:
+            continue
+
+
+def _add(table: dict[Any, tuple[Name, ...]], key: Any, name: Name) -> None:
+    table[key] = (*table.get(key, ()), name)
+
+
+def _remove(table: dict[Any, tuple[Name, ...]], key: Any, name: Name) -> None:
+    left = tuple(one for one in table.get(key, ()) if one != name)
+    if left:
+        table[key] = left
     else:
-        result.backends = set().union(*(made.backends for made in result.made))
-    return result
-
-
-def _make(
-    key: tuple[bytes, int, int],
-    number: int,
-    chosen: list[tuple[bytes, int]],
-    endpoints: tuple[int, ...],
-) -> Made:
-    words = b"".join(
-        _ADDRESS_PORT.pack(backend, target) + _FLAGS_ENDPOINT.pack(0, endpoint)
-        for (backend, target), endpoint in zip(chosen, endpoints, strict=True)
-    )
-    backends = frozenset((backend, number, target, key[2]) for backend, target in chosen)
-    return Made(endpoints, Entry(key, number, words, len(chosen)), backends)
+        table.pop(key, None)

@@ -7,6 +7,8 @@ BTF of the programs. Addresses are 16 bytes in network order (IPv4 is
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -114,17 +116,44 @@ class Ids(Protocol):
         """Hop towards another node; None while none is known."""
 
 
+#: Address, port, protocol; port and protocol 0 stand for the address itself.
+ServiceKey = tuple[bytes, int, int]
+#: Address, service id, port, protocol.
+BackendKey = tuple[bytes, int, int, int]
+
+
 @dataclass(slots=True)
+class Delta:
+    """What differs from the tables with the serial `base`: keys, and what they had there (None or
+    False: nothing); ranges of the image's words (first, behind the last), None for all."""
+
+    base: int
+    peers: dict[bytes, PeerView | None] = field(default_factory=dict)
+    services: dict[ServiceKey, ServiceView | None] = field(default_factory=dict)
+    backends: dict[BackendKey, bool] = field(default_factory=dict)
+    words: list[tuple[int, int]] | None = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.peers or self.services or self.backends or self.words is None or self.words
+        )
+
+
+@dataclass(slots=True, eq=False)
 class Tables:
-    """Everything one view holds. `cache` is what the next compilation may reuse."""
+    """Everything one view holds. `delta`, if there is one, tells it from the tables before, whose
+    containers these are, patched: of the tables of a node only the newest are whole. `cache` is
+    what the next compilation goes on from."""
 
     image: Words
-    peers: dict[bytes, PeerView] = field(default_factory=dict)
+    peers: Mapping[bytes, PeerView] = field(default_factory=dict)
     endpoints: dict[int, EndpointView] = field(default_factory=dict)
-    services: dict[tuple[bytes, int, int], ServiceView] = field(default_factory=dict)
-    backends: set[tuple[bytes, int, int, int]] = field(default_factory=set)
+    services: dict[ServiceKey, ServiceView] = field(default_factory=dict)
+    backends: set[BackendKey] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
-    cache: Any = field(default=None, repr=False, compare=False)
+    delta: Delta | None = None
+    serial: int = field(default_factory=itertools.count(1).__next__)
+    cache: Any = field(default=None, repr=False)
 
 
 class Builder:

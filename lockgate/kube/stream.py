@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 
 from lockgate.objects import model
+from lockgate.objects.changes import Changed
 from lockgate.objects.model import Cluster
 
 __all__ = ["Change", "Reporter", "Source", "StreamSource", "Transaction", "apply", "watch"]
@@ -112,26 +113,25 @@ def _excerpt(line: _Line) -> str:
     return bytes(line.object)[:200].decode(errors="replace")
 
 
-def apply(cluster: Cluster, *transactions: Transaction) -> Cluster:
-    """The cluster after transactions, in their order; the one before is left as it was, and
-    shares with it the dicts of kinds that did not change. A dict is copied once, however many
-    transactions there are."""
-    changed: dict[str, dict[Any, Any]] = {}
+def apply(cluster: Cluster, *transactions: Transaction) -> tuple[Cluster, Changed | None]:
+    """The cluster after transactions, in their order, and what changed; None if that may be
+    anything. `cluster` itself is changed, but for a complete transaction."""
+    changed: Changed | None = Changed()
     for transaction in transactions:
         if transaction.complete:
-            cluster, changed = Cluster(), {}
+            cluster, changed = Cluster(), None
         for change in transaction.changes:
             meta = change.object.metadata
             field, namespaced = _FIELDS[change.object.kind]
-            table = changed.get(field)
-            if table is None:
-                table = changed[field] = dict(getattr(cluster, field))
+            table = getattr(cluster, field)
             key = (meta.namespace, meta.name) if namespaced else meta.name
             if change.verb == "DELETED":
                 table.pop(key, None)
             else:
                 table[key] = change.object
-    return msgspec.structs.replace(cluster, **changed)
+            if changed is not None:
+                getattr(changed, field).add(key)
+    return cluster, changed
 
 
 class Source(Protocol):

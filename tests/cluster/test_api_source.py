@@ -178,7 +178,7 @@ class Reader:
     async def run(self) -> None:
         async for transaction in self.source.transactions():
             self.transactions.append(transaction)
-            self.cluster = stream.apply(self.cluster or Cluster(), transaction)
+            self.cluster, _ = stream.apply(self.cluster or Cluster(), transaction)
 
     def pods(self) -> dict[str, list[str]]:
         pods = {} if self.cluster is None else self.cluster.pods

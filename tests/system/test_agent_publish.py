@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from lockgate.agent.publish import EndpointRecord, Publisher
 from lockgate.agent.sweep import sweep
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.syscall import prog_info
+from lockgate.compile import compile_node
 from lockgate.compile.tables import (
     NO_CLASS,
     PEER_HOST,
@@ -26,7 +30,12 @@ from lockgate.compile.tables import (
     Tables,
 )
 from lockgate.objects.address import parse_address
+from lockgate.objects.changes import Changed
+from lockgate.objects.model import Cluster, Pod
 from lockgate.paths import bpf_object
+from tests import generate
+from tests.changes import CHANGES, Ids
+from tests.unit.test_compile_changes import same
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 MAX_HOPS = 4096
@@ -134,6 +143,84 @@ def test_hops_change_with_the_epoch_and_are_known_after_a_restart(dp: Datapath) 
     again = Publisher(dp)
     assert np.array_equal(again.hops().view(np.uint8), two.view(np.uint8))
     assert not again.publish(tables(), RECORDS, again.hops())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_maps_after_changes_are_those_of_a_fresh_agent(dp: Datapath, seed: int) -> None:
+    """What each publication left in force, by deltas, is what compiling from nothing gives; and
+    a failure in between is made up for."""
+    rng, ids, cluster = Random(seed), Ids(), generate.cluster(Random(seed))
+    publisher, made, changed = Publisher(dp), None, Changed()
+    for step in range(40):
+        made = compile_node(cluster, "a", ids, made, changed)
+        mine = records(made, ids, cluster)
+        if rng.random() < 0.1:
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("patch", "write"):
+                    patch.setattr(publisher._services, name, Mock(side_effect=OSError(7)))
+                before = publisher.epoch, in_force(dp, publisher)
+                with contextlib.suppress(OSError):
+                    publisher.publish(made, mine, HOPS)
+            assert before == (publisher.epoch, in_force(dp, publisher)) or not made.delta
+        publisher.publish(made, mine, HOPS)
+        if rng.random() < 0.5:
+            publisher.level(made)
+        assert in_force(dp, publisher) == wanted(made)
+        if step % 10 == 9:
+            cold = compile_node(cluster, "a", ids)
+            mine = records(cold, ids, cluster)
+            same(made, cold)
+            # Not by deltas: it moves if anything is another, be it only a number of a class.
+            assert Publisher(dp).publish(made, records(made, ids, cluster), HOPS) is False
+        changed = Changed()
+        for change in rng.choices(CHANGES, k=rng.randrange(4)):
+            change(rng, cluster, changed, ids)
+
+
+def records(made: Tables, ids: Ids, cluster: Cluster) -> dict[int, EndpointRecord]:
+    pods = {ids.slot(pod.metadata.uid): pod for pod in cluster.pods.values()}
+    return {
+        slot: EndpointRecord(ids.endpoint(pods[slot]), b"podmac", b"hstmac", 1500, own(pods[slot]))
+        for slot in made.endpoints
+    }
+
+
+def own(pod: Pod) -> tuple[str, ...]:
+    return tuple(ip for ip in pod.ips if ip != "nonsense")
+
+
+def in_force(dp: Datapath, publisher: Publisher) -> tuple[object, ...]:
+    """What packets find: peers, services, backends, the image."""
+    view = publisher.epoch & 1
+    keys, values = dp.services.items()
+    services = {
+        (bytes(k["addr"]), int(k["port"]), int(k["proto"])): tuple(v["view"][view].tolist())
+        for k, v in zip(keys, values, strict=True)
+        if v["view"][view].tobytes().strip(b"\0")
+    }
+    keys, values = dp.backends.items()
+    backends = {
+        (bytes(k["addr"]), int(k["service"]), int(k["port"]), int(k["proto"]))
+        for k, v in zip(keys, values, strict=True)
+        if v["live"][view]
+    }
+    inner = dp.images.inner(view)
+    return peers(dp, view), services, backends, b"" if inner is None else inner.view.tobytes()
+
+
+def wanted(made: Tables) -> tuple[object, ...]:
+    services = {k: (v.id, v.backends, v.count, v.flags) for k, v in made.services.items()}
+    image = made.image.tobytes()
+    return dict(made.peers), services, made.backends, Prefix(image)
+
+
+class Prefix(bytes):
+    """Equal to what begins with it: the kernel's array has room."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, bytes) and other[: len(self)] == bytes(self)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def test_an_image_that_grew_gets_a_larger_array(dp: Datapath) -> None:

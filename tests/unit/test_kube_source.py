@@ -67,7 +67,7 @@ class Reader:
         async for transaction in self.source.transactions():
             self.transactions.append(transaction)
             self.errors = transaction.errors
-            self.cluster = stream.apply(self.cluster or Cluster(), transaction)
+            self.cluster, _ = stream.apply(self.cluster or Cluster(), transaction)
 
     def pods(self) -> list[str]:
         return [] if self.cluster is None else sorted(name for _, name in self.cluster.pods)

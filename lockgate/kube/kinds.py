@@ -19,6 +19,9 @@ from lockgate.objects import model
 __all__ = ["KINDS", "Kind", "Parts", "Version"]
 
 _OURS = "lockgate.dev/"
+#: What most objects have: one for all of them, for nobody changes an object.
+_NO_LIST: list[Any] = []
+_NO_DICT: dict[str, str] = {}
 
 
 class Parts:
@@ -28,12 +31,17 @@ class Parts:
 
     def __init__(self) -> None:
         self._labels: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+        self._conditions: dict[tuple[bool | None, ...], model.EndpointConditions] = {}
         self._containers: dict[bytes, list[model.Container]] = {}
 
     def labels(self, labels: dict[str, str]) -> dict[str, str]:
         if len(self._labels) > self.LIMIT:
             self._labels.clear()
         return self._labels.setdefault(tuple(labels.items()), labels)
+
+    def conditions(self, conditions: model.EndpointConditions) -> model.EndpointConditions:
+        key = conditions.ready, conditions.serving, conditions.terminating
+        return self._conditions.setdefault(key, conditions)
 
     def containers(self, containers: list[_Container]) -> list[model.Container]:
         if len(self._containers) > self.LIMIT:
@@ -91,7 +99,8 @@ def _meta(meta: model.ObjectMeta, parts: Parts) -> model.ObjectMeta:
         namespace=sys.intern(meta.namespace),
         uid=meta.uid,
         labels=parts.labels(meta.labels),
-        annotations={k: v for k, v in meta.annotations.items() if k.startswith(_OURS)},
+        annotations={k: v for k, v in meta.annotations.items() if k.startswith(_OURS)} or _NO_DICT,
+        owner_references=_NO_LIST,
         deletion_timestamp=meta.deletion_timestamp,
     )
 
@@ -105,8 +114,24 @@ def _pod(pod: _Pod, parts: Parts) -> model.Pod:
             containers=parts.containers(pod.spec.containers),
             node_name=sys.intern(pod.spec.node_name),
             host_network=pod.spec.host_network,
+            init_containers=_NO_LIST,
+            node_selector=_NO_DICT,
         ),
-        status=model.PodStatus(phase=sys.intern(status.phase), pod_ips=ips),
+        status=model.PodStatus(
+            phase=sys.intern(status.phase), pod_ips=ips or _NO_LIST, conditions=_NO_LIST
+        ),
+    )
+
+
+def _slice(item: model.EndpointSlice, parts: Parts) -> model.EndpointSlice:
+    """Of an endpoint: where it is and whether it takes connections."""
+    return msgspec.structs.replace(
+        item,
+        metadata=_meta(item.metadata, parts),
+        endpoints=[
+            model.Endpoint(addresses=one.addresses, conditions=parts.conditions(one.conditions))
+            for one in item.endpoints
+        ],
     )
 
 
@@ -166,7 +191,14 @@ KINDS: tuple[Kind, ...] = (
         selectors=(f"{_LIVE},spec.hostNetwork=false", _LIVE, ""),
     ),
     Kind("Service", "services", "v1", "services", model.Service),
-    Kind("EndpointSlice", "slices", "discovery.k8s.io/v1", "endpointslices", model.EndpointSlice),
+    Kind(
+        "EndpointSlice",
+        "slices",
+        "discovery.k8s.io/v1",
+        "endpointslices",
+        model.EndpointSlice,
+        _slice,
+    ),
     Kind(
         "NetworkPolicy",
         "policies",

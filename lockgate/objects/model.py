@@ -11,8 +11,9 @@ from typing import Literal
 import msgspec
 
 
-class Base(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True, frozen=True):
-    """Common settings: camelCase in JSON, defaults left out, immutable."""
+class Base(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True, frozen=True, gc=False):
+    """Common settings: camelCase in JSON, defaults left out, immutable. Objects hold nothing that
+    holds them, so the garbage collector need not look at them."""
 
 
 class OwnerReference(Base, frozen=True):

@@ -27,9 +27,11 @@ class ApiServer:
     """Objects by kind and key, and what happened to them; each change is a version.
 
     `paged`: lists are given in pages of `limit`. `unknown_selectors`: field selectors that are
-    answered with 400. `refuse`: HTTP status with which everything is answered. `absent`: kinds
-    that the server does not know. `hold`: kinds whose lists are not answered before the event is
-    set. `requests`: (kind, query, headers). `patches` of nodes' status and `created` events.
+    answered with 400. `accept`: the only token that is not answered with 401. `refuse`: HTTP
+    status with which everything is answered. `absent`: kinds that the server does not know.
+    `hold`: kinds whose lists are not answered before the event is set. `requests`: (kind, query,
+    headers). `clients`: names in clients' certificates. `patches` of nodes' status and `created`
+    events.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,8 @@ class ApiServer:
         self.history: dict[str, list[tuple[int, bytes]]] = {k: [] for k in PATHS}
         self.paged = False
         self.refuse = 0
+        self.accept = ""
+        self.clients: list[str] = []
         self.absent: set[str] = set()
         self.refused = 0
         self.unknown_selectors: set[str] = set()
@@ -59,6 +63,7 @@ class ApiServer:
             app.router.add_get(path, self._handler(kind))
         app.router.add_patch("/api/v1/nodes/{name}/status", self._patch)
         app.router.add_post("/apis/events.k8s.io/v1/namespaces/{namespace}/events", self._create)
+        app.router.add_get("/api/v1/namespaces/{namespace}/pods/{name}/exec", self._echo)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         with namespaces.inside(netns) if netns else contextlib.nullcontext():
@@ -129,6 +134,12 @@ class ApiServer:
         if self.refuse:
             self.refused += 1
             return _status(self.refuse, "Refused")
+        if self.accept and request.headers.get("Authorization") != f"Bearer {self.accept}":
+            self.refused += 1
+            return _status(401, "Unauthorized", "Unauthorized")
+        certificate = request.get_extra_info("peercert")
+        if certificate:
+            self.clients += [value for ((key, value),) in certificate["subject"]]
         answer: web.StreamResponse = await handler(request)
         return answer
 
@@ -191,6 +202,14 @@ class ApiServer:
         finally:
             self._watchers[kind].discard(queue)
         return response
+
+    async def _echo(self, request: web.Request) -> web.WebSocketResponse:
+        """A command in a container, as far as a WebSocket shows: it says what it was told."""
+        wire = web.WebSocketResponse(protocols=request.headers["Sec-WebSocket-Protocol"].split(","))
+        await wire.prepare(request)
+        async for message in wire:
+            await wire.send_bytes(message.data)
+        return wire
 
     async def _patch(self, request: web.Request) -> web.Response:
         self.patches.append((request.match_info["name"], await request.json()))

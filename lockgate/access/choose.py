@@ -27,10 +27,10 @@ class Wrong(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Either a standalone cluster's name, or a kubeconfig file and a context of it."""
+    """Either a standalone cluster's name, or kubeconfig files and a context of theirs."""
 
     cluster: str = ""
-    kubeconfig: str = ""
+    kubeconfig: tuple[str, ...] = ()
     context: str = ""
 
 
@@ -82,19 +82,18 @@ def _readable(path: Path) -> bool:
 
 
 def _kubernetes(file: str, context: str, environment: Mapping[str, str]) -> Choice:
-    """Of several files, the first that has the context (its cluster and user with it)."""
+    """Files that are not there are left out, as kubectl does."""
     files = config_files(file, environment)
     there = [path for path in files if _readable(path)]
     if not there:
         raise Wrong(f"there is no kubeconfig {' or '.join(map(str, files))} that can be read")
     try:
-        current = (kubeconfig.current_context(path) for path in there)
-        name = context or next(filter(None, current), "")
-        if not name:
-            raise Wrong(f"{there[0]} names no current context: give --context NAME")
-        for path in there:
-            if name in kubeconfig.contexts(path):
-                return Choice(kubeconfig=str(path), context=name)
+        merged = kubeconfig.load(there)
     except ValueError as error:
         raise Wrong(str(error)) from error
-    raise Wrong(f"{' and '.join(map(str, there))}: there is no context {name!r}")
+    name = context or merged.current_context
+    if not name:
+        raise Wrong(f"{merged.title}: no current context is named: give --context NAME")
+    if name not in merged.tables["contexts"]:
+        raise Wrong(f"{merged.title}: there is no context {name!r}")
+    return Choice(kubeconfig=tuple(map(str, there)), context=name)

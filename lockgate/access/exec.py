@@ -16,6 +16,7 @@ import msgspec
 from lockgate.access import Refused, Unreachable
 from lockgate.access.sockets import sentence
 from lockgate.kube.client import AWAY, Client
+from lockgate.kube.exec_plugin import CredentialError
 
 __all__ = ["exec_stream"]
 
@@ -89,6 +90,8 @@ async def exec_stream(
                 elif channel == _ERROR:
                     _conclude(msgspec.json.decode(data, type=_Status), bytes(errors), where)
                     return
+    except CredentialError as error:
+        raise Refused(str(error)) from error
     except TimeoutError as error:
         raise Unreachable(f"{where}: no answer") from error
     except AWAY as error:

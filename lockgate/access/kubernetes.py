@@ -22,6 +22,7 @@ from lockgate.access import Place, Refused, Result, Role, Target, Unreachable
 from lockgate.access.exec import exec_stream
 from lockgate.access.standalone import agent_probe
 from lockgate.kube.client import AWAY, ApiError, Client, Settings
+from lockgate.kube.exec_plugin import CredentialError
 from lockgate.kube.kinds import KINDS, Kind
 from lockgate.objects import model
 from lockgate.objects.model import Cluster
@@ -335,6 +336,8 @@ class KubernetesAccess:
     async def _get(self, path: str, **params: str) -> bytes:
         try:
             return await self._client.call("GET", path, params=params)
+        except CredentialError as error:
+            raise Refused(str(error)) from error
         except ApiError as error:
             raise Refused(f"the API server says: {error}") from error
         except AWAY as error:

@@ -15,13 +15,14 @@ import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 import msgspec
 
 from lockgate.kube import discover, kubeconfig
+from lockgate.kube.exec_plugin import Credential
 
 __all__ = ["AWAY", "ApiError", "Client", "Settings"]
 
@@ -36,7 +37,7 @@ class Settings(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_on
     api_server: str = ""  # https://HOST:PORT; "" = found
     token_file: str = f"{_ACCOUNT}/token"
     ca_file: str = f"{_ACCOUNT}/ca.crt"
-    kubeconfig: str = ""
+    kubeconfig: str | tuple[str, ...] = ""  # a file, or several to merge
     context: str = ""  # of the kubeconfig; "" = its current one
 
 
@@ -56,6 +57,14 @@ class ApiError(Exception):
         self.status, self.reason = status, reason
 
 
+class _Who(NamedTuple):
+    """What a request proves, and what it asks of the server."""
+
+    context: ssl.SSLContext | None
+    headers: dict[str, str]
+    credential: Credential | None  # where a plugin made it
+
+
 class Client:
     """One API server. `server` is its URL, "" until it is known."""
 
@@ -71,8 +80,10 @@ class Client:
         self.server = ""
         self._server_name: str | None = None
         if settings.kubeconfig:
-            self._config = kubeconfig.read(Path(settings.kubeconfig), settings.context)
-            self.server = _checked(self._config.server, settings.kubeconfig)
+            given = settings.kubeconfig
+            files = (given,) if isinstance(given, str) else given
+            self._config = kubeconfig.read([Path(file) for file in files], settings.context)
+            self.server = _checked(self._config.server, " and ".join(files))
             self._server_name = self._config.server_name or None
         elif settings.api_server:
             _checked(settings.api_server, "kubernetes.apiServer")
@@ -92,34 +103,40 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request; the body of the answer comes as it was sent, compressed if it says so.
-        ApiError when the server refuses, one of AWAY when it can't be reached."""
+        ApiError when the server refuses, one of AWAY when it can't be reached (CredentialError
+        when a plugin does not say who we are)."""
         server = await self._locate()
         session = self._opened()
-        context = self._context(server)
-        sent = {**self._credentials(server), "Accept": "application/json", **(headers or {})}
-        sent.setdefault("Accept-Encoding", "identity")
+        sent = {"Accept": "application/json", "Accept-Encoding": "identity", **(headers or {})}
         data = None
         if body is not None:
             data, sent["Content-Type"] = msgspec.json.encode(body), content_type
-        try:
-            async with session.request(
-                method,
-                server + path,
-                params=params,
-                data=data,
-                headers=sent,
-                ssl=context if context is not None else True,
-                server_hostname=self._server_name if context is not None else None,
-                timeout=timeout or aiohttp.ClientTimeout(total=30, sock_connect=5),
-                allow_redirects=False,
-            ) as response:
-                _keep_alive(response)
-                if response.status >= 300:
-                    raise await _refusal(response)
-                yield response
-        except aiohttp.ClientConnectionError:
-            self._lost(server)
-            raise
+        refused: Credential | None = None
+        while True:
+            who = await self._who(server, refused)
+            try:
+                async with session.request(
+                    method,
+                    server + path,
+                    params=params,
+                    data=data,
+                    headers={**who.headers, **sent},
+                    ssl=who.context if who.context is not None else True,
+                    server_hostname=self._server_name if who.context is not None else None,
+                    timeout=timeout or aiohttp.ClientTimeout(total=30, sock_connect=5),
+                    allow_redirects=False,
+                ) as response:
+                    _keep_alive(response)
+                    if response.status == 401 and who.credential and not refused:
+                        refused = who.credential
+                        continue
+                    if response.status >= 300:
+                        raise await _refusal(response)
+                    yield response
+                    return
+            except aiohttp.ClientConnectionError:
+                self._lost(server)
+                raise
 
     async def call(self, method: str, path: str, **options: Any) -> bytes:
         """A request whose answer is small: its body."""
@@ -137,23 +154,29 @@ class Client:
     ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
         """An open WebSocket. Raises as `request` does."""
         server = await self._locate()
-        context = self._context(server)
-        try:
-            async with self._opened().ws_connect(
-                f"{server}{path}?{urlencode(params)}",
-                protocols=protocols,
-                headers=self._credentials(server),
-                ssl=context if context is not None else True,
-                server_hostname=self._server_name if context is not None else None,
-                max_msg_size=max_size,
-                heartbeat=30,
-            ) as wire:
-                yield wire
-        except aiohttp.WSServerHandshakeError as error:
-            if error.status in (401, 403, 404):
-                # Only a plain request shows what the server has to say.
-                await self.call("GET", path, params=dict(params))
-            raise ApiError(error.status, "", f"{path}: the WebSocket was refused") from error
+        refused: Credential | None = None
+        while True:
+            who = await self._who(server, refused)
+            try:
+                async with self._opened().ws_connect(
+                    f"{server}{path}?{urlencode(params)}",
+                    protocols=protocols,
+                    headers=who.headers,
+                    ssl=who.context if who.context is not None else True,
+                    server_hostname=self._server_name if who.context is not None else None,
+                    max_msg_size=max_size,
+                    heartbeat=30,
+                ) as wire:
+                    yield wire
+                    return
+            except aiohttp.WSServerHandshakeError as error:
+                if error.status == 401 and who.credential and not refused:
+                    refused = who.credential
+                    continue
+                if error.status in (401, 403, 404):
+                    # Only a plain request shows what the server has to say.
+                    await self.call("GET", path, params=dict(params))
+                raise ApiError(error.status, "", f"{path}: the WebSocket was refused") from error
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -236,6 +259,15 @@ class Client:
         if self._ca is None or self._ca[0] != stamp:
             self._ca = stamp, ssl.create_default_context(cafile=path)
         return self._ca[1]
+
+    async def _who(self, server: str, refused: Credential | None) -> _Who:
+        """`refused` is what the server did not take: a plugin is asked again."""
+        plugin = self._config.plugin if self._config is not None else None
+        if plugin is None or not server.startswith("https:"):
+            return _Who(self._context(server), self._credentials(server), None)
+        made = await plugin.credential(refused)
+        headers = {"Authorization": f"Bearer {made.token}"} if made.token else {}
+        return _Who(made.context, headers, made)
 
     def _credentials(self, server: str) -> dict[str, str]:
         """Read for each request: the kubelet replaces a token before it expires."""

@@ -26,6 +26,7 @@ def files(tmp_path: Path) -> dict[str, str]:
         "two": kubeconfig(tmp_path / "two", "c", "c", "d"),
         "none": kubeconfig(tmp_path / "none", ""),
         "empty": str(tmp_path),
+        "gone": str(tmp_path / "gone"),
     }
 
 
@@ -38,12 +39,23 @@ CASES = {
     "a file": (["", "one", ""], {"KUBECONFIG": "two"}, True, ("one", "a")),
     "a file and a context": (["", "one", "b"], {}, False, ("one", "b")),
     "a context": (["", "", "b"], {"KUBECONFIG": "one"}, True, ("one", "b")),
-    "a context of the second file": (["", "", "d"], {"KUBECONFIG": "one:two"}, False, ("two", "d")),
+    "a context of the second file": (
+        ["", "", "d"],
+        {"KUBECONFIG": "one:two"},
+        False,
+        ("one:two", "d"),
+    ),
+    "files that are not there are left out": (
+        ["", "", ""],
+        {"KUBECONFIG": "gone:one"},
+        False,
+        ("one", "a"),
+    ),
     "the current one of the first file that has one": (
         ["", "", ""],
         {"KUBECONFIG": "none:two:one"},
         False,
-        ("two", "c"),
+        ("none:two:one", "c"),
     ),
     "a file beats a name that is only in the environment": (
         ["shop", "one", ""],
@@ -69,7 +81,9 @@ def test_the_cluster_that_is_meant(case: tuple, files: dict[str, str]) -> None: 
     elif expected[0] == "cluster":
         assert found == Choice(cluster=expected[1])
     else:
-        assert found == Choice(kubeconfig=files[expected[0]], context=expected[1])
+        assert found == Choice(
+            kubeconfig=tuple(files[one] for one in expected[0].split(":")), context=expected[1]
+        )
 
 
 def real(environment: dict[str, str], files: dict[str, str]) -> dict[str, str]:
@@ -83,7 +97,7 @@ def test_kubectl_lockgate_never_takes_a_standalone_cluster_by_itself(
     files: dict[str, str],
 ) -> None:
     found = choose("", "", "", {"HOME": files["HOME"]}, lambda _: True, plugin=True)
-    assert found == Choice(kubeconfig=files["home"], context="laptop")
+    assert found == Choice(kubeconfig=(files["home"],), context="laptop")
     assert choose("shop", "", "", {}, lambda _: True, plugin=True) == Choice(cluster="shop")
 
 
@@ -91,7 +105,7 @@ WRONG = {
     "neither a cluster nor a kubeconfig": (["", "", ""], "", "start one with `lockgate up DIR`"),
     "a file that is not there": (["", "/nowhere", ""], "", "there is no kubeconfig /nowhere"),
     "a context that is not there": (["", "one", "x"], "", "there is no context 'x'"),
-    "no current context": (["", "none", ""], "", "names no current context: give --context"),
+    "no current context": (["", "none", ""], "", "no current context is named: give --context"),
     "a standalone cluster of a kubeconfig": (["shop", "one", ""], "", "does not go with"),
     "a folder": (["", "empty", ""], "", "Is a directory"),
 }

@@ -6,7 +6,6 @@ import base64
 import json
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,43 +15,9 @@ import pytest
 from lockgate.kube import discover, kubeconfig
 from lockgate.kube.client import AWAY, ApiError, Client, Settings
 from tests.apiserver import ApiServer
+from tests.certificates import Certificates
 
 NODES = "/api/v1/nodes"
-
-
-class Certificates:
-    """A CA, and certificates of it, as files."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.ca, self._key = folder / f"{name}.crt", folder / f"{name}.key"
-        self._openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-                      "-nodes", "-days", "2", "-subj", f"/CN={name}", "-keyout", str(self._key),
-                      "-out", str(self.ca))  # fmt: skip
-
-    def issue(self, *names: str) -> tuple[Path, Path]:
-        """A certificate for `names`, and its key."""
-        stem = self.folder / f"{self.name}-{names[0]}"
-        request, key = stem.with_suffix(".csr"), stem.with_suffix(".key")
-        self._openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                      "-subj", f"/CN={names[0]}", "-keyout", str(key),
-                      "-out", str(request))  # fmt: skip
-        extension = stem.with_suffix(".ext")
-        kinds = ("IP" if name[0].isdigit() else "DNS" for name in names)
-        listed = ",".join(f"{kind}:{name}" for kind, name in zip(kinds, names, strict=True))
-        extension.write_text(f"subjectAltName={listed}\n")
-        self._openssl("x509", "-req", "-in", str(request), "-CA", str(self.ca), "-CAkey",
-                      str(self._key), "-CAcreateserial", "-days", "2", "-extfile",
-                      str(extension), "-out", str(stem.with_suffix(".crt")))  # fmt: skip
-        return stem.with_suffix(".crt"), key
-
-    def server(self, *names: str) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*self.issue(*names))
-        return context
-
-    def _openssl(self, *arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")
@@ -260,7 +225,7 @@ REFUSED = {
         {},
         "insecure-skip-tls-verify",
     ),
-    "a command": ({"server": "https://x"}, {"exec": {"command": "x"}}, "users.user.exec"),
+    "a password": ({"server": "https://x"}, {"username": "x"}, r"users\.user\.username"),
     "no address": ({}, {}, "field server"),
     "no such file": ({"server": "https://x", "certificate-authority": "nowhere"}, {}, "nowhere"),
     "no base64": ({"server": "https://x", "certificate-authority-data": "%"}, {}, "certificates"),
@@ -272,4 +237,45 @@ def test_kubeconfigs_that_are_refused(
     tmp_path: Path, cluster: dict[str, Any], user: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(ValueError, match=text):
-        kubeconfig.read(config(tmp_path / "config", cluster, user))
+        kubeconfig.read([config(tmp_path / "config", cluster, user)])
+
+
+def part(path: Path, current: str, **tables: dict[str, dict[str, Any]]) -> Path:
+    """A kubeconfig of a few entries: tables of name → value."""
+    text: dict[str, Any] = {"current-context": current}
+    for table, entries in tables.items():
+        text[table] = [{"name": name, table[:-1]: value} for name, value in entries.items()]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(text))
+    return path
+
+
+def test_several_files_are_one_and_the_first_entry_of_a_name_counts(tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    first = part(
+        tmp_path / "one/config",
+        "",
+        clusters={"k": {"server": "https://first", "tls-server-name": ""}},
+        users={"u": {"token": "first"}},
+    )
+    second = part(
+        tmp_path / "two/config",
+        "c",
+        contexts={"c": {"cluster": "k", "user": "u"}, "d": {"cluster": "l", "user": "v"}},
+        clusters={
+            "k": {"server": "https://second", "tls-server-name": "second"},
+            "l": {"server": "https://only"},
+        },
+        users={"u": {"token": "second", "tokenFile": "x"}, "v": {"tokenFile": "token"}},
+    )
+    third = part(tmp_path / "three", "d", contexts={"d": {"cluster": "k", "user": "u"}})
+    files = [first, second, third]
+    found = kubeconfig.read(files)
+    # Whole entries: nothing of the second file's is mixed in.
+    assert (found.server, found.server_name) == ("https://first", "")
+    assert (found.token, found.token_file) == ("first", "")
+    other = kubeconfig.read(files, "d")
+    assert other.server == "https://only"
+    assert other.token_file == str(tmp_path / "two/token")
+    with pytest.raises(ValueError, match=r"config and .*, field contexts: .* named 'x'"):
+        kubeconfig.read(files, "x")

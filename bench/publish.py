@@ -19,6 +19,7 @@ from pathlib import Path
 from bench.setups import CLUSTER, LOCKGATE, run
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import MappedArray
+from lockgate.bpf.pins import pin_names
 from lockgate.paths import bpf_object
 from lockgate.standalone.state import State
 
@@ -103,10 +104,11 @@ def main() -> None:
         stack.callback(run, *LOCKGATE, "down", "--cluster", CLUSTER)
         run(*LOCKGATE, "up", str(folder), "--detach", "--timeout", "900", "--cluster", CLUSTER)
         run(*LOCKGATE, "wait", "--cluster", CLUSTER)
-        record = Schema.from_object(bpf_object()).dtype("node_state")
+        schema = Schema.from_object(bpf_object())
+        state, record = pin_names(schema)["state"], schema.dtype("node_state")
         pins = State(CLUSTER).pins()
         epochs = [
-            MappedArray.open(str(pins / node / "state"), record).view["epoch"] for node in NODES
+            MappedArray.open(str(pins / node / state), record).view["epoch"] for node in NODES
         ]
         for step in range(1, steps + 1):
             time.sleep(0.05)

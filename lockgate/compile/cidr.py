@@ -28,7 +28,7 @@ class Block(NamedTuple):
     without: tuple[Network, ...]
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def pack(address: str) -> bytes:
     """The 16 bytes of an address as the kernel keeps it. ValueError if it is none."""
     return parse_address(address)

@@ -121,11 +121,7 @@ class Encoder:
         have = np.fromiter((one in backends for one in b), np.uint8, len(b))
         had = np.fromiter((delta.backends.get(one, one in backends) for one in b), np.uint8, len(b))
         return (
-            Patch(
-                self._peer_keys(p),
-                self._peer_values(peers.get(one) or _NO_PEER for one in p),
-                self._peer_values(_before(one, delta.peers, peers) or _NO_PEER for one in p),
-            ),
+            self._peers_patch(p, peers, delta.peers),
             Patch(
                 self._service_keys(s),
                 self._service_values(services.get(one) or _NO_SERVICE for one in s),
@@ -154,6 +150,21 @@ class Encoder:
             self._encode_views(tables, endpoints)
         self._made_of, self._serial = made_of, tables.serial
         return self._slots, self._views
+
+    def _peers_patch(
+        self,
+        keys: list[bytes],
+        peers: Mapping[bytes, PeerView],
+        changed: Mapping[bytes, PeerView | None],
+    ) -> Patch:
+        if isinstance(peers, Peers) and _plain(self._peer_view):
+            wanted = rows(peers.take(keys).astype(_U32, copy=False), self._peer_view.itemsize)
+        else:
+            wanted = self._peer_values(peers.get(one) or _NO_PEER for one in keys)
+        others = wanted.copy()
+        at = [number for number, one in enumerate(keys) if one in changed]
+        others[at] = self._peer_values(changed[keys[number]] or _NO_PEER for number in at)
+        return Patch(self._peer_keys(keys), wanted, others)
 
     # ---- Hashes ----------------------------------------------------------------------
 

@@ -318,10 +318,11 @@ class _State:
 
     def _renumbered(self) -> list[bytes]:
         """Addresses that are another endpoint's now."""
+        now = self.peers.take(self.peers.before)[:, 1].tolist()
         return [
             address
-            for address, was in self.peers.before.items()
-            if self.peers.endpoint(address) != (0 if was is None else was.endpoint)
+            for (address, was), number in zip(self.peers.before.items(), now, strict=True)
+            if number != (0 if was is None else was.endpoint)
         ]
 
 

@@ -6,7 +6,7 @@ of what classes there are costs a pass over arrays, and a change of a pod costs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ __all__ = ["NO_SPOT", "Peers"]
 #: Of an address whose class is not that of a spot: a node's.
 NO_SPOT = -1
 _FREE = b""
+_NOTHING = (0, 0, 0, 0)
 
 
 class Peers(Mapping[bytes, PeerView]):
@@ -52,6 +53,13 @@ class Peers(Mapping[bytes, PeerView]):
     def records(self) -> NDArray[np.uint32]:
         """What `PeerView` has, by position: of all addresses, in their order."""
         return self._records[np.fromiter(self._rows.values(), np.intp, len(self._rows))]
+
+    def take(self, addresses: Collection[bytes]) -> NDArray[np.uint32]:
+        """What `PeerView` has, by position, of each of `addresses`; zeroes for what is not here."""
+        rows = np.array([self._rows.get(a, -1) for a in addresses], np.intp)
+        found = self._records[rows]
+        found[rows < 0] = 0
+        return found
 
     # ---- Changes ---------------------------------------------------------------------
 
@@ -103,7 +111,12 @@ class Peers(Mapping[bytes, PeerView]):
 
     def delta(self) -> dict[bytes, PeerView | None]:
         """What is another than at `begin`: what it was then."""
-        return {a: was for a, was in self.before.items() if self.get(a) != was}
+        now = self.take(self.before).tolist()
+        return {
+            address: was
+            for (address, was), record in zip(self.before.items(), now, strict=True)
+            if (was or _NOTHING) != tuple(record)
+        }
 
     def _take(self, address: bytes) -> int:
         if self._free:

@@ -98,6 +98,8 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 					     : way_to(p->dst_target, &p->now.daddr);
 	if (p->dry)
 		return forward(skb, p);
+	if (flags & CT_NAT_REPLY)
+		remember_service(p);
 	if (masquerades(p))
 		flags |= CT_NAT_ORIGIN;
 	if (!(p->tcp_flags & TCP_RST)) {

@@ -52,18 +52,25 @@ static __always_inline bool backend_for_packet(struct packet *p, struct service_
 	return true;
 }
 
-/* Keep the translation p->wire → p->now and its way back. A pod that is its
- * own backend sees the service's address as its peer: a packet from itself
- * would be refused by its stack. */
-static __always_inline void remember_service(struct packet *p, __u8 *flags)
+/* The packet is to be translated p->wire → p->now. A pod that is its own
+ * backend sees the service's address as its peer: a packet from itself would be
+ * refused by its stack. */
+static __always_inline void to_backend(struct packet *p, __u8 *flags)
 {
 	if (same_addr(&p->now.daddr, &p->wire.saddr))
 		p->now.saddr = p->wire.daddr;
+	*flags |= CT_NAT_REPLY | CT_SERVICE;
+}
+
+/* Keep the translation and its way back, once the connection may begin: what is
+ * refused must not push other pods' translations out. */
+static __noinline int remember_service(struct packet *p)
+{
 	nat_add(p, &p->wire, &p->now, BPF_ANY);
 	reverse_of(&p->tuple, &p->now);
 	reverse_of(&p->inner, &p->wire);
 	nat_add(p, &p->tuple, &p->inner, BPF_ANY);
-	*flags |= CT_NAT_REPLY | CT_SERVICE;
+	return 0;
 }
 
 /* A new connection to what may be a service. */
@@ -88,7 +95,7 @@ static __noinline int service_begin(struct packet *p, __u8 *flags)
 		GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
 		return REFUSED;
 	}
-	remember_service(p, flags);
+	to_backend(p, flags);
 	return TRANSLATED;
 }
 
@@ -147,7 +154,7 @@ static __noinline int service_again(struct __sk_buff *skb, struct packet *p, __u
 	}
 	p->now.saddr = p->wire.saddr;
 	p->now.sport = p->wire.sport;
-	remember_service(p, flags);
+	to_backend(p, flags);
 	return TRANSLATED;
 }
 

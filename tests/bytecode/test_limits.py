@@ -28,7 +28,17 @@ from tests.bytecode.goldens import (
     udp,
     wire,
 )
-from tests.bytecode.world import DROP, DRY_MARK, INGRESS, NEXT, REDIRECT, SLOTS, UNDERLAY, World
+from tests.bytecode.world import (
+    DROP,
+    DRY_MARK,
+    EGRESS,
+    INGRESS,
+    NEXT,
+    REDIRECT,
+    SLOTS,
+    UNDERLAY,
+    World,
+)
 
 UNANSWERED = 3  # enum counter
 EVENTS, LOST, CUT = 0, 1, 4
@@ -193,6 +203,22 @@ def test_denied_packets_and_questions_begin_nothing(one_connection):
         assert outcome.events[-1]["cause"] == "policy"
         sends(world, A, ip(4, "a", "c") / syn(sport), mark=DRY_MARK)
     assert sends(world, A, ip(4, "a", "c") / syn()).verdict == REDIRECT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_may_not_begin_keeps_no_translation(one_connection, family):
+    """Else a pod would push the translations of others out, at any rate and against a policy."""
+    world = one_connection
+    world.publish(base().isolate(A, EGRESS))
+    assert sends(world, A, ip(family, "a", "svc") / syn()).events[-1]["cause"] == "policy"
+    assert len(world.nat) == 0
+    world.publish(base())
+    assert sends(world, A, ip(family, "a", "svc") / syn()).verdict == REDIRECT
+    kept = len(world.nat)
+    assert kept == 2
+    outcome = sends(world, A, ip(family, "a", "svc") / syn(40001))
+    assert outcome.events[-1]["cause"] == "new-connection-rate"
+    assert len(world.nat) == kept
 
 
 @pytest.mark.parametrize(

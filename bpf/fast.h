@@ -117,7 +117,10 @@ static __always_inline bool comes_from(struct __sk_buff *skb, __u32 epoch, __u32
 		return true;
 	struct hop_view *hop = target_kind(source) == TO_HOP ? hop_of(epoch, target_index(source)) : NULL;
 
-	return hop && sent_by(skb, hop);
+	if (!hop || !(hop->flags & HOP_TUNNEL) || !sent_by(skb, hop))
+		return false;
+	bpf_skb_change_type(skb, PACKET_HOST);	/* see from_net() */
+	return true;
 }
 
 /* Into a pod of this node; see deliver(). */
@@ -150,6 +153,8 @@ static __always_inline int leave_plain(struct __sk_buff *skb, __u32 epoch, __u32
 		return LONG_WAY;
 	if ((hop->mtu && !fits(skb, head, hop->mtu)) || data + sizeof(front) > end)
 		return LONG_WAY;
+	if (config_tunnel && hop->flags & HOP_TUNNEL && enter_tunnel(skb, hop))
+		return LONG_WAY;
 	__builtin_memcpy(front, hop->dmac, 12);	/* and smac */
 	__builtin_memcpy(front + 12, data + 12, sizeof(front) - 12);
 	if (v4) {
@@ -171,8 +176,6 @@ static __always_inline int leave_plain(struct __sk_buff *skb, __u32 epoch, __u32
 		if (bpf_skb_store_bytes(skb, 0, front, ETH_HLEN + 8, 0))
 			return LONG_WAY;
 	}
-	if (config_tunnel && hop->flags & HOP_TUNNEL && enter_tunnel(skb, hop))
-		return TCX_DROP;
 	return bpf_redirect(hop->ifindex, 0);
 }
 

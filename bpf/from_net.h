@@ -5,29 +5,42 @@
 
 #include "fast.h"
 
+/* The hop towards the node that sent the packet into the tunnel; -1: no node did,
+ * or not to an InternalIP of this one. To any other address of a node pods are
+ * masqueraded, so their packets bear the address of the node they are on. */
+static __noinline int tunnelled_by(struct __sk_buff *skb, struct packet *p)
+{
+	struct addr *sender = &p->tuple.saddr, *receiver = &p->tuple.daddr;
+	struct peer *node;
+
+	if (!tunnel_ends(skb, sender, receiver))
+		return -1;
+	node = bpf_map_lookup_elem(&peers, receiver);
+	if (!node || node->view[p->epoch & 1].kind != PEER_HOST)
+		return -1;
+	node = bpf_map_lookup_elem(&peers, sender);
+	if (!node || node->view[p->epoch & 1].kind != PEER_NODE)
+		return -1;
+	return node->view[p->epoch & 1].target;
+}
+
 /* Can no packet of this source come by this link? */
 static __noinline int spoofed(struct __sk_buff *skb, struct packet *p)
 {
-	struct peer *peer;
-	__u32 kind;
-
 	if (p->role != LINK_OUTSIDE && (!config_tunnel || p->role != LINK_TUNNEL || p->dry))
 		return 0;
-	peer = bpf_map_lookup_elem(&peers, &p->wire.saddr);
-	kind = peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
+	int sender = p->role == LINK_OUTSIDE ? 0 : tunnelled_by(skb, p);
+	struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.saddr);
+	__u32 kind = peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
+
 	if (p->role == LINK_OUTSIDE)
 		return kind == PEER_LOCAL || kind == PEER_REMOTE;
-
 	/* Only nodes send into the tunnel, each for what is behind its own hop. */
-	struct addr *sender = &p->tuple.saddr;
-	struct peer *node = tunnel_sender(skb, sender) ? bpf_map_lookup_elem(&peers, sender) : NULL;
-
-	if (!node || node->view[p->epoch & 1].kind != PEER_NODE)
+	if (sender < 0)
 		return 1;
-	if (kind == PEER_NONE)
+	if (!peer || kind == PEER_NONE)
 		return 0;	/* no pod that we know: judged as the address it is */
-	return (kind != PEER_REMOTE && kind != PEER_NODE) ||
-	       peer->view[p->epoch & 1].target != node->view[p->epoch & 1].target;
+	return (kind != PEER_REMOTE && kind != PEER_NODE) || peer->view[p->epoch & 1].target != (__u32)sender;
 }
 
 /* What is no business of ours is the stack's; from the tunnel nothing is that

@@ -25,28 +25,32 @@ static __always_inline int enter_tunnel(struct __sk_buff *skb, const struct hop_
 	return bpf_skb_set_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6);
 }
 
-/* The node that sent the packet into the tunnel, by its outer source address.
- * False: it came by no tunnel, or by one that is not ours. */
-static __always_inline bool tunnel_sender(struct __sk_buff *skb, struct addr *sender)
+/* The outer addresses of what came through the tunnel: the node that sent it,
+ * and the address it sent it to. False: by no tunnel, or by one that is not ours. */
+static __always_inline bool tunnel_ends(struct __sk_buff *skb, struct addr *sender, struct addr *receiver)
 {
 	struct bpf_tunnel_key key;
 
-	if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0))
+	if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0)) {
 		map_v4(sender, bpf_htonl(key.remote_ipv4));
-	else if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6))
+		map_v4(receiver, bpf_htonl(key.local_ipv4));
+	} else if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6)) {
 		__builtin_memcpy(sender, key.remote_ipv6, 16);
-	else
+		__builtin_memcpy(receiver, key.local_ipv6, 16);
+	} else {
 		return false;
+	}
 	return key.tunnel_id == TUNNEL_ID;
 }
 
-/* Did the node at the end of this hop send it? A call of its own: inlined, the
+/* Did the node at the end of this hop send it, to this end? A call of its own: inlined, the
  * verifier would walk what follows once for each way through here. */
 static __noinline int sent_by(struct __sk_buff *skb, const struct hop_view *hop)
 {
-	struct addr sender __attribute__((aligned(8)));
+	struct addr sender __attribute__((aligned(8))), receiver __attribute__((aligned(8)));
 
-	return hop && tunnel_sender(skb, &sender) && same_addr(&sender, &hop->remote);
+	return hop && tunnel_ends(skb, &sender, &receiver) && same_addr(&sender, &hop->remote) &&
+	       same_addr(&receiver, &hop->local);
 }
 
 #endif

@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from ipaddress import ip_interface
 
 import pytest
 
@@ -186,6 +187,23 @@ def test_nobody_speaks_through_the_tunnel_for_others(
         for f in tunnels.flows(NEAR)
         if f["verdict"] == "allow" and f["source"].get("port") == 4321
     ]
+
+
+def test_a_pod_does_not_speak_through_the_tunnel_as_its_node(tunnels: Cluster) -> None:
+    """Masqueraded towards an address of the other node's that no Node object tells of, as that of
+    a load balancer, its packets bear its own node's address."""
+    a, c, near = tunnels.pod("traffic/a"), tunnels.pod("traffic/c"), tunnels.node(NEAR)
+    (card,) = json.loads(near.run("ip", "-j", "addr", "show", "to", tunnels.node_ip(NEAR)).stdout)
+    own = next(one for one in card["addr_info"] if one.get("local") == tunnels.node_ip(NEAR))
+    network = ip_interface(f"{own['local']}/{own['prefixlen']}").network
+    shared = f"{network[77]}/{own['prefixlen']}"
+    before = dropped(tunnels)
+    near.run("ip", "addr", "add", shared, "dev", card["ifname"])
+    try:
+        send(c, str(network[77]), vxlan_frame(syn(tunnels.node_ip(FAR), a.ip(), 4323)))
+        until(lambda: dropped(tunnels) > before, "the packet to be dropped as spoofed")
+    finally:
+        near.run("ip", "addr", "del", shared, "dev", card["ifname"])
 
 
 def test_a_node_speaks_for_its_own_pods(tunnels: Cluster) -> None:

@@ -161,10 +161,15 @@ def world_up(name: str) -> None:
 
 
 def soon(world) -> list[dict]:
-    """Events about IPv4 packets: the kernel's own neighbour talk is none of ours."""
+    """Events about IPv4 packets, and about frames without addresses: the kernel's own neighbour
+    talk (ICMPv6, from `::` too) is none of ours."""
     found: list[dict] = []
     for _ in range(50):
-        found += [e for e in world.events() if "." in e["saddr"] or e["saddr"] == "::"]
+        found += [
+            e
+            for e in world.events()
+            if "." in e["saddr"] or (e["saddr"] == "::" and e["proto"] != socket.IPPROTO_ICMPV6)
+        ]
         if found:
             break
         time.sleep(0.01)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from lockgate.agent import doctor, questions, report
-from lockgate.agent.cards import Cards, read_cards
+from lockgate.agent.cards import Cards
 from lockgate.agent.carry import Carry
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
@@ -31,7 +31,8 @@ from lockgate.agent.publish import Publisher
 from lockgate.agent.requests import Requests
 from lockgate.agent.sweep import sweep
 from lockgate.agent.tunnel import TunnelDevice
-from lockgate.agent.ways import internal_ips, pod_cidrs
+from lockgate.agent.uplinks import Uplinks
+from lockgate.agent.ways import pod_cidrs
 from lockgate.agent.writeback import WriteBack
 from lockgate.bpf.features import Feature
 from lockgate.bpf.grace import wait_grace
@@ -64,7 +65,6 @@ class Agent:
         self._worker = ThreadPoolExecutor(1, "kernel")
         self.turn = asyncio.Lock()
         self._changed = asyncio.Event()
-        self._hops_changed = asyncio.Event()
         self.seen = asyncio.Condition()
         self.cluster: Cluster | None = None
         self._noted: deque[stream.Transaction] = deque()
@@ -72,11 +72,7 @@ class Agent:
         self.uids: dict[str, Name] = {}
         self._uid_of: dict[tuple[str, str], str] = {}
         self.requests = Requests(self)
-        #: Cards with our program, by name → ifindex.
-        self.attached: dict[str, int] = {}
-        #: ifindex of the link to the other nodes; lo's before it is known.
-        self.underlay = 1
-        self._hops_made_of: tuple[object, object] | None = None
+        self.uplinks = Uplinks(self)
         self._tables: Tables | None = None
         #: What changed in `cluster` since the tables were made; None: anything.
         self._unpublished: Changed | None = None
@@ -123,8 +119,8 @@ class Agent:
             self._tunnel,
         )
         self._ids = NodeIds(self.journal, self.endpoints, self.hops)
-        cards = self.read_cards_now()
-        self._set_mtu(cards)
+        cards = self.uplinks.read()
+        self.uplinks.set_mtu(cards)
         with Net() as net:
             net.add_gateway()
         self.errors["endpoints"] = self.endpoints.reconcile()
@@ -139,7 +135,7 @@ class Agent:
         if self.config.cgroup_path is not None:
             self.dp.attach_cgroup(self.config.cgroup_path)
         self.errors["attach"] = self.endpoints.attach()
-        self._attach_cards(cards)
+        self.uplinks.attach(cards)
         self._tunnel.attach_waiting()
 
     def _take_over(self) -> None:
@@ -147,7 +143,7 @@ class Agent:
         (docs/cluster.md, Versioned pins). Whenever this ends, the next agent does it again."""
         with Carry(self.dp) as carry:
             carried = carry.before() + carry.before()
-            self._attach(self.read_cards_now())
+            self._attach(self.uplinks.read())
             wait_grace()
             carried += carry.after()
         self.dp.settle()
@@ -155,12 +151,12 @@ class Agent:
 
     async def run(self) -> None:
         """Follow the objects and the kernel's neighbours."""
-        stop = neighbours.watch(self._hops_changed.set, IFINDEX_BASE)
+        stop = neighbours.watch(self.uplinks.changed.set, IFINDEX_BASE)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._follow())
                 group.create_task(self._apply())
-                group.create_task(self._watch_hops())
+                group.create_task(self.uplinks.watch())
                 group.create_task(self._sweep())
                 group.create_task(collect_between(self.turn.locked, lambda: self.revision))
                 if isinstance(self.source, ApiSource):
@@ -276,11 +272,7 @@ class Agent:
         if me is not None:
             self.ipam.set_pools(pod_cidrs(me))
         if changed is None or changed.nodes or changed.service_cidrs:
-            self.hops.assign(cluster.nodes)
-            made_of = dict(cluster.nodes), dict(cluster.service_cidrs)
-            if made_of != self._hops_made_of:
-                self._refresh_hops(cluster)
-                self._hops_made_of = made_of
+            self.uplinks.follow(cluster)
         self.journal.cluster = cluster
         overgrown = self.journal.overgrown
         with self.journal.asking() if overgrown else contextlib.nullcontext():
@@ -301,56 +293,6 @@ class Agent:
         if self.dp.pending:
             self._take_over()
         return moved
-
-    # ---- Hops and cards --------------------------------------------------------------
-
-    async def _watch_hops(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hops_changed.wait(), 10)
-            # Netlink messages come in bursts, our own changes among them.
-            await asyncio.sleep(0.05)
-            self._hops_changed.clear()
-            # Not in the turn: mostly all is as it was, and no change has to wait for that.
-            with contextlib.suppress(OSError):
-                cards = await asyncio.to_thread(self.read_cards_now)
-                if self.hops.need(cards):
-                    async with self.turn:
-                        await self.work(self._refresh_hops, self.cluster, cards)
-                    self._changed.set()
-
-    def _refresh_hops(self, cluster: Cluster | None, cards: Cards | None = None) -> None:
-        if cluster is None:
-            return
-        try:
-            cards = cards or self.read_cards_now()
-            if not self.dp.pending:
-                self._attach_cards(cards)
-            with Net() as net:
-                self.hops.refresh(net, cards, cluster)
-            self._set_mtu(cards)
-            self.errors["hops"] = self.hops.errors
-        except OSError as error:
-            log.warning("hops: %s", error)
-            self.errors["hops"] = [str(error)]
-
-    def read_cards_now(self) -> Cards:
-        """The node's cards as they are."""
-        me = self.cluster.nodes.get(self.config.node) if self.cluster is not None else None
-        own = internal_ips(me) if me is not None else []
-        return read_cards(self.config.underlay, self.config.outside, own)
-
-    def _attach_cards(self, cards: Cards) -> None:
-        if cards.underlay is not None:
-            self.underlay = cards.underlay.index
-        for card in (cards.underlay, cards.outside):
-            if card is not None and self.attached.get(card.name) != card.index:
-                self.dp.attach_net(card.name, card.index)
-                self.attached[card.name] = card.index
-
-    def _set_mtu(self, cards: Cards) -> None:
-        mtu = cards.underlay.mtu if cards.underlay is not None else 1500
-        self.endpoints.mtu = self.config.mtu or self.hops.mtu or mtu
 
     # ---- Questions ---------------------------------------------------------------------
 

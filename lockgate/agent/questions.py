@@ -25,7 +25,7 @@ def dry_run(agent: Agent, packets: list[dict[str, Any]]) -> list[dict[str, Any]]
     answers: list[dict[str, Any]] = []
     for item in packets:
         try:
-            ifindex = int(item.get("ifindex") or agent.underlay)
+            ifindex = int(item.get("ifindex") or agent.uplinks.underlay)
             run = agent.dp.dry_run(
                 item["at"], item["packet"], ifindex, DRY_MARK, own_socket=item["ownSocket"]
             )

@@ -7,9 +7,11 @@ from typing import Any
 import click
 
 from lockgate.access import Access
+from lockgate.cli.checks import Summary
 from lockgate.cli.common import load_objects
 from lockgate.cli.flows import recent
-from lockgate.cli.probe import Summary, differences_text, matrix, measure
+from lockgate.cli.matrix import differences_text, matrix
+from lockgate.cli.probe import measure
 from lockgate.cli.render import flow_line, heading
 from lockgate.cli.views import as_table, node_rows, pod_rows, service_rows
 

@@ -11,6 +11,7 @@ import msgspec
 from lockgate.agent.cards import AUTO
 from lockgate.agent.limits import Limits
 from lockgate.agent.ways import Routing
+from lockgate.bpf.pins import node_folder
 from lockgate.kube.client import Settings
 from lockgate.net import cgroup
 from lockgate.objects.address import listen
@@ -74,7 +75,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
 
     @property
     def pins(self) -> Path:
-        return Path(self.bpffs, "lockgate", self.cluster, self.node)
+        return node_folder(self.bpffs, self.cluster, self.node)
 
     @property
     def netns_path(self) -> Path | None:

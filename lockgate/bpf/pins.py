@@ -27,6 +27,7 @@ __all__ = [
     "PUBLISHED",
     "OtherPin",
     "convert",
+    "node_folder",
     "other_pins",
     "pin_names",
     "ring_record",
@@ -59,6 +60,13 @@ class OtherPin:
     path: Path
     name: str
     version: str
+
+
+def node_folder(bpffs: Path | str, cluster: str, node: str) -> Path:
+    """Where a node's maps are pinned, its links in `links` below. A bpffs refuses names with dots
+    (bpf_lookup in kernel/bpf/inode.c), which names of nodes may have; underscores they have none.
+    """
+    return Path(bpffs, "lockgate", cluster, node.replace(".", "_"))
 
 
 def pin_names(schema: Schema) -> dict[str, str]:

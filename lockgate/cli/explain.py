@@ -55,11 +55,13 @@ def _kernel_of(access: Access, node: str, schema: Schema) -> NodeKernel:
     from lockgate.access.standalone import StandaloneAccess
 
     if isinstance(access, StandaloneAccess):
+        from lockgate.bpf.pins import node_folder
         from lockgate.explain.pinned import NodePlace, PinnedNode
+        from lockgate.standalone.state import bpffs
 
         state = access.state
         place = NodePlace(
-            pins=state.pins() / node,
+            pins=node_folder(bpffs(), state.cluster, node),
             netns=state.netns_path(node),
             journal=state.node(node) / "journal.jsonl",
         )

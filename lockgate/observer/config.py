@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from lockgate.bpf.pins import node_folder
 from lockgate.objects.address import listen
 
 __all__ = ["Config", "read"]
@@ -25,7 +26,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
 
     @property
     def pins(self) -> Path:
-        return Path(self.bpffs, "lockgate", self.cluster, self.node)
+        return node_folder(self.bpffs, self.cluster, self.node)
 
 
 def read(path: Path) -> Config:

@@ -46,10 +46,11 @@ def test_the_processes_read_the_settings_of_the_config_map(
     assert config.pins == Path("/host/sys/fs/bpf/lockgate/default/worker-1")
 
 
+@pytest.mark.parametrize("node", ["worker-1", "ip-10-0-0-1.eu-central-1.compute.internal"])
 def test_both_processes_meet_in_the_same_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: str
 ) -> None:
-    monkeypatch.setenv("NODE_NAME", "worker-1")
+    monkeypatch.setenv("NODE_NAME", node)
     read = {}
     for module in (agent, observer):
         name = f"{module.__name__.split('.')[1]}.json"
@@ -57,6 +58,7 @@ def test_both_processes_meet_in_the_same_folders(
         read[name] = module.read(tmp_path / name)
     a, o = read["agent.json"], read["observer.json"]
     assert a.pins == o.pins
+    assert "." not in a.pins.name, "a bpffs takes no dots"
     assert Path(a.state_dir, "journal.jsonl") == Path(o.journal)
     assert a.socket.parent == Path(o.socket).parent == Path("/run/lockgate")
 

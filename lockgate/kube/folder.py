@@ -4,15 +4,19 @@ All files together are one state: a change is passed on when the whole folder is
 errors are, and the objects stay those of the last good state. That the folder is gone or empty is
 an error too: nobody means to end everything by moving it away. Only files that changed are read
 again, so a saved file is parsed a millisecond or two after it was closed.
+
+Links are followed, and the folders that they lead through are watched as well: what a link means
+changes with them (a mounted ConfigMap is saved by moving a link in the folder itself).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -26,6 +30,10 @@ __all__ = ["Folder", "Update"]
 SUFFIXES = (".yaml", ".yml", ".json")
 #: Editors move a file away before they write it anew: a file is gone when it stays away.
 GONE_AFTER = 0.1
+#: Bytes of one file; ten thousand pods take five million.
+LARGEST = 32 << 20
+#: As many links one after the other as the kernel follows.
+LINKS = 40
 
 _WATCHED = (
     Mask.CLOSE_WRITE
@@ -76,6 +84,9 @@ class Folder:
         self._number = 0
         self._is_gone = False
         self._inotify = Inotify()
+        #: Folders that are watched, and what changes the meaning of links: they, and their targets.
+        self._watched: set[tuple[int, int]] = set()
+        self._on_the_way: set[Path] = set()
         self._away: set[Path] = set()
         self._fresh = asyncio.Event()
         self.current = Update(objects=[])
@@ -90,11 +101,9 @@ class Folder:
         self._inotify.close()
 
     async def __aiter__(self) -> AsyncIterator[Update]:
-        if self._single:
-            self._watch(self.path.parent)
-        else:
+        if not self._single:
             self._inotify.add_watch(self.path.parent, _WATCHED_ABOVE)
-            self._watch(self.path)
+        self._watch()
         self.refresh(first=True)
         seen = 0
         events = asyncio.create_task(self._follow())
@@ -144,16 +153,15 @@ class Folder:
         if not self._single and path.parent == self.path.parent:
             self._take_itself(event)
             return False
-        if event.mask & Mask.ISDIR:
-            if self._single or path.name.startswith("."):
-                return False
+        if not self._wanted(path) and self._concerns_folder(path, event):
             if event.mask & (Mask.CREATE | Mask.MOVED_TO):
-                self._watch(path)
+                self._watch()
                 self.refresh()
             else:
                 self._away |= {known for known in self._parsed if path in known.parents}
             return False
-        if not self._wanted(path):
+        on_the_way = path in self._on_the_way
+        if not self._wanted(path) and not on_the_way:
             return False
         if event.mask & (Mask.DELETE | Mask.MOVED_FROM):
             self._away.add(path)
@@ -166,14 +174,27 @@ class Folder:
                 return False
             if not stat.S_ISLNK(status.st_mode) and status.st_nlink < 2:
                 return False
+        if on_the_way:
+            self.refresh()
+            return False
         self._away.discard(path)
         return self._read(path)
+
+    def _concerns_folder(self, path: Path, event: Event) -> bool:
+        """Whether an event of a name that is no manifest's is about a folder, or a link to one."""
+        if self._single or path.name.startswith(".") or self.path not in path.parents:
+            return False
+        if event.mask & Mask.ISDIR:
+            return True
+        if event.mask & (Mask.DELETE | Mask.MOVED_FROM):
+            return any(path in known.parents for known in self._parsed)
+        return path.is_symlink() and path.is_dir()
 
     def _take_itself(self, event: Event) -> None:
         if event.path != self.path:
             return
         if event.mask & (Mask.CREATE | Mask.MOVED_TO):
-            self._watch(self.path)
+            self._watch()
             self.refresh()
         else:
             self._away.add(self.path)
@@ -181,9 +202,12 @@ class Folder:
     def _settle(self) -> None:
         away, self._away = self._away, set()
         changed = False
-        if not self._single and self.path in away:
-            away = set()
+        refreshing = self._on_the_way | (set() if self._single else {self.path})
+        if away & refreshing:
             self.refresh()
+            away -= refreshing
+        if any(not path.parent.exists() for path in away):
+            self._watch()  # a link may lead elsewhere by another name
         for path in away:
             if path.exists():
                 changed |= self._changed(path) and self._read(path)
@@ -192,15 +216,30 @@ class Folder:
         if changed:
             self._publish()
 
-    def _watch(self, folder: Path) -> None:
-        try:
-            self._inotify.add_watch(folder, _WATCHED)
-        except OSError:
-            return  # it has gone already
-        if not self._single:
-            for entry in os.scandir(folder):
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                    self._watch(folder / entry.name)
+    def _watch(self) -> None:
+        """Watches every folder; right again when some are watched already."""
+        self._watched.clear()
+        for folder in [self.path.parent] if self._single else self._folders():
+            self._watch_one(folder)
+        for path in self._parsed:
+            if path.is_symlink():
+                self._follow_link(path)
+
+    def _follow_link(self, link: Path) -> None:
+        """Watches what decides where a link leads, beyond the folders that are watched."""
+        self._on_the_way |= (steps := _steps(link) - {link})
+        for folder in {step.parent for step in steps}:
+            with contextlib.suppress(OSError):
+                if _identity(folder) not in self._watched:
+                    self._watch_one(folder)
+
+    def _watch_one(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):  # it has gone already
+            watch = self._inotify.add_watch(folder, _WATCHED)
+            if watch.path != folder:  # it was watched by another name
+                self._inotify.rm_watch(watch)
+                self._inotify.add_watch(folder, _WATCHED)
+            self._watched.add(_identity(folder))
 
     # ---- Files ----------------------------------------------------------------
 
@@ -213,10 +252,34 @@ class Folder:
         if self._single:
             return [self.path] if self.path.exists() else []
         result = []
-        for root, folders, names in os.walk(self.path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            result += [path for name in names if self._wanted(path := Path(root, name))]
+        for folder in self._folders():
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                found = [Path(entry) for entry in entries if not os.path.isdir(entry.path)]
+                result += [path for path in found if self._wanted(path)]
         return sorted(result)
+
+    def _folders(self) -> Iterator[Path]:
+        """The folder and those below, each once whatever links lead there, in a ring, too."""
+        seen = set()
+        for root, folders, _ in os.walk(self.path, followlinks=True):
+            place = Path(root)
+            try:
+                identity = _identity(place)
+            except OSError:
+                continue
+            if identity in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            # Real ones first: a link to a folder beside it adds nothing.
+            folders[:] = sorted(
+                (name for name in folders if not name.startswith(".")),
+                key=lambda name: (os.path.islink(os.path.join(root, name)), name),
+            )
+            for name in folders:
+                if (place / name).is_symlink():
+                    self._follow_link(place / name)
+            yield place
 
     def _changed(self, path: Path) -> bool:
         try:
@@ -226,6 +289,8 @@ class Folder:
 
     def _read(self, path: Path) -> bool:
         source = path.name if self._single else str(path.relative_to(self.path))
+        if path.is_symlink():
+            self._follow_link(path)
         try:
             version, data = _content(path)
         except FileNotFoundError:
@@ -273,7 +338,38 @@ def _content(path: Path) -> tuple[Version, bytes]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "expected a regular file")
+        if status.st_size > LARGEST:
+            size = f"{status.st_size >> 20} MiB"
+            raise OSError(errno.EFBIG, f"expected at most {LARGEST >> 20} MiB, got {size}")
         return _version(status), file.read()
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _steps(link: Path) -> set[Path]:
+    """Every link on the way from a link to its target, and the target."""
+    found: set[Path] = set()
+    at, left = Path("/"), list(link.parts[1:])
+    links = 0
+    while left and links < LINKS:
+        part = left.pop(0)
+        if part == "..":
+            at = at.parent
+            continue
+        entry = at / part
+        if not entry.is_symlink():
+            at = entry
+            continue
+        links += 1
+        found.add(entry)
+        target = Path(os.readlink(entry))
+        if target.is_absolute():
+            at = Path("/")
+        left[:0] = [part for part in target.parts if part != target.anchor]
+    return found | {at}
 
 
 def _version(status: os.stat_result) -> Version:

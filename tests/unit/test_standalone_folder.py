@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,3 +182,73 @@ async def test_a_single_file_that_is_deleted_is_an_error(home: Path) -> None:
         await until(updates, ["a"], errors=1)
         (home / "a.yaml").write_text(namespace("b"))
         await until(updates, ["b"])
+
+
+async def test_a_renamed_folder_is_watched_on(home: Path) -> None:
+    (home / "sub").mkdir()
+    (home / "sub" / "b.yaml").write_text(namespace("b"))
+    with Folder(home) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a", "b"])
+        (home / "sub").rename(home / "other")
+        (home / "other" / "c.yaml").write_text(namespace("c"))
+        await until(updates, ["a", "b", "c"])
+        (home / "other" / "c.yaml").write_text(namespace("d"))
+        await until(updates, ["a", "b", "d"])
+
+
+async def test_links_to_files_and_folders_are_followed(home: Path, tmp_path_factory: Any) -> None:
+    elsewhere: Path = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "b.yaml").write_text(namespace("b"))
+    with Folder(home) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        (home / "link").symlink_to(elsewhere)
+        await until(updates, ["a", "b"])
+        (elsewhere / "c.yaml").write_text(namespace("c"))
+        await until(updates, ["a", "b", "c"])
+        (elsewhere / "ring").symlink_to(home)
+        (elsewhere / "c.yaml").unlink()
+        await until(updates, ["a", "b"])
+        (home / "link").unlink()
+        await until(updates, ["a"])
+        (home / "d.yaml").symlink_to(elsewhere / "b.yaml")
+        await until(updates, ["a", "b"])
+        (elsewhere / "b.yaml").write_text(namespace("e"))
+        await until(updates, ["a", "e"])
+        (elsewhere / "new").write_text(namespace("f"))
+        (elsewhere / "new").rename(elsewhere / "b.yaml")
+        await until(updates, ["a", "f"])
+
+
+async def test_a_mounted_configmap_is_saved_by_moving_a_link(home: Path) -> None:
+    for version in ("1", "2"):
+        (home / f"..{version}").mkdir()
+        (home / f"..{version}" / "b.yaml").write_text(namespace(f"b{version}"))
+    (home / "..data").symlink_to("..1")
+    (home / "b.yaml").symlink_to("..data/b.yaml")
+    with Folder(home) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a", "b1"])
+        (home / "..data_tmp").symlink_to("..2")
+        (home / "..data_tmp").rename(home / "..data")
+        await until(updates, ["a", "b2"])
+
+
+async def test_a_linked_single_file_is_followed(home: Path, tmp_path_factory: Any) -> None:
+    link: Path = tmp_path_factory.mktemp("elsewhere") / "link.yaml"
+    link.symlink_to(home / "a.yaml")
+    with Folder(link) as folder:
+        updates = aiter(folder)
+        await until(updates, ["a"])
+        (home / "a.yaml").write_text(namespace("b"))
+        await until(updates, ["b"])
+
+
+def test_an_enormous_file_is_refused_unread(home: Path) -> None:
+    with (home / "disk.yaml").open("wb") as file:
+        file.truncate(100 << 30)
+    with Folder(home) as folder:
+        assert folder.refresh(first=True).errors == [
+            "disk.yaml: expected at most 32 MiB, got 102400 MiB"
+        ]

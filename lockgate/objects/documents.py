@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ __all__ = ["documents"]
 
 _MAX_DEPTH = 100
 _DOCUMENT_START = re.compile(r"\n---(?=[ \t\r\n])")  # ends brackets and quotes, too
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
 _INDENT = re.compile(r"[ \t?:-]{100}")
 _MAX_VALUES = 2_000_000  # a few hundred bytes of YAML aliases can stand for billions of values
 
@@ -40,12 +42,14 @@ def _text(data: bytes | str, source: str) -> str:
 
 def _read(text: str, source: str) -> list[Any]:
     if text.lstrip()[:1] == "{":
+        found: list[Any] = []
         try:
-            return [json.loads(text, object_pairs_hook=_unique)]
+            for value in _json_values(text):
+                found.append(value)
+            return found
         except FieldError as error:
-            raise ManifestError(
-                f"{source}, document 1, field {clean(error.path)}: {error.text}"
-            ) from None
+            place = f"{source}, document {len(found) + 1}"
+            raise ManifestError(f"{place}, field {clean(error.path)}: {error.text}") from None
         except (ValueError, RecursionError):
             pass  # YAML's flow style begins with a brace, too
     result: list[Any] = []
@@ -79,6 +83,15 @@ def _read(text: str, source: str) -> list[Any]:
             f"{source}, document {len(result) + 1}: expected valid YAML, got: {clean(str(error))}"
         ) from None
     return result
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """Values one after the other, as kubectl reads them."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    end = 0
+    while start := _NO_SPACE.search(text, end):
+        value, end = decoder.raw_decode(text, start.start())
+        yield value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -277,6 +277,8 @@ def test_documents_lists_and_json() -> None:
     assert [o.metadata.name for o in parsed.objects] == ["x", "y", "z"]
     parsed = parse(f"---\n---\n{POD}---\n# nothing\n---\n{json.dumps(other)}\n", "f.yaml")
     assert parsed.places == ["f.yaml, document 2", "f.yaml, document 4"]
+    parsed = parse(f"{json.dumps(item)}\n{json.dumps(other, indent=2)}", "f.json")
+    assert parsed.places == ["f.json, document 1", "f.json, document 2"]
     assert parse("", "f.yaml") == parse(b"\xef\xbb\xbf# nothing\n", "f.yaml")
 
 

@@ -136,7 +136,7 @@ def flow_line(record: Mapping[str, Any]) -> str:
     beside = "  ".join(["", *notes])
     if len(f"{time}  allow  {what}{beside}") > _width():
         room = _width() - len(time) - 9
-        beside = "".join(f"\n{' ' * (len(time) + 9)}{x}" for x in _lines(notes, room))
+        beside = "".join(f"\n{' ' * (len(time) + 9)}{x}" for x in _lines(notes, room) if x)
     return f"{time}  {verdict}  {what}{beside}"
 
 

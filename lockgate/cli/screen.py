@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -88,14 +91,15 @@ def _next_steps(summary: Summary, standalone: bool, options: str) -> list[tuple[
     denied = next((c for c in checks if c.expected == "deny" and not c.refusal), None)
     check = denied or next(iter(checks), None)
     steps = []
+    program = _program() if standalone else "lockgate"
     if check is not None:
         source = "/".join(check.source.key)
-        run = f"lockgate exec{options} {source}"
+        run = f"{program} exec{options} {source}"
         if not standalone:
             run = f"kubectl exec -n {source.replace('/', ' ')}"
         steps = [
             (
-                f"lockgate explain{options} {source} {check.target} {check.port}/"
+                f"{program} explain{options} {source} {check.target} {check.port}/"
                 f"{check.protocol.lower()}",
                 "who decides, and what would change it",
             ),
@@ -103,6 +107,15 @@ def _next_steps(summary: Summary, standalone: bool, options: str) -> list[tuple[
         ]
     return [
         *steps,
-        (f"lockgate flows{options} -f --verdict deny", "denials as they happen"),
-        (f"lockgate probe{options}", "measure again, after you changed a policy and saved it"),
+        (f"{program} flows{options} -f --verdict deny", "denials as they happen"),
+        (f"{program} probe{options}", "measure again, after you changed a policy and saved it"),
     ]
+
+
+def _program() -> str:
+    """This command as a shell in the same folder finds it: in a checkout it is on no PATH."""
+    called = Path(sys.argv[0])
+    if called.name != "lockgate" or shutil.which("lockgate"):
+        return "lockgate"
+    path = called.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

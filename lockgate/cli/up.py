@@ -28,6 +28,9 @@ from lockgate.standalone.state import State
 
 __all__ = ["up"]
 
+#: Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 130
+
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, path_type=Path))
@@ -66,8 +69,8 @@ def up(
     from lockgate.cli.screen import everything, show
 
     _need_features()
-    _check_manifests(folder)
     state = State(cluster)
+    _check_manifests(folder, state)
     _clear(state, quiet=as_json)
     supervisor = _start(state, folder, nodes, routing, detach)
     code = 0
@@ -95,7 +98,7 @@ def up(
             supervisor.wait()
             click.echo("The cluster was taken down.", err=True)
     except KeyboardInterrupt:
-        pass
+        code = INTERRUPTED if once else code  # the check was not made
     finally:
         if not detach:
             _stop(state, supervisor, quiet=as_json)
@@ -117,9 +120,10 @@ def _need_features() -> None:
         fail(str(error))
 
 
-def _check_manifests(folder: Path) -> None:
+def _check_manifests(folder: Path, cluster: State) -> None:
     """Tells what is wrong with the manifests before anything is made."""
     from lockgate.kube.folder import Folder
+    from lockgate.objects.model import Node
 
     with Folder(folder) as source:
         state = source.refresh(first=True)
@@ -129,6 +133,9 @@ def _check_manifests(folder: Path) -> None:
         sys.exit(2)
     if not state.objects:
         fail(f"{folder} has no objects in its manifests")
+    for item in state.objects:
+        if isinstance(item, Node) and (problem := cluster.node_problem(item.metadata.name)):
+            fail(f"Node {item.metadata.name}, field metadata.name: {problem}")
 
 
 def _clear(state: State, quiet: bool) -> None:
@@ -178,7 +185,7 @@ def _until_ready(
         log,
         Progress(
             TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=40),
+            BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[note]}"),
@@ -203,7 +210,7 @@ def _until_ready(
             current = [n for n in status["nodes"] if wanted and n["applied"]]
             progress.update(nodes, total=len(status["nodes"]), completed=len(current))
             count = status["pods"]
-            note = ", ".join(status["notReady"][:3])
+            note = status["notReady"][0][:30] if status["notReady"] else ""
             progress.update(pods, total=count["total"], completed=count["ready"], note=note)
             ready = wanted and not status["notReady"] and not status["reasons"]
             if ready or time.monotonic() > end:

@@ -336,14 +336,28 @@ def _cluster_ips(services: Sequence[Service], result: Plan, memory: Memory) -> N
             f"{namespace}/{service_name}"
         ):
             del memory.addresses[namespace, service_name, family]
+    offered = cluster_families(result.nodes.values()) or ["IPv4"]
     for service in sorted(services, key=_key):
-        result.services[_key(service)] = _addressed(service, memory, taken)
+        made = result.services[_key(service)] = _addressed(service, memory, taken, offered)
+        for family in made.spec.ip_families:
+            if family not in offered and made.spec.selector:
+                result.warnings.append(
+                    f"Service {'/'.join(_key(service))}: asks for {family}, which no node has pod"
+                    " CIDRs of, so it has no backends there"
+                )
 
 
-def families(service: Service) -> list[str]:
+def cluster_families(nodes: Iterable[Node]) -> list[str]:
+    """The IP families that pods have addresses of, the first node's primary first."""
+    cidrs = [cidr for node in nodes for cidr in node.spec.pod_cidrs]
+    return list(dict.fromkeys("IPv6" if ":" in cidr else "IPv4" for cidr in cidrs))
+
+
+def families(service: Service, offered: Sequence[str]) -> list[str]:
     """The service's IP families, the primary first (Service spec.ipFamilies, ipFamilyPolicy).
 
-    Without either: IPv4, or the families of the addresses that the manifest gives.
+    Without either: the first that the cluster offers, or the families of the addresses that the
+    manifest gives. A second one, where it is preferred, only if the cluster offers it.
     """
     spec = service.spec
     chosen = list(spec.ip_families)
@@ -352,17 +366,21 @@ def families(service: Service) -> list[str]:
         if family not in chosen:
             chosen.append(family)
     if not chosen:
-        chosen = ["IPv4"]
+        chosen = list(offered[:1])
     if spec.ip_family_policy in ("PreferDualStack", "RequireDualStack") and len(chosen) == 1:
-        chosen.append("IPv4" if chosen[0] == "IPv6" else "IPv6")
+        other = "IPv4" if chosen[0] == "IPv6" else "IPv6"
+        if other in offered or spec.ip_family_policy == "RequireDualStack":
+            chosen.append(other)
     return chosen
 
 
-def _addressed(service: Service, memory: Memory, taken: dict[str, str]) -> Service:
+def _addressed(
+    service: Service, memory: Memory, taken: dict[str, str], offered: Sequence[str]
+) -> Service:
     spec = service.spec
     if spec.type == "ExternalName":
         return service
-    chosen = families(service)
+    chosen = families(service, offered)
     policy = spec.ip_family_policy or ("SingleStack" if len(chosen) == 1 else "RequireDualStack")
     if spec.cluster_ip == "None" or spec.cluster_ips == ["None"]:
         addresses = ["None"]

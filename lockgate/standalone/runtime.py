@@ -132,7 +132,7 @@ def pod_spec(pod: model.Pod, *, environment: Mapping[str, str] | None = None) ->
     be for, so they are ignored.
     """
     name = pod.metadata.name
-    hostname = pod.spec.hostname or name
+    hostname = pod.spec.hostname or _hostname(name)
     base = {"PATH": DEFAULT_PATH, "HOME": "/", "HOSTNAME": hostname, **(environment or {})}
 
     def container(given: model.Container) -> Container:
@@ -160,6 +160,11 @@ def pod_spec(pod: model.Pod, *, environment: Mapping[str, str] | None = None) ->
         init_containers=[container(given) for given in pod.spec.init_containers],
         restart_policy=policy,
     )
+
+
+def _hostname(name: str) -> str:
+    """A pod's name as far as a host may be called so (as the kubelet's truncatePodHostname)."""
+    return name[:63].rstrip("-.")
 
 
 @dataclass(frozen=True)

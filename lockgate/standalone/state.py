@@ -9,6 +9,8 @@ from pathlib import Path
 __all__ = ["State", "clusters", "valid_name"]
 
 RUN = Path("/run/lockgate")
+#: Bytes of a unix socket's path (struct sockaddr_un), without the zero and the node's slash.
+SOCKET_PATH = 106
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,18}[a-z0-9])?")
 
 
@@ -40,6 +42,15 @@ class State:
 
     def node(self, node: str) -> Path:
         return self.root / "nodes" / node
+
+    def node_problem(self, node: str) -> str:
+        """Why a node may not be called so here, or ""."""
+        if node in ("underlay", "outside"):
+            return "expected another name: the cluster has a network namespace of this one"
+        longest = SOCKET_PATH - len(str(self.observer("")))
+        if len(node) > longest:
+            return f"expected at most {longest} characters, as it is part of sockets' paths"
+        return ""
 
     def agent(self, node: str) -> Path:
         return self.node(node) / "agent.sock"

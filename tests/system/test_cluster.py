@@ -456,24 +456,32 @@ def test_nodes_from_manifests_in_a_single_file(tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     texts = [
         document("Node", "alpha", {"podCIDRs": ["10.50.1.0/24", "fd50:1::/64"]}, labels={"d": "a"}),
-        document("Node", "beta"),
+        document("Node", "beta.example.com"),
         pod(
             "a",
             {"nodeSelector": {"d": "a"}, "containers": [{"name": "c", **answering((80, "TCP"))}]},
         ),
-        pod("b", {"nodeName": "beta", "containers": [{"name": "c", **answering((80, "TCP"))}]}),
+        pod(
+            "b",
+            {
+                "nodeName": "beta.example.com",
+                "containers": [{"name": "c", **answering((80, "TCP"))}],
+            },
+        ),
     ]
     file.write_text("---\n".join(texts))
     (tmp_path / "beside.yaml").write_text("not: read")
     cluster = Cluster(file, unique_name("tb"), nodes=5)
     with cluster:
-        assert names(cluster, "nodes") == ["alpha", "beta"]
+        assert names(cluster, "nodes") == ["alpha", "beta.example.com"]
         first, second = cluster.pod("lab/a"), cluster.pod("lab/b")
-        assert (first.node, second.node) == ("alpha", "beta")
+        assert (first.node, second.node) == ("alpha", "beta.example.com")
         assert first.ip(4).startswith("10.50.1.")
         assert first.ip(6).startswith("fd50:1::")
         done = cluster.lockgate("exec", "lab/b", "--", "python3", "-c", ASK, first.ip(4), "80")
         assert done.stdout.strip() == "a"
+        done = cluster.lockgate("explain", "lab/a", "lab/b", "80")
+        assert done.stdout.splitlines()[2].startswith("allow")
         texts[2] = texts[2].replace("containerPort: 80", "containerPort: 81")
         file.write_text("---\n".join(texts))
         cluster.wait()

@@ -308,6 +308,8 @@ def test_a_missing_file_system_is_one_sentence(tmp_path: Path, kind: str, words:
         ("up {folder} --cluster Bad_Name", "1 to 20 lower case letters"),
         ("up {empty}", "no manifests (*.yaml, *.yml or *.json)"),
         ("up {broken}", "end.yaml"),
+        ("up {outside}", "Node outside, field metadata.name: expected another name"),
+        ("up {long}", "field metadata.name: expected at most"),
         ("get things", "'things' is not one of"),
         ("nonsense", "No such command 'nonsense'"),
         ("exec end/p-0", "Missing argument"),
@@ -318,7 +320,11 @@ def test_wrong_arguments_are_named(tmp_path: Path, arguments: str, words: str) -
     broken = manifests(tmp_path / "broken")
     (broken / "end.yaml").write_text("kind: [")
     (tmp_path / "empty").mkdir()
+    for file, node in (("outside", "outside"), ("long", "n" * 80)):
+        (tmp_path / file).write_text(f"apiVersion: v1\nkind: Node\nmetadata: {{name: {node}}}\n")
     places = {
+        "outside": str(tmp_path / "outside"),
+        "long": str(tmp_path / "long"),
         "folder": str(manifests(tmp_path / "good")),
         "empty": str(tmp_path / "empty"),
         "broken": str(broken),

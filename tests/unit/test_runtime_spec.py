@@ -89,3 +89,15 @@ def test_pod_object_becomes_a_spec() -> None:
     assert job.environment["HOME"] == "/root"
     assert job.environment["HOSTNAME"] == "web-0"
     assert job.environment["DB_SERVICE_HOST"] == "10.96.0.9"
+
+
+@pytest.mark.parametrize(
+    ("name", "hostname"),
+    [("a.b", "a.b"), ("n" * 70, "n" * 63), ("n" * 62 + "-.-.x", "n" * 62)],
+)
+def test_a_long_name_is_cut_to_a_hostname(name: str, hostname: str) -> None:
+    pod = model.Pod(
+        metadata=model.ObjectMeta(name=name),
+        spec=model.PodSpec(containers=[model.Container(name="c")]),
+    )
+    assert pod_spec(pod).hostname == hostname

@@ -165,6 +165,29 @@ def test_services_get_addresses_of_their_families(
         assert address.startswith("fd00:10:96::" if family == "IPv6" else "10.96.")
 
 
+@pytest.mark.parametrize(
+    ("cidrs", "spec", "families", "warnings"),
+    [
+        (["10.1.0.0/24"], {}, ["IPv4"], 0),
+        (["10.1.0.0/24"], {"ipFamilyPolicy": "PreferDualStack"}, ["IPv4"], 0),
+        (["10.1.0.0/24"], {"ipFamilyPolicy": "RequireDualStack"}, ["IPv4", "IPv6"], 1),
+        (["10.1.0.0/24"], {"ipFamilies": ["IPv6"]}, ["IPv6"], 1),
+        (["fd01::/64"], {}, ["IPv6"], 0),
+        (["fd01::/64"], {"ipFamilyPolicy": "PreferDualStack"}, ["IPv6"], 0),
+        (["fd01::/64"], {"clusterIP": "None"}, ["IPv6"], 0),
+        (["fd01::/64", "10.1.0.0/24"], {}, ["IPv6"], 0),
+        (["fd01::/64", "10.1.0.0/24"], {"ipFamilyPolicy": "PreferDualStack"}, ["IPv6", "IPv4"], 0),
+    ],
+)
+def test_services_have_the_families_that_nodes_have_unless_they_ask(
+    cidrs: list[str], spec: dict[str, object], families: list[str], warnings: int
+) -> None:
+    text = f"apiVersion: v1\nkind: Node\nmetadata: {{name: n}}\nspec: {{podCIDRs: {cidrs}}}\n---\n"
+    plan = planned(text + service("web", **spec))
+    assert plan.services["default", "web"].spec.ip_families == families
+    assert len(plan.warnings) == warnings
+
+
 def test_an_address_of_the_manifest_is_kept_and_never_given_to_another() -> None:
     memory = Memory()
     before = planned(service("web"), memory).services["default", "web"].spec.cluster_ip

@@ -6,6 +6,7 @@
 #ifndef LOCKGATE_CONNECTION_H
 #define LOCKGATE_CONNECTION_H
 
+#include "arrive.h"
 #include "forward.h"
 #include "service.h"
 #include "verdict.h"
@@ -29,16 +30,14 @@ static __always_inline bool masquerades(struct packet *p)
 }
 
 /* May the new connection pass? Fills ends, cells and flags. */
-static __always_inline bool admit(struct packet *p, __u8 *flags)
+static __always_inline bool admit(struct __sk_buff *skb, struct packet *p, __u8 *flags)
 {
 	/* The originator as it is, also when a hairpin hides it. */
 	p->tuple = p->now;
 	p->tuple.saddr = p->wire.saddr;
 	bool allowed = judge(p, &p->tuple);
 
-	/* What this node sends to its pods never comes from a card. */
-	if (p->place == PLACE_FROM_NET &&
-	    (target_kind(p->src_target) == TO_LOCAL || target_kind(p->src_target) == TO_HOST)) {
+	if (p->place == PLACE_FROM_NET && (is_ours(p->src_target) || !comes_by(skb, p, p->src_target))) {
 		p->judged = 0;
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
 		return false;
@@ -87,7 +86,7 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 			flags |= CT_SERVICE;
 		}
 	}
-	if (!admit(p, &flags))
+	if (!admit(skb, p, &flags))
 		return p->cause ? drop(skb, p) : deny(skb, p);
 	if (!may_begin(p)) {
 		GIVE_UP(p, CAUSE_NEW_CONNECTION_RATE);
@@ -197,8 +196,7 @@ static __noinline int masquerade_again(struct packet *p)
 /* A packet of a known connection. */
 static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct ct *ct)
 {
-	/* What pods of this node send never comes from a card. */
-	if (p->place == PLACE_FROM_NET && target_kind(ct->target[!p->reply]) == TO_LOCAL) {
+	if (p->place == PLACE_FROM_NET && sent_here(p, ct)) {
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
 		return drop(skb, p);
 	}
@@ -218,6 +216,11 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 			return UNKNOWN;
 		}
 	}
+	if (p->place == PLACE_FROM_NET && !comes_by(skb, p, ct->target[!p->reply])) {
+		p->judged = 0;
+		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
+		return drop(skb, p);
+	}
 	p->target = ct->target[p->reply & 1];
 	if (ct->flags & (p->reply ? CT_NAT_REPLY : CT_NAT_ORIGIN)) {
 		struct nat *next = nat_find(p, &p->now);
@@ -234,8 +237,7 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 /* Is it the address of a pod, of whatever node? */
 static __always_inline bool is_pod(struct packet *p, const struct addr *addr)
 {
-	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
-	__u32 kind = peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
+	enum peer_kind kind = kind_of(p, addr);
 
 	return kind == PEER_LOCAL || kind == PEER_REMOTE;
 }
@@ -336,6 +338,16 @@ static __always_inline bool for_a_pod(struct packet *p)
 	return true;
 }
 
+/* Not for a pod: this node's own business, or its stack's. */
+static __always_inline int for_the_stack(struct __sk_buff *skb, struct packet *p)
+{
+	if (config_tunnel && tunnel_stranger(p)) {
+		GIVE_UP(p, CAUSE_TUNNEL_STRANGER);
+		return drop(skb, p);
+	}
+	return TCX_NEXT;
+}
+
 /* From the parsed packet to its verdict and way out. */
 static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 {
@@ -359,7 +371,7 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 	}
 	if (p->place == PLACE_FROM_NET) {
 		if (!for_a_pod(p))
-			return TCX_NEXT;	/* the node's own business */
+			return for_the_stack(skb, p);
 		return begin(skb, p, 0);
 	}
 	if (p->place == PLACE_FROM_POD) {

@@ -12,7 +12,9 @@
  *                 TCP or UDP, all in the linear part, lengths that agree: what
  *                 is left is read at fixed offsets, and no check can fail.
  *   spoofing      MAC, source and multicast of a pod's packets are checked
- *                 here too; cards that lead outside are left to the long way.
+ *                 here too; what a card brings comes by the link that leads back to
+ *                 its source, which this epoch's judgement chose: the world's by a hop
+ *                 that no pod is behind, and a node's by its own tunnel.
  *   connection    an entry in `connections` (looked up first there, too) of
  *                 this epoch, in time, without translation, and no packet that
  *                 may begin another: known() then judges nothing and tells
@@ -106,18 +108,16 @@ static __always_inline bool speaks_for_itself(struct __sk_buff *skb, const struc
 	return same_addr(&t->saddr, is_v4(&t->saddr) ? &ep->addr4 : &ep->addr6) && !is_multicast(&t->daddr);
 }
 
-/* May what `source` leads back to have come by this link? False: perhaps not. */
+/* Did what `source` leads back to come by this link? False: perhaps not. */
 static __always_inline bool comes_from(struct __sk_buff *skb, __u32 epoch, __u32 source)
 {
-	__u32 role = role_of(skb);
-
-	if (target_kind(source) == TO_LOCAL || role == LINK_OUTSIDE)
-		return false;
-	if (!config_tunnel || role != LINK_TUNNEL)
-		return true;
 	struct hop_view *hop = target_kind(source) == TO_HOP ? hop_of(epoch, target_index(source)) : NULL;
 
-	if (!hop || !(hop->flags & HOP_TUNNEL) || !sent_by(skb, hop))
+	if (!hop || hop->ifindex != skb->ifindex)
+		return false;
+	if (!config_tunnel || !(hop->flags & HOP_TUNNEL))
+		return true;
+	if (!sent_by(skb, hop))
 		return false;
 	bpf_skb_change_type(skb, PACKET_HOST);	/* see from_net() */
 	return true;

@@ -74,6 +74,11 @@ int from_net(struct __sk_buff *skb)
 		if (for_a_pod(p))
 			return drop(skb, p);
 		return pass(p);
+	case CAUSE_EXTENSION_HEADER:
+		/* The stack may follow it, and find that it is for our VXLAN device. */
+		if (config_tunnel && tunnel_port() && kind_of(p, &p->wire.daddr) == PEER_HOST)
+			return drop(skb, p);
+		return pass(p);
 	default:
 		return pass(p);	/* nothing a pod would get; the stack knows what to do */
 	}

@@ -25,6 +25,15 @@ static __always_inline int enter_tunnel(struct __sk_buff *skb, const struct hop_
 	return bpf_skb_set_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6);
 }
 
+/* The UDP port of our VXLAN device in host order, or 0. */
+static __always_inline __u32 tunnel_port(void)
+{
+	__u32 zero = 0;
+	struct node_state *node = bpf_map_lookup_elem(&state, &zero);
+
+	return node ? node->tunnel_port : 0;
+}
+
 /* The outer addresses of what came through the tunnel: the node that sent it,
  * and the address it sent it to. False: by no tunnel, or by one that is not ours. */
 static __always_inline bool tunnel_ends(struct __sk_buff *skb, struct addr *sender, struct addr *receiver)

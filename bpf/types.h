@@ -38,7 +38,8 @@ enum format {
 struct node_state {
 	__u32 epoch;
 	__u32 capture;		/* bytes of the packet that ride on an event; 0 = none */
-	__u32 reserved[2];
+	__u32 tunnel_port;	/* UDP port of our VXLAN device, host order; 0 = there is none */
+	__u32 reserved;
 };
 
 /* The last id of each kind that was given out: no program reads it. It lasts as
@@ -382,6 +383,7 @@ enum cause {
 	CAUSE_EXTENSION_HEADER   = 21,	/* IPv6 header chain we do not follow */
 	CAUSE_NOT_READY          = 22,	/* no state published yet */
 	CAUSE_NEW_CONNECTION_RATE = 23,	/* the pod begins too many a second */
+	CAUSE_TUNNEL_STRANGER    = 24,	/* brings tunnel packets, and is no node or comes from outside */
 	CAUSE_MAX
 };
 

@@ -157,7 +157,7 @@ class Hops:
         self._write_roles(cards, tunnel.index if tunnel is not None else cards.tunnel)
         if tunnel is not None:
             self._device.attach(tunnel.index)
-        wanted = {NOWHERE: Hop()}
+        wanted = {NOWHERE: Hop(flags=_DROP | _MASQ)}  # no way of the world's
         routes: dict[tuple[bytes, int], int] = {}
         services = self._services(cluster)
         for cidr in (*services, *NEVER_LEAVES):

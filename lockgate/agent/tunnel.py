@@ -37,7 +37,9 @@ class TunnelDevice:
         return Card(TUNNEL, index, dumps.link(index)[0], mtu)
 
     def attach(self, index: int) -> None:
-        """from_net on it, which has its role by now; or later, `attach_waiting`."""
+        """from_net on it, which has its role by now; or later, `attach_waiting`. From now on the
+        cards' programs know what is for it."""
+        self._dp.state.view["tunnel_port"][0] = self._port
         self._wanted = index
         if not self._dp.pending:
             self.attach_waiting()
@@ -51,5 +53,6 @@ class TunnelDevice:
     def remove(self) -> None:
         """Nothing there is success."""
         vxlan.remove(TUNNEL)
+        self._dp.state.view["tunnel_port"][0] = 0
         self._attached = self._wanted = 0
         self._dp.detach_net(TUNNEL)

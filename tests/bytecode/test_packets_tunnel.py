@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from scapy.layers.inet6 import IPv6ExtHdrDestOpt
 
 from tests.bytecode.goldens import (
     ADDRESSES,
@@ -21,6 +22,7 @@ from tests.bytecode.goldens import (
 )
 from tests.bytecode.world import (
     DROP,
+    DRY_MARK,
     HOP_MAC,
     NEXT,
     OUTSIDE,
@@ -31,7 +33,8 @@ from tests.bytecode.world import (
     mac_bytes,
 )
 
-HOP_TUNNEL, LINK_UNDERLAY, LINK_TUNNEL = 8, 1, 3
+HOP_TUNNEL, LINK_UNDERLAY, LINK_OUTSIDE, LINK_TUNNEL = 8, 1, 2, 3
+PORT = 8472
 OUTER = {4: ("192.0.2.2", "192.0.2.1"), 6: ("fd00:ff::2", "fd00:ff::1")}
 
 
@@ -105,3 +108,132 @@ def test_a_known_connection_does_not_let_others_in(tunnel, family) -> None:
     back = bytes(wire() / ip(family, "remote", "a") / tcp(80, 40000, "SA"))
     assert tunnel.run("from_net", back, UNDERLAY).verdict == DROP
     assert ADDRESSES[family]["remote"]
+
+
+# ---- Beside the tunnel ---------------------------------------------------------------
+
+
+@pytest.fixture(params=[LINK_UNDERLAY, LINK_OUTSIDE], ids=["by the underlay", "from outside"])
+def card(tunnel: World, request: pytest.FixtureRequest):
+    """OUTSIDE is the card that the tunnel's packets come by, of either role."""
+    tunnel.link_roles.set(OUTSIDE, request.param)
+    tunnel.publish(scene(4))
+    yield tunnel
+    tunnel.link_roles.set(OUTSIDE, LINK_OUTSIDE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("source", ["remote", "node"])
+def test_who_is_behind_the_tunnel_does_not_come_without(card, source, family) -> None:
+    """Whoever can send to the card would speak for every pod of other nodes."""
+    frame = bytes(wire() / ip(family, source, "a") / syn())
+    outcome = card.run("from_net", frame, OUTSIDE)
+    assert (outcome.verdict, outcome.events[-1]["cause"]) == (DROP, "spoofed-source")
+    assert not card.tracked()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_is_about_the_address_and_not_about_the_card(tunnel, family) -> None:
+    tunnel.link_roles.set(OUTSIDE, LINK_UNDERLAY)
+    tunnel.publish(scene(4))
+    frame = bytes(wire() / ip(family, "node", "a") / syn())
+    assert tunnel.run("from_net", frame, OUTSIDE, mark=DRY_MARK).cb[0] & 0xFF == 1
+    tunnel.link_roles.set(OUTSIDE, LINK_OUTSIDE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("answered", [False, True], ids=["half open", "established"])
+def test_nor_in_a_known_connection(card, family, answered) -> None:
+    there = bytes(from_pod(A) / ip(family, "a", "remote") / syn())
+    assert card.run("from_pod", there, at_pod(A)).verdict == REDIRECT
+    if answered:
+        keys, values = card.half_open.items()
+        values = values.copy()
+        values["state"] = 2
+        card.connections.update_many(keys, values)
+        card.half_open.delete_many(keys)
+    back = bytes(wire() / ip(family, "remote", "a") / tcp(80, 40000, "A"))
+    outcome = card.run("from_net", back, OUTSIDE)
+    assert (outcome.verdict, outcome.events[-1]["cause"]) == (DROP, "spoofed-source")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_world_comes_by_any_card(card, family) -> None:
+    for packet in (syn(), tcp(40000, 80, "A")):
+        frame = bytes(wire() / ip(family, "world", "a") / packet)
+        assert card.run("from_net", frame, OUTSIDE).verdict == REDIRECT
+    frame = bytes(from_pod(A) / ip(family, "a", "world") / tcp(80, 40000, "A"))
+    card.run("from_pod", frame, at_pod(A))
+    frame = bytes(wire() / ip(family, "world", "a") / tcp(40000, 80, "A"))
+    assert card.run("from_net", frame, OUTSIDE).verdict == REDIRECT
+
+
+# ---- Who may send to the tunnel's port -------------------------------------------------
+
+
+@pytest.fixture
+def port(world: World):
+    """The VXLAN device is there."""
+    world.state.view["tunnel_port"][0] = PORT
+    world.publish(base())
+    yield world
+    world.state.view["tunnel_port"][0] = 0
+    world.link_roles.set(UNDERLAY, LINK_UNDERLAY)
+
+
+STRANGERS = [
+    # name, source, role of the card, may
+    ("a node by the underlay", "node", LINK_UNDERLAY, True),
+    ("the world by the underlay", "world", LINK_UNDERLAY, False),
+    ("a pod by the underlay", "remote", LINK_UNDERLAY, False),
+    ("a node from outside", "node", LINK_OUTSIDE, False),
+    ("the world from outside", "world", LINK_OUTSIDE, False),
+    ("a node by a card that leads nowhere that we know", "node", 0, False),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("source", "role", "may"), [s[1:] for s in STRANGERS],
+                         ids=[s[0] for s in STRANGERS])  # fmt: skip
+def test_only_nodes_send_to_the_tunnel_and_by_the_card_that_leads_to_them(
+    port, source, role, may, family
+) -> None:
+    port.link_roles.set(UNDERLAY, role)
+    frame = bytes(wire() / ip(family, source, "host") / udp(40000, PORT))
+    outcome = port.run("from_net", frame, UNDERLAY)
+    assert outcome.verdict == (NEXT if may else DROP)
+    if not may:
+        expected = "spoofed-source" if (source, role) == ("remote", LINK_OUTSIDE) else CAUSE
+        assert outcome.events[-1]["cause"] == expected
+
+
+CAUSE = "tunnel-stranger"
+OTHERS = [
+    # name, target, l4, the device is there, answer
+    ("the node's other ports", "host", udp(40000, PORT + 1), True, NEXT),
+    ("TCP", "host", syn(40000, PORT), True, NEXT),
+    ("a pod's own port of that number", "a", udp(40000, PORT), True, REDIRECT),
+    ("another host's, that the node forwards", "world", udp(40000, PORT), True, NEXT),
+    ("a node without the device", "host", udp(40000, PORT), False, NEXT),
+    ("port 0 of a node without the device", "host", udp(40000, 0), False, NEXT),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("target", "l4", "there", "answer"), [o[1:] for o in OTHERS],
+                         ids=[o[0] for o in OTHERS])  # fmt: skip
+def test_what_is_not_for_the_tunnel_goes_its_way(port, target, l4, there, answer, family) -> None:
+    port.state.view["tunnel_port"][0] = PORT if there else 0
+    frame = bytes(wire() / ip(family, "world", target) / l4)
+    assert port.run("from_net", frame, OUTSIDE).verdict == answer
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["with the device", "without"])
+def test_no_headers_that_only_the_stack_follows_lead_to_the_tunnel(port, there) -> None:
+    port.state.view["tunnel_port"][0] = PORT if there else 0
+    packet = ip(6, "node", "host")
+    for _ in range(9):
+        packet /= IPv6ExtHdrDestOpt()
+    outcome = port.run("from_net", bytes(wire() / packet / udp(40000, PORT)), OUTSIDE)
+    assert outcome.verdict == (DROP if there else NEXT)
+    assert [event["cause"] for event in outcome.events] == ["extension-header"] * there

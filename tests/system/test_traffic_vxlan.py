@@ -144,11 +144,16 @@ def vxlan_frame(inner: bytes, number: int = TUNNEL_ID) -> bytes:
 
 def syn(source: str, destination: str, port: int) -> bytes:
     """An Ethernet frame as our programs make them."""
-    from scapy.layers.inet import IP, TCP
     from scapy.layers.l2 import Ether
 
-    frame = Ether(dst="0a:6c:00:00:00:01", src="02:00:00:00:00:09")
-    return bytes(frame / IP(src=source, dst=destination) / TCP(sport=port, dport=8080))
+    frame = Ether(dst="0a:6c:00:00:00:01", src="02:00:00:00:00:09", type=0x0800)
+    return bytes(frame) + plain_syn(source, destination, port)
+
+
+def plain_syn(source: str, destination: str, port: int) -> bytes:
+    from scapy.layers.inet import IP, TCP
+
+    return bytes(IP(src=source, dst=destination) / TCP(sport=port, dport=8080))
 
 
 def send(place: Place, to: str, payload: bytes) -> None:
@@ -156,8 +161,20 @@ def send(place: Place, to: str, payload: bytes) -> None:
         sender.sendto(payload, (to, PORT))
 
 
-def dropped(cluster: Cluster) -> int:
-    return int(cluster.agent_status(NEAR)["drops"].get("spoofed-source", 0))
+def dropped(cluster: Cluster, cause: str = "spoofed-source") -> int:
+    return int(cluster.agent_status(NEAR)["drops"].get(cause, 0))
+
+
+@contextlib.contextmanager
+def raw(place: Place, to: str, via: str) -> Iterator[socket.socket]:
+    """A socket for whole IPv4 packets, any source, that go to `to` by a way of their own."""
+    place.run("ip", "route", "replace", f"{to}/32", "via", via)
+    try:
+        with place.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
+            sender.connect((to, 0))
+            yield sender
+    finally:
+        place.run("ip", "route", "del", f"{to}/32", "via", via)
 
 
 STRANGERS = [
@@ -187,6 +204,28 @@ def test_nobody_speaks_through_the_tunnel_for_others(
         for f in tunnels.flows(NEAR)
         if f["verdict"] == "allow" and f["source"].get("port") == 4321
     ]
+
+
+def test_nobody_outside_passes_for_a_node_to_the_tunnel(tunnels: Cluster) -> None:
+    """Whatever its source address: nodes are on another card."""
+    from scapy.layers.inet import IP, UDP
+
+    a, c = tunnels.pod("traffic/a"), tunnels.pod("traffic/c")
+    here, there = tunnels.node_ip(NEAR), tunnels.node_ip(FAR)
+    inner = vxlan_frame(syn(c.ip(), a.ip(), 4324))
+    before = dropped(tunnels, "tunnel-stranger")
+    with raw(tunnels.outside(), here, "172.31.0.11") as sender:
+        sender.send(bytes(IP(src=there, dst=here) / UDP(sport=4324, dport=PORT) / inner))
+    until(lambda: dropped(tunnels, "tunnel-stranger") > before, "the packet to be dropped")
+
+
+def test_nobody_speaks_for_a_pod_behind_the_tunnel_beside_it(tunnels: Cluster) -> None:
+    """The pod's own node does not, so nobody else on its link does."""
+    a, c, here = tunnels.pod("traffic/a"), tunnels.pod("traffic/c"), tunnels.node_ip(NEAR)
+    before = dropped(tunnels)
+    with raw(tunnels.node(FAR), a.ip(), here) as sender:
+        sender.send(plain_syn(c.ip(), a.ip(), 4325))
+    until(lambda: dropped(tunnels) > before, "the packet to be dropped as spoofed")
 
 
 def test_a_pod_does_not_speak_through_the_tunnel_as_its_node(tunnels: Cluster) -> None:

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * arrive.h: who can have sent what a card brings. Addresses are believed by
+ * the link that leads back to them, and by no other.
+ */
+#ifndef LOCKGATE_ARRIVE_H
+#define LOCKGATE_ARRIVE_H
+
+#include "tunnel.h"
+
+/* Is what has this target, by peers, of this node? That sends nothing by its cards. */
+static __always_inline bool is_ours(__u32 target)
+{
+	return target_kind(target) == TO_LOCAL || target_kind(target) == TO_HOST;
+}
+
+/* Can what this target leads to have sent by the card at this hook? Other nodes and their
+ * pods send by that which leads to them: where that is the tunnel, a packet beside it is
+ * somebody else's. The world is wherever it is. */
+static __always_inline bool comes_by(struct __sk_buff *skb, struct packet *p, __u32 target)
+{
+	__u32 index = target_index(target);
+
+	if (target_kind(target) != TO_HOP || p->dry)
+		return true;
+	struct hop_view *hop = hop_of(p->epoch, index);
+
+	return hop && (hop->flags & HOP_MASQ || hop->ifindex == skb->ifindex);
+}
+
+/* Is the sender of a packet of this connection on this node? Not the originator whose packets
+ * came by the stack, which was given them by who knows what. */
+static __always_inline bool sent_here(struct packet *p, struct ct *ct)
+{
+	__u32 source = ct->target[!p->reply];
+
+	return is_ours(source) && (target_kind(source) == TO_LOCAL || p->reply || ct->flags & CT_EXEMPT);
+}
+
+static __always_inline enum peer_kind kind_of(struct packet *p, const struct addr *addr)
+{
+	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
+
+	return peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
+}
+
+/* Is it for our VXLAN device, by none who may send to it? That is another node, by the card
+ * that leads to it; the device sees outer addresses, but not the card (from_net.h). */
+static __noinline int tunnel_stranger(struct packet *p)
+{
+	__u32 port = tunnel_port();
+
+	if (!port || p->wire.proto != IPPROTO_UDP || p->wire.dport != bpf_htons(port) ||
+	    kind_of(p, &p->wire.daddr) != PEER_HOST)
+		return 0;
+	return p->role != LINK_UNDERLAY || kind_of(p, &p->wire.saddr) != PEER_NODE;
+}
+
+#endif

@@ -135,9 +135,9 @@ class World:
             for pod in cluster.pods.values()
             if (slot := ids.slot(pod.metadata.uid)) is not None
         }
-        wanted = Encoder(self.schema, len(endpoints)).encode(tables, records)
-        endpoints.view[:] = wanted.slots
-        endpoints.view["view"][:, 1] = wanted.views
+        slots, views = Encoder(self.schema, len(endpoints)).endpoints(tables, records)
+        endpoints.view[:] = slots
+        endpoints.view["view"][:, 1] = views
         state = MappedArray.of(self.object, "state", dtype("node_state"))
         state.view["epoch"][0] = 1
         return tables

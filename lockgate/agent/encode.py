@@ -25,7 +25,17 @@ from lockgate.compile.tables import (
 )
 from lockgate.objects.address import is_ipv4, parse_address
 
-__all__ = ["EP_LIVE", "Bytes", "Encoder", "EndpointRecord", "Patch", "Wanted", "rows", "sortable"]
+__all__ = [
+    "EP_LIVE",
+    "Bytes",
+    "Encoder",
+    "EndpointRecord",
+    "Patch",
+    "Table",
+    "Wanted",
+    "rows",
+    "sortable",
+]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -59,8 +69,7 @@ class EndpointRecord:
         return found[0], found[1]
 
 
-@dataclass(slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """Whole tables as arrays."""
 
     peers: Table

@@ -2,7 +2,7 @@
 
 Tables that tell what differs from those in force cost that: the idle view is one publication
 behind, so it gets the differences of the last two. All others, and the first two, are compared
-with what the maps hold.
+with what the maps hold: where that says the same, laid out otherwise, nothing moves.
 """
 
 from __future__ import annotations
@@ -10,140 +10,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lockgate.agent.alike import View, alike
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.encode import (
     EP_LIVE,
     Bytes,
     Encoder,
     EndpointRecord,
-    Patch,
     Wanted,
     rows,
-    sortable,
 )
+from lockgate.agent.two_views import TwoViews
 from lockgate.bpf.grace import wait_grace
-from lockgate.bpf.maps import HashMap, MappedArray
-from lockgate.compile.tables import Delta, Tables
+from lockgate.bpf.maps import MappedArray
+from lockgate.compile.tables import Delta, Tables, Words
 
-__all__ = ["EndpointRecord", "Publisher", "TwoViews"]
+__all__ = ["EndpointRecord", "Publisher"]
 
 log = logging.getLogger(__name__)
 
 _MAX_EPOCH = 0xFFFFFFFF
-
-
-class TwoViews:
-    """A hash whose values hold one record per view.
-
-    Keys and values are rows of bytes as in the kernel; a view that is all zero bytes does not
-    have the key. Rows are sorted by key. What was read is kept until `forget` or `patch`.
-    """
-
-    def __init__(self, map_: HashMap, view_size: int) -> None:
-        self._map = map_
-        self._view_size = view_size
-        # Behind the two views there may be padding.
-        self._value_size = map_.value_dtype.itemsize
-        self._rows: tuple[Bytes, Bytes] | None = None
-
-    def _read(self) -> tuple[Bytes, Bytes]:
-        if self._rows is None:
-            keys, values = self._map.items()
-            keys = rows(keys, self._map.key_dtype.itemsize)
-            order = np.argsort(sortable(keys))
-            self._rows = keys[order], rows(values, self._value_size)[order]
-        return self._rows
-
-    def __len__(self) -> int:
-        return len(self._read()[0])
-
-    def holds(self, view: int, keys: Bytes, views: Bytes) -> bool:
-        """Is this exactly what `view` has? `keys` sorted, see `sort`."""
-        mine = self._half(view)
-        present = mine.any(axis=1)
-        return np.array_equal(self._read()[0][present], keys) and np.array_equal(
-            mine[present], views
-        )
-
-    def write(self, view: int, keys: Bytes, views: Bytes) -> int:
-        """Make `view` so; the other view stays. Keys that are in neither are deleted. Returns
-        the number of elements written and deleted. On OSError memory and map disagree."""
-        if np.array_equal(self._read()[0], keys):
-            return self._write_values(view, views)
-        return self._write_all(view, keys, views)
-
-    def forget(self) -> None:
-        """Let go of what was read."""
-        self._rows = None
-
-    def patch(self, view: int, patch: Patch) -> None:
-        """Write what differs to `view`."""
-        self.forget()
-        if not len(patch.keys):
-            return
-        values = np.zeros((len(patch.keys), self._value_size), np.uint8)
-        halves = values[:, : 2 * self._view_size].reshape(len(values), 2, -1)
-        halves[:, view], halves[:, 1 - view] = patch.wanted, patch.others
-        alive = values.any(axis=1)
-        if not alive.all():
-            self._map.delete_many(self._as_keys(patch.keys[~alive]))
-        if alive.any():
-            self._update(patch.keys[alive], values[alive])
-
-    def _write_values(self, view: int, views: Bytes) -> int:
-        """All keys, and no others, are in the map already."""
-        mine = self._half(view)
-        different = np.flatnonzero((mine != views).any(axis=1))
-        if len(different):
-            mine[different] = views[different]
-            own, values = self._read()
-            self._update(own[different], values[different])
-        return len(different)
-
-    def _write_all(self, view: int, keys: Bytes, views: Bytes) -> int:
-        start = view * self._view_size
-        mine, known = self._read()
-        both = np.concatenate((mine, keys))
-        _, first = np.unique(sortable(both), return_index=True)
-        union = both[first]
-        values = np.zeros((len(union), self._value_size), np.uint8)
-        place = _find(union, mine)
-        values[place] = known
-        values[:, start : start + self._view_size] = 0
-        values[_find(union, keys), start : start + self._view_size] = views
-
-        before = np.zeros_like(values)
-        before[place] = known
-        existed = np.zeros(len(union), bool)
-        existed[place] = True
-        alive = values.any(axis=1)
-        written = alive & (values != before).any(axis=1)
-        dead = existed & ~alive
-        if dead.any():
-            self._map.delete_many(self._as_keys(union[dead]))
-        if written.any():
-            self._update(union[written], values[written])
-        self._rows = union[alive], values[alive]
-        return int(written.sum() + dead.sum())
-
-    def _update(self, keys: Bytes, values: Bytes) -> None:
-        whole = np.ascontiguousarray(values).view(self._map.value_dtype).reshape(-1)
-        self._map.update_many(self._as_keys(keys), whole)
-
-    def _half(self, view: int) -> Bytes:
-        start = view * self._view_size
-        return self._read()[1][:, start : start + self._view_size]
-
-    def _as_keys(self, keys: Bytes) -> NDArray[Any]:
-        keys = np.ascontiguousarray(keys)
-        if self._map.key_dtype.subdtype is not None:
-            return keys
-        return keys.view(self._map.key_dtype).reshape(-1)
 
 
 class Publisher:
@@ -155,7 +47,7 @@ class Publisher:
         self._encoder = Encoder(schema, len(datapath.endpoints))
         self._endpoint = schema.dtype("endpoint")
         self._static = [name for name in self._endpoint.names or () if name != "view"]
-        self._sizes = {name: schema.dtype(name).itemsize for name in ("peer_view", "service_view")}
+        self._peer_view, self._service_view = map(schema.dtype, ("peer_view", "service_view"))
         # The grace period after each move of the epoch passes beside other work; the first is
         # for a predecessor's last move.
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="grace")
@@ -179,8 +71,8 @@ class Publisher:
     def read_back(self) -> None:
         """Learn what the maps hold."""
         self._inner: list[MappedArray | None] = [self._dp.images.inner(v) for v in (0, 1)]
-        self._peers = TwoViews(self._dp.peers, self._sizes["peer_view"])
-        self._services = TwoViews(self._dp.services, self._sizes["service_view"])
+        self._peers = TwoViews(self._dp.peers, self._peer_view.itemsize)
+        self._services = TwoViews(self._dp.services, self._service_view.itemsize)
         self._backends = TwoViews(self._dp.backends, 1)
         self._counts = {
             "peers": len(self._peers),
@@ -190,6 +82,8 @@ class Publisher:
         # The serial of the tables in force, and what the idle view lacks of them, if it is known.
         self._serial = 0
         self._behind: Delta | None = None
+        # Are those in force, byte by byte? Else they only say the same.
+        self._exact = True
         # What was written last, by view: the same arrays again need no comparison.
         self._slots: NDArray[Any] | None = None
         self._views: list[NDArray[Any] | None] = [None, None]
@@ -212,16 +106,19 @@ class Publisher:
         delta, behind = tables.delta, self._behind
         if delta is not None and delta.base != self._serial:
             delta = None
-        wanted = None if delta is not None and behind is not None else self._encoder.encode(tables)
+        wanted = self._encoder.encode(tables) if delta is None else None
         epoch = self.epoch
         # Connections remember the epoch that judged them, also those that programs of another
         # version judge beside ours: one number, one meaning.
         if (
             epoch > self._dp.beyond
-            and (not delta if wanted is None else self._in_force(epoch & 1, tables, wanted))
             and self._has_slots(slots)
-            and self._has_views(epoch & 1, views)
             and self._has_hops(epoch & 1, hops)
+            and (
+                self._in_force(epoch & 1, tables, wanted, views)
+                if wanted is not None
+                else not delta and self._has_views(epoch & 1, views)
+            )
         ):
             if tables.serial != self._serial and delta is None:
                 self._behind = None
@@ -235,11 +132,10 @@ class Publisher:
         # mostly finished.
         self._grace.result()
         self._certain = False
-        if wanted is None:
-            assert delta is not None and behind is not None
+        if delta is not None and behind is not None and self._exact:
             self._patch(idle, tables, delta, behind)
         else:
-            self._write(idle, tables, wanted)
+            self._write(idle, tables, wanted or self._encoder.encode(tables))
         self._write_endpoints(idle, slots, views)
         self._write_hops(idle, hops)
         self._dp.state.view["epoch"][0] = following
@@ -251,6 +147,8 @@ class Publisher:
             for slot in np.flatnonzero(stale):
                 mine[slot] = np.zeros((), self._endpoint)
             self._slots = slots
+        if not self._exact:
+            delta, self._views[1 - idle], self._exact = None, None, True
         self._serial, self._behind = tables.serial, delta
         self._counts = {
             "peers": len(tables.peers),
@@ -263,7 +161,9 @@ class Publisher:
     def level(self, tables: Tables) -> None:
         """Bring the idle view to what is in force, `tables`, if it is not known what it lacks: so
         that the next change costs what it changes. Blocks for a grace period then."""
-        if self._behind is not None or tables.serial != self._serial or not self._certain:
+        if self._behind is not None or tables.serial != self._serial:
+            return
+        if not self._certain or not self._exact:
             return
         self._grace.result()
         self._certain = False
@@ -291,15 +191,34 @@ class Publisher:
         self._services.patch(idle, services)
         self._backends.patch(idle, backends)
 
-    def _in_force(self, view: int, tables: Tables, wanted: Wanted) -> bool:
-        image, size = self._inner[view], len(tables.image)
-        return (
-            image is not None
-            and len(image) >= size
-            and np.array_equal(image.view[:size], tables.image)
-            and self._peers.holds(view, *wanted.peers)
-            and self._services.holds(view, *wanted.services)
-            and self._backends.holds(view, *wanted.backends)
+    def _in_force(self, view: int, tables: Tables, wanted: Wanted, views: NDArray[Any]) -> bool:
+        """Do packets find in `view` what `wanted` says? Notes whether it is the same in all."""
+        image = self._inner[view]
+        if image is None:
+            return False
+        mine = self._dp.endpoints.view["view"][:, view]
+        live = Wanted(*(t.table(view) for t in (self._peers, self._services, self._backends)))
+        exact = (
+            np.array_equal(image.view[: len(tables.image)], tables.image)
+            and np.array_equal(mine, views)
+            and all(np.array_equal(a, b) for a, b in zip(chain(*live), chain(*wanted), strict=True))
+        )
+        said, told = self._view(image.view, live, mine), self._view(tables.image, wanted, views)
+        if not exact and not alike(told, said):
+            return False
+        self._exact = exact
+        # Also where it is laid out otherwise: the same array again says the same.
+        self._views[view] = views
+        return True
+
+    def _view(self, image: Words, tables: Wanted, endpoints: NDArray[Any]) -> View:
+        peers, services = tables.peers, tables.services
+        return View(
+            image,
+            (peers[0], peers[1].view(self._peer_view).reshape(-1)),
+            (services[0], services[1].view(self._service_view).reshape(-1)),
+            tables.backends,
+            endpoints,
         )
 
     def _has_views(self, view: int, views: NDArray[Any]) -> bool:
@@ -379,8 +298,3 @@ def _by_view(records: NDArray[Any]) -> Bytes:
 
 def _as_rows(records: NDArray[Any]) -> Bytes:
     return rows(records, records.dtype.itemsize)
-
-
-def _find(union: Bytes, keys: Bytes) -> NDArray[np.intp]:
-    """Places of `keys`, all of which are there, in the sorted `union`."""
-    return np.searchsorted(sortable(union), sortable(keys))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import secrets
@@ -10,8 +11,9 @@ import pytest
 
 from lockgate.compile.evaluate import class_of
 from lockgate.compile.tables import CELL_ALLOW
+from lockgate.objects.changes import Changed
 from lockgate.spec.policy import Packet
-from tests import generate
+from tests import changes, generate
 from tests.bytecode import compare
 from tests.bytecode.compare import Case, Difference, Mismatch, play
 
@@ -29,6 +31,61 @@ def test_kernel_agrees_with_the_specification(world):
         score = play(world, SEED, rounds=200)
         assert score.clusters >= 200 and score.packets >= 20_000
     print(f"{score.clusters} clusters, {score.packets} packets, no difference")
+
+
+#: What happens to clusters; but nodes, addresses, slots and families stay as the world has them.
+HISTORY = [
+    changes.pod_comes,
+    changes.pod_goes,
+    changes.pod_has_other_labels,
+    changes.pod_takes_the_place_of_another,
+    changes.pod_ends,
+    changes.namespace_changes,
+    changes.policies_come,
+    changes.policy_goes,
+    changes.service_goes,
+    changes.slice_changes,
+]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_new_agent_moves_nothing_and_goes_on_from_any_history(world, seed: int) -> None:
+    """Whatever the order of changes that the maps came to be by: an agent that compiles from
+    nothing finds them in force, and kernel and specification agree before and after."""
+    rng = random.Random(f"history/{seed}")
+    case = Case(world, generate.cluster(rng), "a")
+    case.publish()
+    for _ in range(4):
+        for _ in range(rng.randrange(6)):
+            changes_one(rng, case)
+            case.publish(case.tables)
+        ask(rng, case)
+        world.publisher.read_back()
+        assert not case.publish(), "the same objects, and a new agent"
+        ask(rng, case)
+        changes_one(rng, case)
+        if not rng.randrange(3):
+            # While no agent ran.
+            world.publisher.read_back()
+            case.publish()
+        else:
+            case.publish(case.tables)
+        ask(rng, case)
+
+
+def changes_one(rng: random.Random, case: Case) -> None:
+    cluster = case.cluster
+    while True:
+        tried = copy.deepcopy(cluster)
+        rng.choice(HISTORY)(rng, tried, Changed(), changes.Ids())
+        if sum(pod.spec.node_name == case.node for pod in tried.pods.values()) <= compare.SLOTS:
+            break
+    case.cluster = tried
+
+
+def ask(rng: random.Random, case: Case, packets: int = 60) -> None:
+    for _ in range(packets):
+        case.check(compare.random_packet(rng, case.cluster))
 
 
 def judged_packet(world) -> tuple[Case, Packet, int, str]:

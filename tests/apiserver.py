@@ -28,7 +28,8 @@ class ApiServer:
 
     `paged`: lists are given in pages of `limit`. `unknown_selectors`: field selectors that are
     answered with 400. `accept`: the only token that is not answered with 401. `refuse`: HTTP
-    status with which everything is answered. `absent`: kinds that the server does not know.
+    status with which everything is answered. `busy`: so many requests are answered with 429 and
+    Retry-After. `absent`: kinds that the server does not know.
     `hold`: kinds whose lists are not answered before the event is set. `requests`: (kind, query,
     headers). `clients`: names in clients' certificates. `patches` of nodes' status and `created`
     events.
@@ -41,6 +42,7 @@ class ApiServer:
         self.history: dict[str, list[tuple[int, bytes]]] = {k: [] for k in PATHS}
         self.paged = False
         self.refuse = 0
+        self.busy = 0
         self.accept = ""
         self.clients: list[str] = []
         self.absent: set[str] = set()
@@ -134,14 +136,19 @@ class ApiServer:
         if self.refuse:
             self.refused += 1
             return _status(self.refuse, "Refused")
+        if self.busy:
+            self.busy -= 1
+            answer = _status(429, "TooManyRequests", "storage is (re)initializing")
+            answer.headers["Retry-After"] = "0"
+            return answer
         if self.accept and request.headers.get("Authorization") != f"Bearer {self.accept}":
             self.refused += 1
             return _status(401, "Unauthorized", "Unauthorized")
         certificate = request.get_extra_info("peercert")
         if certificate:
             self.clients += [value for ((key, value),) in certificate["subject"]]
-        answer: web.StreamResponse = await handler(request)
-        return answer
+        handled: web.StreamResponse = await handler(request)
+        return handled
 
     def _handler(self, kind: str) -> Any:
         async def answer(request: web.Request) -> web.StreamResponse:

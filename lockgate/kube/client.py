@@ -29,6 +29,8 @@ __all__ = ["AWAY", "ApiError", "Client", "Settings"]
 _ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 #: What a server that can't be reached, or stops in the middle of an answer, raises.
 AWAY = (OSError, aiohttp.ClientError, TimeoutError)
+#: How often a server is asked again that is too busy, and how long it is waited for (seconds).
+_TRIES, _LONGEST_PAUSE = 5, 5.0
 
 
 class Settings(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):
@@ -50,11 +52,12 @@ class _Status(msgspec.Struct):
 
 
 class ApiError(Exception):
-    """The server's refusal: HTTP status, reason and message of the Status object."""
+    """The server's refusal: HTTP status, reason and message of the Status object; `pause` is the
+    header Retry-After, seconds, or None."""
 
-    def __init__(self, status: int, reason: str, message: str) -> None:
+    def __init__(self, status: int, reason: str, message: str, pause: float | None = None) -> None:
         super().__init__(f"{status} {reason}: {message}" if reason else f"{status} {message}")
-        self.status, self.reason = status, reason
+        self.status, self.reason, self.pause = status, reason, pause
 
 
 class _Who(NamedTuple):
@@ -139,9 +142,17 @@ class Client:
                 raise
 
     async def call(self, method: str, path: str, **options: Any) -> bytes:
-        """A request whose answer is small: its body."""
-        async with self.request(method, path, **options) as response:
-            return await response.read()
+        """A request whose answer is small: its body. What the server is too busy for it did not
+        do (429: overload, or a kind that was made just now): it is asked again, when it says."""
+        for left in reversed(range(_TRIES)):
+            try:
+                async with self.request(method, path, **options) as response:
+                    return await response.read()
+            except ApiError as error:
+                if error.status != 429 or error.pause is None or not left:
+                    raise
+                await asyncio.sleep(min(error.pause, _LONGEST_PAUSE))
+        raise AssertionError("unreachable")
 
     @contextlib.asynccontextmanager
     async def websocket(
@@ -333,4 +344,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
         status = msgspec.json.decode(body, type=_Status)
     except msgspec.MsgspecError:
         status = _Status(body[:200].decode(errors="replace"))
-    return ApiError(response.status, status.reason, status.message)
+    pause = response.headers.get("Retry-After", "")
+    return ApiError(
+        response.status, status.reason, status.message, float(pause) if pause.isdecimal() else None
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,6 @@ class Containerd:
 @contextlib.contextmanager
 def containerd(folder: Path) -> Iterator[Containerd]:
     """With the image of this tree imported."""
-    subprocess.run([sys.executable, "-m", "scripts.image"], cwd=ROOT, check=True)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.toml"
     config.write_text(_CONFIG.format(folder=folder))

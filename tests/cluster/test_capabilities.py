@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,13 @@ import aiohttp
 import pytest
 
 from lockgate.net import namespaces
-from tests.cluster.containers import Containerd, container, containerd
+from tests.cluster.containers import Containerd, container
 from tests.system import test_agent
 from tests.system.test_agent import Bed, Node, pod
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 DEADLINE = 60.0
 bed = test_agent.bed
 AGENT, OBSERVER = container("agent"), container("observer")
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
-    with containerd(tmp_path_factory.mktemp("containerd")) as one:
-        yield one
 
 
 class Machine:

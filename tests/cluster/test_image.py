@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.containers import IMAGE, Containerd, containerd
+from tests.cluster.containers import IMAGE, Containerd
 from tests.system.harness import ROOT
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 ARCHIVE = ROOT / "dist/lockgate-image.tar"
 EVERY_MODULE = """
@@ -29,12 +27,6 @@ FILES = """
 from lockgate import paths
 print(paths.bpf_object().stat().st_size > 100_000)
 """
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
-    with containerd(tmp_path_factory.mktemp("containerd")) as one:
-        yield one
 
 
 @pytest.mark.parametrize(

@@ -22,27 +22,12 @@ from lockgate.access.kubernetes import KubernetesAccess
 from lockgate.kube.client import Client, Settings
 from tests.system.harness import ROOT
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-IMAGE = ROOT / "dist/lockgate-image.tar"
 NODES = ["node-1", "node-2"]
 
 
 @pytest.fixture(scope="module")
-def lockgate() -> Iterator[Cluster]:
-    """Two nodes with Lockgate's DaemonSet, and nothing else."""
-    if not IMAGE.exists():
-        pytest.fail(f"{IMAGE} is missing: `make image` builds it")
-    with Cluster.up(f"x{os.getpid()}", cni="none") as cluster:
-        cluster.load_image(IMAGE)
-        cluster.apply(ROOT / "deploy/lockgate.yaml")
-        cluster.kubectl("-n", "kube-system", "rollout", "status", "ds/lockgate", "--timeout=90s")
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def access(lockgate: Cluster) -> Iterator[KubernetesAccess]:
-    one = KubernetesAccess(Settings(kubeconfig=str(kubeconfig(lockgate))), "the test's")
+def access(real: Cluster) -> Iterator[KubernetesAccess]:
+    one = KubernetesAccess(Settings(kubeconfig=str(kubeconfig(real))), "the test's")
     yield one
     one.close()
 
@@ -77,14 +62,12 @@ def agent_pod(cluster: Cluster) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-async def test_exec_speaks_both_protocols(
-    lockgate: Cluster, protocol: str, monkeypatch: Any
-) -> None:
+async def test_exec_speaks_both_protocols(real: Cluster, protocol: str, monkeypatch: Any) -> None:
     monkeypatch.setattr("lockgate.access.exec.PROTOCOLS", (protocol,))
-    client = Client(Settings(kubeconfig=str(kubeconfig(lockgate))))
+    client = Client(Settings(kubeconfig=str(kubeconfig(real))))
     try:
         words = ["lockgate-node-call", "agent", "GET", "/v1/status", "0"]
-        pieces = exec_stream(client, agent_pod(lockgate), "agent", words, timeout=20)
+        pieces = exec_stream(client, agent_pod(real), "agent", words, timeout=20)
         assert json.loads(b"".join([piece async for piece in pieces]))["node"] in NODES
     finally:
         await client.close()
@@ -100,12 +83,12 @@ async def test_exec_speaks_both_protocols(
     ids=["no such call", "no body", "no such program"],
 )
 async def test_why_exec_failed(
-    lockgate: Cluster, words: list[str], error: type[Exception], text: str
+    real: Cluster, words: list[str], error: type[Exception], text: str
 ) -> None:
-    client = Client(Settings(kubeconfig=str(kubeconfig(lockgate))))
+    client = Client(Settings(kubeconfig=str(kubeconfig(real))))
     try:
         with pytest.raises(error, match=text):
-            async for _ in exec_stream(client, agent_pod(lockgate), "agent", words, timeout=20):
+            async for _ in exec_stream(client, agent_pod(real), "agent", words, timeout=20):
                 pass
     finally:
         await client.close()
@@ -118,10 +101,8 @@ def test_bodies_of_any_size_arrive_whole(access: KubernetesAccess, count: int) -
     assert len(answers) == count
 
 
-def test_who_stops_following_leaves_nothing_behind(
-    lockgate: Cluster, access: KubernetesAccess
-) -> None:
-    cgroup = lockgate.state.cgroup("node-1")
+def test_who_stops_following_leaves_nothing_behind(real: Cluster, access: KubernetesAccess) -> None:
+    cgroup = real.state.cgroup("node-1")
 
     def following() -> bool:
         commands = [Path(f"/proc/{pid}/cmdline") for pid in processes.pids(cgroup)]
@@ -130,7 +111,7 @@ def test_who_stops_following_leaves_nothing_behind(
     script = (
         "from lockgate.access.kubernetes import KubernetesAccess\n"
         "from lockgate.kube.client import Settings\n"
-        f"one = KubernetesAccess(Settings(kubeconfig={str(kubeconfig(lockgate))!r}), '')\n"
+        f"one = KubernetesAccess(Settings(kubeconfig={str(kubeconfig(real))!r}), '')\n"
         "list(one.stream('node-1', 'observer', '/v1/flows?follow=1'))\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as follower:
@@ -142,23 +123,23 @@ def test_who_stops_following_leaves_nothing_behind(
 # ---- Commands -----------------------------------------------------------------------
 
 
-def test_status_tells_of_both_nodes(lockgate: Cluster) -> None:
-    found = ask(lockgate, "status")
+def test_status_tells_of_both_nodes(real: Cluster) -> None:
+    found = ask(real, "status")
     assert [node["name"] for node in found["nodes"]] == NODES
     for node in found["nodes"]:
         assert node["agent"]["up"] and node["observer"]["up"]
         assert node["agentStatus"]["node"] == node["observerStatus"]["node"] == node["name"]
 
 
-def test_get_shows_what_the_api_server_has(lockgate: Cluster) -> None:
-    assert [row["name"] for row in ask(lockgate, "get", "nodes")] == NODES
-    services = ask(lockgate, "get", "services")
+def test_get_shows_what_the_api_server_has(real: Cluster) -> None:
+    assert [row["name"] for row in ask(real, "get", "nodes")] == NODES
+    services = ask(real, "get", "services")
     assert [(row["namespace"], row["name"]) for row in services][:1] == [("default", "kubernetes")]
-    assert len(ask(lockgate, "get", "pods", "-n", "kube-system")) >= 2
+    assert len(ask(real, "get", "pods", "-n", "kube-system")) >= 2
 
 
-def test_kubectl_finds_it_as_a_plugin(lockgate: Cluster) -> None:
-    kubectl = Path(lockgate.kubectl_command("version")[0])
+def test_kubectl_finds_it_as_a_plugin(real: Cluster) -> None:
+    kubectl = Path(real.kubectl_command("version")[0])
     folder = Path(sys.executable).parent
     words = [str(kubectl), "lockgate", "get", "nodes", "--json"]
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": "/nowhere"}
@@ -166,7 +147,7 @@ def test_kubectl_finds_it_as_a_plugin(lockgate: Cluster) -> None:
         words,
         text=True,
         capture_output=True,
-        env={**environment, "KUBECONFIG": str(kubeconfig(lockgate))},
+        env={**environment, "KUBECONFIG": str(kubeconfig(real))},
         timeout=60,
         check=False,
     )
@@ -174,14 +155,14 @@ def test_kubectl_finds_it_as_a_plugin(lockgate: Cluster) -> None:
     assert [row["name"] for row in json.loads(done.stdout)] == NODES
 
 
-def test_who_may_not_is_told_what_is_missing(lockgate: Cluster, tmp_path: Path) -> None:
-    token = lockgate.kubectl("create", "token", "default").strip()
-    config = yaml.safe_load(kubeconfig(lockgate).read_text())
+def test_who_may_not_is_told_what_is_missing(real: Cluster, tmp_path: Path) -> None:
+    token = real.kubectl("create", "token", "default").strip()
+    config = yaml.safe_load(kubeconfig(real).read_text())
     config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
     path = tmp_path / "config"
     path.write_text(yaml.safe_dump(config))
     words = [sys.executable, "-m", "lockgate.cli.main", "status", "--kubeconfig", str(path)]
-    done = command(lockgate, *words)
+    done = command(real, *words)
     assert done.returncode == 2
     assert 'User "system:serviceaccount:default:default" cannot list resource' in done.stderr
 
@@ -191,13 +172,13 @@ def faults(cluster: Cluster, text: str) -> list[str]:
     return [one["text"] for one in found if text in one["text"]]
 
 
-def test_a_node_that_does_not_answer_is_named(lockgate: Cluster) -> None:
-    lockgate.stop("kubelet", "node-2")
+def test_a_node_that_does_not_answer_is_named(real: Cluster) -> None:
+    real.stop("kubelet", "node-2")
     try:
-        found = ask(lockgate, "status")
+        found = ask(real, "status")
     finally:
-        lockgate.start("kubelet", "node-2")
-        until("the kubelet is back", lambda: not faults(lockgate, "does not answer"), 30)
+        real.start("kubelet", "node-2")
+        until("the kubelet is back", lambda: not faults(real, "does not answer"), 30)
     told = [one["text"] for one in found["problems"] if one["node"] == "node-2"]
     assert any("its kubelet does not answer the API server" in text for text in told)
 
@@ -237,15 +218,15 @@ spec: {endpointSelector: {}}
 """
 
 
-def test_policies_that_nobody_enforces_are_found(lockgate: Cluster) -> None:
+def test_policies_that_nobody_enforces_are_found(real: Cluster) -> None:
     def found() -> list[str]:
-        return [one["text"] for one in ask(lockgate, "doctor") if one["check"] == "policies"]
+        return [one["text"] for one in ask(real, "doctor") if one["check"] == "policies"]
 
-    lockgate.apply(CRD)
+    real.apply(CRD)
     crd = "crd/ciliumnetworkpolicies.cilium.io"
-    lockgate.kubectl("wait", "--for=condition=Established", crd, "--timeout=30s")
+    real.kubectl("wait", "--for=condition=Established", crd, "--timeout=30s")
     assert found() == ["no policy of another system is left alone"]
-    lockgate.apply(POLICY)
+    real.apply(POLICY)
     expected = ["1 ciliumnetworkpolicies.cilium.io: nobody enforces them any more"]
     assert until("it is found", lambda: found() == expected, 20)
-    lockgate.kubectl("delete", crd)
+    real.kubectl("delete", crd)

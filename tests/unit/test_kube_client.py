@@ -100,6 +100,20 @@ async def test_a_refusal_says_why(ours: Certificates, server: ApiServer, tmp_pat
     assert tokens(server) == []
 
 
+@pytest.mark.parametrize(("times", "answers"), [(4, True), (5, False)])
+async def test_a_busy_server_is_asked_again_but_not_for_ever(
+    server: ApiServer, times: int, answers: bool
+) -> None:
+    client = Client(Settings(api_server=await server.start()))
+    server.busy = times
+    if answers:
+        assert await client.call("GET", NODES)
+    else:
+        with pytest.raises(ApiError, match="429 TooManyRequests"):
+            await client.call("GET", NODES)
+    await client.close()
+
+
 async def test_the_server_is_found_among_the_nodes_connections(
     ours: Certificates,
     others: Certificates,

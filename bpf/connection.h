@@ -67,8 +67,11 @@ static __always_inline bool may_begin(struct packet *p)
 {
 	struct budget *budget = budget_of(p);
 
-	return p->place != PLACE_FROM_POD || p->dry || !budget ||
-	       take(&budget->connections, bpf_ktime_get_coarse_ns(), config_connection_ns);
+	if (p->place != PLACE_FROM_POD || p->dry || !budget ||
+	    take(&budget->connections, bpf_ktime_get_coarse_ns(), config_connection_ns))
+		return true;
+	GIVE_UP(p, CAUSE_NEW_CONNECTION_RATE);
+	return false;
 }
 
 /* A packet of no known connection whose services are resolved: verdict,
@@ -88,17 +91,13 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 	}
 	if (!admit(skb, p, &flags))
 		return p->cause ? drop(skb, p) : deny(skb, p);
-	if (!may_begin(p)) {
-		GIVE_UP(p, CAUSE_NEW_CONNECTION_RATE);
+	if (!may_begin(p) || (flags & CT_NAT_REPLY && !remember_service(p)))
 		return drop(skb, p);
-	}
 	tell_verdicts(skb, p);
 	p->target = p->place == PLACE_TO_POD ? target_of(TO_LOCAL, p->slot)
 					     : way_to(p->dst_target, &p->now.daddr);
 	if (p->dry)
 		return forward(skb, p);
-	if (flags & CT_NAT_REPLY)
-		remember_service(p);
 	if (masquerades(p))
 		flags |= CT_NAT_ORIGIN;
 	if (!(p->tcp_flags & TCP_RST)) {
@@ -242,18 +241,30 @@ static __always_inline bool is_pod(struct packet *p, const struct addr *addr)
 	return kind == PEER_LOCAL || kind == PEER_REMOTE;
 }
 
-/* The connection of tuple `t` as seen on the wire, and in p->now the tuple it
- * is known by. On the wire another than its own only stands towards a service's
- * address or a node's, so what goes to a pod is spared the look-up in `nat`. */
-static __always_inline struct ct *find_connection(struct packet *p, const struct tuple *t)
+/* The connection with just the ends of `t`. Where that is one to a service, the
+ * pod sends its packets to the service's address: this one is of a twin. */
+static __noinline struct ct *find_untranslated(struct packet *p, const struct tuple *t)
 {
 	struct ct *ct = ct_find(p, t);
+
+	p->twin = ct && p->place == PLACE_FROM_POD && !p->reply &&
+		  (ct->flags & (CT_NAT_ORIGIN | CT_NAT_REPLY)) == CT_NAT_REPLY;
+	return p->twin ? NULL : ct;
+}
+
+/* The connection of tuple `t` as seen on the wire, and in p->now the tuple it
+ * is known by. On the wire another than its own only stands towards a service's
+ * address or a node's, or of a twin, so what else goes to a pod is spared the
+ * look-up in `nat`. */
+static __always_inline struct ct *find_connection(struct packet *p, const struct tuple *t)
+{
+	struct ct *ct = find_untranslated(p, t);
 
 	if (ct || p->dry) {
 		p->now = *t;
 		return ct;
 	}
-	struct nat *translated = is_pod(p, &t->daddr) ? NULL : nat_find(p, t);
+	struct nat *translated = !p->twin && is_pod(p, &t->daddr) ? NULL : nat_find(p, t);
 
 	if (translated) {
 		p->now = translated->to;
@@ -379,6 +390,8 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 
 		if (service_begin(p, &flags) == REFUSED)
 			return drop_and_tell(skb, p, refuse(skb, p));
+		if (p->twin)
+			flags |= CT_NAT_REPLY;
 		return begin(skb, p, flags);
 	}
 	return begin(skb, p, 0);

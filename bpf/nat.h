@@ -12,6 +12,12 @@
 
 #define MASQUERADE_TRIES 16
 
+/* Source ports for a pod's connection whose own is taken: below those that the
+ * kernel gives to sockets (net.ipv4.ip_local_port_range). */
+#define TWIN_TRIES    4
+#define TWIN_PORT_MIN 1024
+#define TWIN_PORTS    31744
+
 static __always_inline bool same_ends(const struct tuple *a, const struct tuple *b)
 {
 	return same_addr(&a->saddr, &b->saddr) && same_addr(&a->daddr, &b->daddr) &&

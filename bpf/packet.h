@@ -72,6 +72,7 @@ struct packet {
 	__u8  reply;		/* the packet flows from responder to originator */
 	__u8  own_socket;	/* sent by a socket of this node */
 	__u8  half_open;	/* the connection found lives in that map */
+	__u8  twin;		/* another connection has these ends: see is_taken() */
 
 	/* Both ends as the last verdict saw them, originator first. */
 	__u32 src_endpoint, dst_endpoint;

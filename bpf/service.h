@@ -62,15 +62,59 @@ static __always_inline void to_backend(struct packet *p, __u8 *flags)
 	*flags |= CT_NAT_REPLY | CT_SERVICE;
 }
 
-/* Keep the translation and its way back, once the connection may begin: what is
- * refused must not push other pods' translations out. */
-static __noinline int remember_service(struct packet *p)
+/* Does another connection of the pod have the ends of p->now? A pod may use one
+ * port towards a service and towards its backend, or towards two services of one
+ * backend: two connections for its stack, but one for the backend's. This and
+ * the next are global, so that the verifier walks them once and not at every
+ * try and on every way here. */
+__noinline int is_taken(struct packet *p)
 {
+	if (!p)
+		return 0;
+	reverse_of(&p->tuple, &p->now);
+	reverse_of(&p->inner, &p->wire);
+	struct nat *back = bpf_map_lookup_elem(&nat, &p->tuple);
+
+	if (back && same_ends(&back->to, &p->inner))
+		return 0;	/* this one, from before */
+	ct_key_of(&p->key, &p->now);
+	struct ct *ct = bpf_map_lookup_elem(&connections, &p->key);
+
+	if (!ct)
+		ct = bpf_map_lookup_elem(&half_open, &p->key);
+	if (!ct || is_past(p, ct->seen, ct_timeout(ct, p->now.proto)))
+		return 0;
+	return back || !(ct->flags & CT_NAT_REPLY);
+}
+
+/* Keep the translation and its way back, once the connection may begin: what is
+ * refused must not push other pods' translations out. Where another connection
+ * has those ends, p->now gets another source port. False with a cause when none
+ * is free. */
+__noinline int remember_service(struct packet *p)
+{
+	__u32 first = bpf_get_prandom_u32();
+	int i;
+
+	if (!p)
+		return 0;
+
+	for (i = 0; i < TWIN_TRIES && is_taken(p); i++) {
+		if (p->wire.proto == IPPROTO_SCTP) {
+			GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
+			return 0;
+		}
+		p->now.sport = bpf_htons(TWIN_PORT_MIN + (first + i * 7919) % TWIN_PORTS);
+	}
+	if (i == TWIN_TRIES) {
+		GIVE_UP(p, CAUSE_NAT_EXHAUSTED);
+		return 0;
+	}
 	nat_add(p, &p->wire, &p->now, BPF_ANY);
 	reverse_of(&p->tuple, &p->now);
 	reverse_of(&p->inner, &p->wire);
 	nat_add(p, &p->tuple, &p->inner, BPF_ANY);
-	return 0;
+	return 1;
 }
 
 /* A new connection to what may be a service. */

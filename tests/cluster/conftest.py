@@ -40,7 +40,9 @@ def pytest_runtest_protocol(
         reporter = item.config.pluginmanager.get_plugin("terminalreporter")
         if _preparation.running and reporter is not None:
             reporter.write_line("")
-            reporter.write_line("waiting for Kubernetes to be built (build/cluster-tests.log)")
+            reporter.write_line(
+                "waiting for what the clusters are made of (build/cluster-tests.log)"
+            )
         missing = _preparation.missing()
         if missing:
             pytest.exit(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.encode import EP_LIVE
 from lockgate.agent.ipam import Lease
-from lockgate.bpf import links, syscall
-from lockgate.net import pods
+from lockgate.net import dumps, pods
 from lockgate.net.pods import PodLink
 from lockgate.objects.address import is_ipv4, parse_address
 
@@ -27,12 +26,15 @@ def damages(dp: Datapath, lease: Lease, link: PodLink, endpoint: int, netns: str
 
 def _programs(dp: Datapath, link: PodLink) -> list[str]:
     found = []
-    pinned = links.links_in(str(dp.links))
-    for program in ("from_pod", "to_pod"):
-        info = pinned.get(f"{program}-{link.slot}")
-        if info is None or info.ifindex != link.ifindex:
+    try:
+        attached = dumps.programs(link.ifindex)
+    except OSError:
+        attached = {}  # the interface has gone
+    for direction, (program, _) in dp.of_pods.items():
+        number = attached.get(direction)
+        if number is None:
             found.append(f"program {program} is not on {link.name}")
-        elif info.prog_id != syscall.prog_info(dp.object.prog_fd(program)).id:
+        elif number != dp.program_id(program):
             found.append(f"program {program} on {link.name} is not this agent's")
     return found
 

@@ -1,9 +1,9 @@
 """The programs and maps of one node in the kernel, and the pins that outlive the agent.
 
 Pins are in `<bpffs>/lockgate/CLUSTER/NODE`: maps by name and version, links in `links/`. An
-agent that starts finds the maps of the one before and goes on with them; pinned links get the
-new programs in place, so packets are judged all the while. Maps of other versions are left
-to the programs that use them until ours can do without (`pending`).
+agent that starts finds the maps of the one before and goes on with them; pinned links, and the
+filters on pods' links, get the new programs in place, so packets are judged all the while. Maps
+of other versions are left to the programs that use them until ours can do without (`pending`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArr
 from lockgate.bpf.object import Object
 from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
 from lockgate.bpf.syscall import TestRun
+from lockgate.net import dumps, filters
+from lockgate.net.filters import Programs
+from lockgate.net.netlink import Batch
 
 __all__ = ["Datapath", "Sizes"]
 
@@ -154,30 +157,34 @@ class Datapath:
 
     # ---- Attaching -----------------------------------------------------------------
 
-    def attach_pod(self, slot: int, ifindex: int) -> None:
-        """Programs on a pod's host veth, or the new ones in place of old ones."""
-        to_pod, from_pod = self._pod_pins(slot)
+    @property
+    def of_pods(self) -> Programs:
+        """The programs for a pod's host veth."""
         # to_pod first: whoever may send into the pod is judged before the pod may speak.
-        self._tcx("to_pod", ifindex, "egress", to_pod)
-        self._tcx("from_pod", ifindex, "ingress", from_pod)
+        return {
+            "egress": ("to_pod", self.object.prog_fd("to_pod")),
+            "ingress": ("from_pod", self.object.prog_fd("from_pod")),
+        }
 
-    def detach_pod(self, slot: int) -> None:
-        """Remove a pod's links. Nothing there is success."""
-        for path in self._pod_pins(slot):
-            links.remove(str(path))
+    def attach_pod(self, ifindex: int) -> None:
+        """Our programs on a pod's host veth, in place of an earlier agent's."""
+        with Batch() as batch:
+            filters.add(batch, ifindex, self.of_pods)
+            batch.send()
 
-    def pod_slots(self) -> set[int]:
-        """Slots that links are pinned for."""
-        found = set()
-        for name in links.links_in(str(self.links)):
-            head, _, tail = name.rpartition("-")
-            if head in ("from_pod", "to_pod") and tail.isdecimal():
-                found.add(int(tail))
-        return found
+    def guards(self, ifindex: int) -> bool:
+        """Are the programs on this host veth ours, both of them?"""
+        ours = {where: self.program_id(name) for where, (name, _) in self.of_pods.items()}
+        return dumps.programs(ifindex) == ours
+
+    def program_id(self, name: str) -> int:
+        """The kernel's number of one of our programs."""
+        return syscall.prog_info(self.object.prog_fd(name)).id
 
     def attach_net(self, name: str, ifindex: int) -> None:
         """from_net on a network card."""
-        self._tcx("from_net", ifindex, "ingress", self.links / f"from_net-{name}")
+        fd, path = self.object.prog_fd("from_net"), self.links / f"from_net-{name}"
+        links.attach_tcx(fd, ifindex, "ingress", str(path)).close()
 
     def detach_net(self, name: str) -> None:
         """Remove a card's link. Nothing there is success."""
@@ -189,13 +196,6 @@ class Datapath:
             if section.startswith("cgroup/"):
                 fd = self.object.prog_fd(name)
                 links.attach_cgroup(fd, str(cgroup), section, str(self.links / name)).close()
-
-    def _tcx(self, program: str, ifindex: int, direction: links.Direction, path: Path) -> None:
-        fd = self.object.prog_fd(program)
-        links.attach_tcx(fd, ifindex, direction, str(path)).close()
-
-    def _pod_pins(self, slot: int) -> tuple[Path, Path]:
-        return self.links / f"to_pod-{slot}", self.links / f"from_pod-{slot}"
 
     # ---- Asking --------------------------------------------------------------------
 

@@ -185,9 +185,9 @@ class Endpoints:
         """Is the pod's link there, whole, with its programs, and ends in this namespace?"""
         link = self.link(lease)
         whole = pods.seals().get(lease.slot) == self._seal(lease)
-        if not whole or lease.slot not in self._dp.pod_slots():
-            return False
         try:
+            if not whole or not self._dp.guards(link.ifindex):
+                return False
             return pods.peer_of(netns, link.ifname) == link.ifindex
         except OSError:
             return False
@@ -195,12 +195,7 @@ class Endpoints:
     def wire(self, lease: Lease, netns: str, sources: tuple[str, ...]) -> None:
         """Links, programs. The policy must be in force already: from here on packets come.
         On OSError nothing stays."""
-        link = self.link(lease)
-        try:
-            pods.wire(link, netns, self._seal(lease), sources, lambda: self._attach(link))
-        except BaseException:
-            self._dp.detach_pod(lease.slot)
-            raise
+        pods.wire(self.link(lease), netns, self._seal(lease), sources, self._dp.of_pods)
 
     def retire(self, slots: list[int]) -> None:
         """Cut pods off; `unwire` is to follow. Their slots stay taken until then."""
@@ -210,13 +205,11 @@ class Endpoints:
     def unwire(self, slots: list[int]) -> None:
         """Take away what there is of the slots' wiring. Nothing there is success."""
         pods.remove(slots)
-        for slot in slots:
-            self._dp.detach_pod(slot)
         self._ipam.retired -= set(slots)
 
     def reconcile(self) -> list[str]:
         """At start, make leases and wiring agree: links tell whose they are, should the leases
-        have been lost; links and pins without a pod go; leases whose link is gone are given back
+        have been lost; links without a pod go; leases whose link is gone are given back
         (the namespace and the pod went while no agent ran). Returns what could not be done."""
         errors = [self._ipam.damaged] if self._ipam.damaged else []
         seals = pods.seals()
@@ -226,11 +219,9 @@ class Endpoints:
                 if seals.get(lease.slot) != self._seal(lease):
                     log.info("pod %s went while no agent ran: its addresses are free", uid)
                     self._ipam.release(uid)
-        stray = (set(seals) | self._dp.pod_slots()) - {
-            lease.slot for lease in self._ipam.leases.values()
-        }
+        stray = set(seals) - {lease.slot for lease in self._ipam.leases.values()}
         if stray:
-            log.info("endpoint slots with wiring but no pod, removed: %s", sorted(stray))
+            log.info("links of no pod, removed: slots %s", sorted(stray))
             self.unwire(sorted(stray))
         return errors
 
@@ -239,7 +230,7 @@ class Endpoints:
         errors = []
         for lease in self._ipam.leases.values():
             try:
-                self._attach(self.link(lease))
+                self._dp.attach_pod(self.link(lease).ifindex)
             except OSError as error:
                 errors.append(f"pod {lease.uid}: {error}")
         return errors
@@ -254,9 +245,6 @@ class Endpoints:
                     "pod %s (%s) has a link and no lease: taken over", seal.uid, ", ".join(seal.ips)
                 )
                 self._ipam.adopt(lease)
-
-    def _attach(self, link: PodLink) -> None:
-        self._dp.attach_pod(link.slot, link.ifindex)
 
     def link(self, lease: Lease) -> PodLink:
         """How a lease is wired."""

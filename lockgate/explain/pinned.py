@@ -17,6 +17,9 @@ from lockgate.bpf.pins import pin_names
 from lockgate.bpf.syscall import link_info, obj_get, prog_fd_by_id, prog_test_run, skb_context
 from lockgate.explain.kernel import DRY_MARK, DryRun, Ran
 from lockgate.explain.question import QuestionError
+from lockgate.net import dumps, pods
+from lockgate.net.filters import Direction
+from lockgate.net.links import IFINDEX_BASE
 from lockgate.net.namespaces import inside
 from lockgate.objects.address import format_address
 from lockgate.observer.journal import Journal
@@ -50,8 +53,10 @@ class PinnedNode:
         with ExitStack() as undo:
             undo.callback(self.close)
             try:
-                for program in ("from_pod", "to_pod", "from_net"):
-                    self._programs[program] = _attached(place.pins / "links", program)
+                self._programs["from_net"] = _linked(place.pins / "links", "from_net")
+                with inside(place.netns):
+                    self._programs["from_pod"] = _on_pods("ingress")
+                    self._programs["to_pod"] = _on_pods("egress")
                 with HashMap.open(self._pin("link_roles"), "<u4", "<u4") as roles:
                     links, kinds = roles.items()
             except OSError as error:
@@ -145,9 +150,19 @@ class PinnedNode:
         return None if found is None else found.policies
 
 
-def _attached(links: Path, program: str) -> int:
-    """Descriptor of the program that is attached now, by one of its pinned links; where none is
-    (a node without pods), no question needs it, and the answer is -1. Raises OSError."""
+def _on_pods(direction: Direction) -> int:
+    """Descriptor of the program that is on pods' links now, in the calling thread's namespace;
+    where there are no pods no question needs it, and the answer is -1. Raises OSError."""
+    for slot in pods.seals():
+        program = dumps.programs(IFINDEX_BASE + slot).get(direction)
+        if program is not None:
+            return prog_fd_by_id(program)
+    return -1
+
+
+def _linked(links: Path, program: str) -> int:
+    """Descriptor of the program that is attached now, by one of its pinned links; -1 where none
+    is. Raises OSError."""
     for link in sorted(links.iterdir()):
         if link.name.rpartition("-")[0] == program:
             fd = obj_get(str(link))

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Literal
 
 __all__ = [
     "ATTRIBUTE",
@@ -29,6 +30,7 @@ __all__ = [
     "macs",
     "own_routes",
     "own_unicast",
+    "programs",
     "routes_of",
     "vxlan_port",
 ]
@@ -57,6 +59,14 @@ _VXLAN_PORT, _VXLAN_COLLECT_METADATA = 15, 25
 ROUTE_PROTOCOL = 108
 _NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
+_GETTFILTER = 46
+_TC = struct.Struct("=BxxxiIII")  # family, index, handle, parent, info
+_TCA_OPTIONS, _BPF_ID = 2, 11
+Direction = Literal["ingress", "egress"]
+CLSACT = 0xFFFFFFF1
+FILTER_PARENTS: dict[Direction, int] = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
+#: Priority and handle of our filters.
+FILTER = 1
 # REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT
 _USABLE = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
 
@@ -238,6 +248,20 @@ def macs(ifindex: int) -> dict[str, bytes]:
             continue
         if address and mac and state & _USABLE:
             found[str(ip_address(address))] = mac
+    return found
+
+
+def programs(ifindex: int) -> dict[Direction, int]:
+    """Where → id of the program that `filters.add` put there; those that are there still."""
+    found: dict[Direction, int] = {}
+    for direction, parent in FILTER_PARENTS.items():
+        for body in _ask(_GETTFILTER, _DUMP, _TC.pack(0, ifindex, 0, parent, 0)):
+            _, _, handle, _, info = _TC.unpack_from(body)
+            options = _attributes(body, _TC.size).get(_TCA_OPTIONS)
+            # The kernel tells of each priority as a whole first, without options.
+            if options is not None and (handle, info >> 16) == (FILTER, FILTER):
+                number = _attributes(options, 0).get(_BPF_ID, b"")
+                found[direction] = int.from_bytes(number, "little")
     return found
 
 

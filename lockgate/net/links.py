@@ -32,15 +32,19 @@ _SCOPE_LINK, _SCOPE_HOST = 253, 254
 
 # Where settings may be written: in a container that is not privileged /proc/sys is read only, and
 # the DaemonSet mounts the node's beside it. Either shows the calling thread's namespace.
-_SYSCTLS = Path("/host/proc/sys/net" if Path("/host/proc/sys/net").exists() else "/proc/sys/net")
+_SYSCTLS = "/host/proc/sys/net" if Path("/host/proc/sys/net").exists() else "/proc/sys/net"
 
 
 def sysctl(key: str, value: int | str) -> bool:
     """Write net.<key> (with slashes) of the calling thread's namespace; False if there is none."""
     try:
-        Path(_SYSCTLS, key).write_text(str(value))
+        file = os.open(f"{_SYSCTLS}/{key}", os.O_WRONLY | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return False
+    try:
+        os.write(file, str(value).encode())
+    finally:
+        os.close(file)
     return True
 
 

@@ -21,7 +21,7 @@ __all__ = ["Batch", "Tunnel", "attribute", "text"]
 
 _REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 1, 4, 0x100, 0x200, 0x400
 _ERROR = 2
-NEWLINK, DELLINK, SETLINK = 16, 17, 19
+NEWLINK, DELLINK, GETLINK, SETLINK = 16, 17, 18, 19
 _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _NEWNEIGH = 20, 21, 24, 25, 28
 
 _IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, mask
@@ -162,13 +162,21 @@ class Batch:
     def up(self, index: int, *, alias: str = "", addressless: bool = True) -> None:
         """Bring a link up, with an alias; `addressless`: without an IPv6 link-local address of
         the kernel's own."""
+        if addressless:
+            # By itself and before: in one request the kernel would bring the link up first.
+            mode = attribute(_INET6_ADDR_GEN_MODE, bytes([_GEN_MODE_NONE]))
+            spec = attribute(IFLA_AF_SPEC, attribute(int(socket.AF_INET6), mode))
+            payload = _IFINFO.pack(0, 0, index, 0, 0) + spec
+            self.add(f"keep addresses off interface {index}", SETLINK, payload)
         payload = _IFINFO.pack(0, 0, index, _UP, _UP)
         if alias:
             payload += attribute(IFLA_IFALIAS, alias.encode())
-        if addressless:
-            mode = attribute(_INET6_ADDR_GEN_MODE, bytes([_GEN_MODE_NONE]))
-            payload += attribute(IFLA_AF_SPEC, attribute(int(socket.AF_INET6), mode))
         self.add(f"bring up interface {index}", SETLINK, payload)
+
+    def settle(self, index: int) -> None:
+        """Have the kernel do at once what it does soon after a link's other end came up: until
+        then the link drops what is sent (it does when asked of the link; rtnl_getlink)."""
+        self.add(f"look at interface {index}", GETLINK, _IFINFO.pack(0, 0, index, 0, 0))
 
     def retire(self, index: int) -> None:
         """Take a link down and its alias away, at once. Nothing there is success."""

@@ -7,13 +7,14 @@ remembers the pods of a node, and a link without one was never finished.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from lockgate.net import dumps
+from lockgate.net import dumps, filters
 from lockgate.net.links import GATEWAY4, GATEWAY6, IFINDEX_BASE, sysctl
 from lockgate.net.namespaces import inside
 from lockgate.net.netlink import Batch
@@ -86,53 +87,65 @@ def wire(
     netns: str,
     seal: Seal,
     sources: tuple[str, ...] = (),
-    attach: Callable[[], None] = lambda: None,
+    programs: filters.Programs = MappingProxyType({}),
 ) -> None:
     """Make the pair, wire both ends and bring them up. `sources` are the node's addresses,
-    which its own packets to the pod bear; `attach` is called while both ends are still down, so
-    that programs see the first packet. What bears one of the names already is replaced. On
-    OSError nothing stays."""
+    which its own packets to the pod bear; `programs` are on the host's end before it is up, so
+    that they see the first packet. What bears one of the names already is replaced. On OSError
+    nothing stays."""
     target = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with Batch() as host, _made(host, link, netns, target):
-            attach()
-            with inside(netns), Batch() as pod:
-                _quiet(link.ifname)
-                _wire_pod(pod, link)
+        with Batch() as host, contextlib.ExitStack() as ends:
+            _make(host, link, target)
+            try:
+                filters.add(host, link.ifindex, programs)
+                # Not with what follows: should this fail, the host's end stays down.
+                host.send()
+                with inside(f"/proc/self/fd/{target}"):
+                    # A socket stays in the namespace that it was made in.
+                    pod = ends.enter_context(Batch())
+                    _quiet(link.ifname)
+                    index = _wire_pod(pod, link)
+                    pod.send()
+                _quiet(link.name)
+                sysctl(f"ipv4/conf/{link.name}/rp_filter", 2)
+                _wire_host(host, link, sources)
+                host.up(link.ifindex, alias=str(seal), addressless=False)
+                host.send()
+                pod.settle(index)
                 pod.send()
-            _quiet(link.name)
-            sysctl(f"ipv4/conf/{link.name}/rp_filter", 2)
-            _wire_host(host, link, sources)
-            host.up(link.ifindex, alias=str(seal))
-            host.send()
+            except BaseException:
+                with contextlib.suppress(OSError), Batch() as fresh:
+                    fresh.remove(link.ifindex)
+                    fresh.send()
+                raise
     finally:
         os.close(target)
 
 
-@contextlib.contextmanager
-def _made(host: Batch, link: PodLink, netns: str, target: int) -> Iterator[None]:
-    """The pair for the time of a block, and for good if that succeeds."""
-    if _index(link.name) is not None:
+def _make(host: Batch, link: PodLink, target: int) -> None:
+    """The pair, both ends down. What is in its place goes first: mostly there is nothing, and to
+    look in both namespaces would cost as much as the pair."""
+    pair = link.name, link.ifindex, link.host_mac, link.mtu, link.ifname, link.pod_mac, target
+    host.veth(*pair)
+    try:
+        host.send()
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EBUSY):
+            raise
         host.remove(link.ifindex)
         host.send()
-    with inside(netns):
-        stale = _index(link.ifname)
-        if stale is not None:
-            with Batch() as pod:
+        with inside(f"/proc/self/fd/{target}"), Batch() as pod:
+            stale = _index(link.ifname)
+            if stale is not None:
                 pod.remove(stale)
                 pod.send()
-    host.veth(link.name, link.ifindex, link.host_mac, link.mtu, link.ifname, link.pod_mac, target)
-    host.send()
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError), Batch() as fresh:
-            fresh.remove(link.ifindex)
-            fresh.send()
-        raise
+        host.veth(*pair)
+        host.send()
 
 
-def _wire_pod(pod: Batch, link: PodLink) -> None:
+def _wire_pod(pod: Batch, link: PodLink) -> int:
+    """The index of the pod's end."""
     index = socket.if_nametoindex(link.ifname)
     pod.up(_LO, addressless=False)
     pod.up(index)
@@ -141,6 +154,7 @@ def _wire_pod(pod: Batch, link: PodLink) -> None:
         pod.address(index, f"{address}/{_bits(address)}")
         pod.neighbour(index, gateway, link.host_mac)
         pod.route("::/0" if ":" in address else "0.0.0.0/0", index, gateway=gateway)
+    return index
 
 
 def _wire_host(host: Batch, link: PodLink, sources: tuple[str, ...]) -> None:
@@ -162,8 +176,8 @@ def retire(slots: list[int]) -> None:
 
 
 def remove(slots: list[int]) -> None:
-    """Take links away, with the ends in the pods. Takes the kernel about 40 ms for each that has
-    programs, while it lets nobody change links. Nothing there is success."""
+    """Take links away, with the ends in the pods. Takes the kernel about 20 ms, however many they
+    are. Nothing there is success."""
     with Batch() as host:
         if slots:
             host.remove(*[IFINDEX_BASE + slot for slot in slots])
@@ -223,11 +237,10 @@ def peer_of(netns: str, ifname: str) -> int | None:
 
 
 def _quiet(name: str) -> None:
-    """No router discovery and no address but those we give: nothing is ever sent unasked."""
+    """No router discovery; nor is there an address but those we give (`Batch.up`). So nothing is
+    ever sent unasked."""
     sysctl(f"ipv6/conf/{name}/disable_ipv6", 0)
     sysctl(f"ipv6/conf/{name}/accept_ra", 0)
-    sysctl(f"ipv6/conf/{name}/router_solicitations", 0)
-    sysctl(f"ipv6/conf/{name}/addr_gen_mode", 1)
 
 
 def _index(name: str) -> int | None:

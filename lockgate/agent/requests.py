@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ __all__ = ["EndpointError", "Requests"]
 log = logging.getLogger(__name__)
 _FEW = 4
 _MIRROR = "kubernetes.io/config.mirror"
+_Answer = dict[str, Any] | Exception
 
 
 class EndpointError(Exception):
@@ -40,6 +42,15 @@ class _Add:
 
     who: Attachment
     answer: asyncio.Future[dict[str, Any]]
+
+    def settle(self, answer: _Answer) -> None:
+        """Unless who asked has gone."""
+        if self.answer.done():
+            return
+        if isinstance(answer, Exception):
+            self.answer.set_exception(answer)
+        else:
+            self.answer.set_result(answer)
 
 
 class Requests:
@@ -101,50 +112,51 @@ class Requests:
 
     async def _add_waiting(self) -> None:
         """All that wait when their turn comes, with one change of the tables."""
+        loop = asyncio.get_running_loop()
+
+        def tell(one: _Add, answer: _Answer) -> None:
+            loop.call_soon_threadsafe(one.settle, answer)
+
         try:
             while self._adds:
                 async with self._agent.turn:
                     batch, self._adds = self._adds, []
                     try:
-                        answers = await self._agent.work(self._add, [one.who for one in batch])
+                        await self._agent.work(self._add, batch, tell)
                     except Exception as error:
-                        answers = [error for _ in batch]
-                for one, answer in zip(batch, answers, strict=True):
-                    if one.answer.done():
-                        continue  # who asked has gone
-                    if isinstance(answer, Exception):
-                        one.answer.set_exception(answer)
-                    else:
-                        one.answer.set_result(answer)
+                        for one in batch:
+                            one.settle(error)
         finally:
             self._adder = None
 
-    def _add(self, batch: list[Attachment]) -> list[dict[str, Any] | Exception]:
-        """The answer, or what kept it from being made, for each of `batch`."""
+    def _add(self, batch: list[_Add], tell: Callable[[_Add, _Answer], None]) -> None:
+        """Tells the answer for each of `batch`, or what kept it from being made, as soon as its
+        link is there: the first are not to wait for the last."""
         self._agent.catch_up()
         assert self._agent.cluster is not None
         before = dict(self._agent.ipam.leases)
-        answers: list[dict[str, Any] | Exception] = []
         try:
             with self._agent.ipam.together():
-                leases = [self._lease(who, self._pod(who.uid)) for who in batch]
+                leases = [self._lease(one.who, self._pod(one.who.uid)) for one in batch]
             if any(isinstance(lease, Lease) for lease in leases):
                 self._agent.publish()
-        except Exception as error:
+        except Exception:
             self._give_back(set(self._agent.ipam.leases) - set(before))
-            return [error for _ in batch]
-        for who, lease in zip(batch, leases, strict=True):
-            if isinstance(lease, Lease):
-                try:
-                    answers.append(self._wire(who, lease, before.get(who.uid) != lease))
-                    before[who.uid] = lease
-                except Exception as error:
-                    if who.uid not in before:
-                        self._give_back({who.uid})
-                    answers.append(error)
+            raise
+        for one, lease in zip(batch, leases, strict=True):
+            if isinstance(lease, Exception):
+                tell(one, lease)
+                continue
+            uid = one.who.uid
+            try:
+                answer = self._wire(one.who, lease, before.get(uid) != lease)
+                before[uid] = lease
+            except Exception as error:
+                if uid not in before:
+                    self._give_back({uid})
+                tell(one, error)
             else:
-                answers.append(lease)
-        return answers
+                tell(one, answer)
 
     def _pod(self, uid: str) -> Pod | None:
         """The pod of this uid, as the tables will have it."""

@@ -119,7 +119,7 @@ class CniServer:
         except EndpointError as error:
             problem = CniError(_CODES.get(error.status, Code.KERNEL), str(error))
         except PoolExhausted as error:
-            problem = CniError(Code.EXHAUSTED, str(error))
+            problem = CniError(Code.TRY_AGAIN if error.early else Code.EXHAUSTED, str(error))
         except OSError as error:
             problem = CniError(Code.KERNEL, error.strerror or str(error))
         except Exception as error:
@@ -163,7 +163,8 @@ class CniServer:
         return None
 
     async def _collect(self, request: Request, netns: int | None) -> Answer:
-        count = await self._agent.requests.collect(messages.attachments(request.config))
+        valid = messages.attachments(request.config)
+        count = 0 if valid is None else await self._agent.requests.collect(valid)
         if count:
             log.info("CNI GC: %d sandboxes were not there any more", count)
         return None

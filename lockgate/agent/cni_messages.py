@@ -202,12 +202,12 @@ def _ip(ip: str, version: str) -> dict[str, Any]:
     return {"version": "6" if six else "4", **one} if version < "1.0.0" else one
 
 
-def attachments(config: Mapping[str, Any]) -> set[str]:
-    """The sandboxes that GC is to leave."""
+def attachments(config: Mapping[str, Any]) -> set[str] | None:
+    """The sandboxes that GC is to leave. None: the key is missing, as with libcni 1.3 when the
+    runtime names none; it deletes by itself what it knows of then, and no other pod is to go."""
     key = "cni.dev/valid-attachments"
     if key not in config:
-        # None would mean all: nobody's mistake may cost every pod its network.
-        raise CniError(Code.INVALID_CONFIG, f"{key}: missing")
+        return None
     try:
         return {f"{one['containerID']}/{one['ifname']}" for one in config[key] or []}
     except (KeyError, TypeError) as error:

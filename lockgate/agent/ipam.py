@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class PoolExhausted(Exception):
-    """No address, or no slot, is left; the message names the pool."""
+    """No address, or no slot, is left; the message names the pool. `early`: the node has no pool
+    yet, so a later attempt may succeed."""
+
+    early = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,9 @@ class Ipam:
     def _pick(self) -> tuple[tuple[str, ...], int, dict[str, int]]:
         """(addresses, slot, what is next then)."""
         if not self.pools:
-            raise PoolExhausted("the Node object has no spec.podCIDRs to take addresses from")
+            error = PoolExhausted("the Node object has no spec.podCIDRs to take addresses from")
+            error.early = True
+            raise error
         following = dict(self._next)
         taken = {_address(ip) for lease in self.leases.values() for ip in lease.ips}
         ips = []

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["EndpointError", "Requests"]
 
 log = logging.getLogger(__name__)
-_FEW = 4
+_FEW = 16
 _MIRROR = "kubernetes.io/config.mirror"
 _Answer = dict[str, Any] | Exception
 

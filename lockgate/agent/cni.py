@@ -156,7 +156,9 @@ class CniServer:
             try:
                 endpoint = agent.journal.endpoint(agent.endpoints.pod(lease.uid))
             except KeyError:
-                raise CniError(Code.CHECK_FAILED, f"there is no Pod object {lease.uid}") from None
+                # An agent that has just started may not have read the objects yet.
+                code = Code.CHECK_FAILED if agent.applied else Code.TRY_AGAIN
+                raise CniError(code, f"there is no Pod object {lease.uid}") from None
             found += await agent.work(damages, agent.dp, lease, link, endpoint, path)
         if found:
             raise CniError(Code.CHECK_FAILED, found[0], "; ".join(found[1:]))

@@ -477,6 +477,11 @@ async def test_a_kill_in_the_middle_is_made_good_by_trying_again(runtime: Runtim
                 await runtime.clean()
 
 
+async def _checked(runtime: Runtime, uid: str, answer: dict[str, Any]) -> bool:
+    status, found = await runtime.of("CHECK", uid, more={"prevResult": answer})
+    return status == 0 or found["code"] != 11
+
+
 @pytest.mark.parametrize("lost", ["gone", "damaged", "older"])
 async def test_leases_come_back_from_the_kernel(runtime: Runtime, lost: str) -> None:
     bed, path = runtime.bed, runtime.node.state / "ipam.json"
@@ -490,6 +495,8 @@ async def test_leases_come_back_from_the_kernel(runtime: Runtime, lost: str) -> 
     else:
         path.write_bytes(b"\0" * 64 if lost == "damaged" else early)
     await runtime.node.start()
+    # Until the objects have been read, CHECK says "try again" (11).
+    await until(lambda: _checked(runtime, "a", first))
     for uid, answer in answers.items():
         assert await runtime.of("CHECK", uid, more={"prevResult": answer}) == (0, {})
         assert await runtime.add(uid) == answer

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* from_pod: tcx ingress of a pod's host veth. Everything a pod sends. */
+/* from_pod: clsact ingress of a pod's host veth. Everything a pod sends. */
 #ifndef LOCKGATE_FROM_POD_H
 #define LOCKGATE_FROM_POD_H
 

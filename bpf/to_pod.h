@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* to_pod: tcx egress of a pod's host veth. What the node's own stack sends. */
+/* to_pod: clsact egress of a pod's host veth. What the node's own stack sends. */
 #ifndef LOCKGATE_TO_POD_H
 #define LOCKGATE_TO_POD_H
 

@@ -27,6 +27,7 @@ from lockgate.agent.ids import NodeIds
 from lockgate.agent.ipam import Ipam
 from lockgate.agent.journal import Journal
 from lockgate.agent.metrics import Metrics
+from lockgate.agent.patrol import Patrol
 from lockgate.agent.publish import Publisher
 from lockgate.agent.requests import Requests
 from lockgate.agent.sweep import sweep
@@ -73,6 +74,7 @@ class Agent:
         self._uid_of: dict[tuple[str, str], str] = {}
         self.requests = Requests(self)
         self.uplinks = Uplinks(self)
+        self.patrol = Patrol(self)
         self._tables: Tables | None = None
         #: What changed in `cluster` since the tables were made; None: anything.
         self._unpublished: Changed | None = None
@@ -158,6 +160,7 @@ class Agent:
                 group.create_task(self._apply())
                 group.create_task(self.uplinks.watch())
                 group.create_task(self._sweep())
+                group.create_task(self.patrol.run())
                 group.create_task(collect_between(self.turn.locked, lambda: self.revision))
                 if isinstance(self.source, ApiSource):
                     group.create_task(WriteBack(self, self.source.client).run())

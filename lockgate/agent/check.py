@@ -5,7 +5,7 @@ from __future__ import annotations
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.encode import EP_LIVE
 from lockgate.agent.ipam import Lease
-from lockgate.net import dumps, pods
+from lockgate.net import pods
 from lockgate.net.pods import PodLink
 from lockgate.objects.address import is_ipv4, parse_address
 
@@ -25,18 +25,11 @@ def damages(dp: Datapath, lease: Lease, link: PodLink, endpoint: int, netns: str
 
 
 def _programs(dp: Datapath, link: PodLink) -> list[str]:
-    found = []
     try:
-        attached = dumps.programs(link.ifindex)
+        missing = dp.guard.missing(link.ifindex)
     except OSError:
-        attached = {}  # the interface has gone
-    for direction, (program, _) in dp.of_pods.items():
-        number = attached.get(direction)
-        if number is None:
-            found.append(f"program {program} is not on {link.name}")
-        elif number != dp.program_id(program):
-            found.append(f"program {program} on {link.name} is not this agent's")
-    return found
+        return []  # the interface has gone, as is said already
+    return [f"program {one} is not the first on {link.name}" for one in missing]
 
 
 def _maps(dp: Datapath, lease: Lease, endpoint: int) -> list[str]:

@@ -45,6 +45,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     routing: Routing = "auto"  # docs/cluster.md, Ways to other nodes
     vxlan_port: int = 8472  # UDP; what Linux and most CNIs use
     sweep_seconds: float = 30
+    guard_seconds: float = 5  # between looks whether our programs are first on pods' links
     cni_bin: str = ""  # the host's /opt/cni/bin as it is mounted here; "" = nothing is put there
     cni_conf: str = ""  # the host's /etc/cni/net.d, likewise
     cni_chain: list[dict[str, Any]] = []  # CNI plugins to run after ours

@@ -16,6 +16,7 @@ from typing import Self
 
 import numpy as np
 
+from lockgate.agent.guard import Guard
 from lockgate.agent.limits import Limits
 from lockgate.agent.others import Table, inherit
 from lockgate.bpf import links, syscall
@@ -23,9 +24,6 @@ from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArr
 from lockgate.bpf.object import Object
 from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
 from lockgate.bpf.syscall import TestRun
-from lockgate.net import dumps, filters
-from lockgate.net.filters import Programs
-from lockgate.net.netlink import Batch
 
 __all__ = ["Datapath", "Sizes"]
 
@@ -99,6 +97,8 @@ class Datapath:
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.counters = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
+        #: The programs on pods' links.
+        self.guard = Guard(obj, self.links)
         #: Maps of other versions, which programs that are attached may be using.
         self.others = other_pins(pins, self.names)
         #: The last epoch that any of those was in: ours are not to be confounded with them.
@@ -156,30 +156,6 @@ class Datapath:
         self.close()
 
     # ---- Attaching -----------------------------------------------------------------
-
-    @property
-    def of_pods(self) -> Programs:
-        """The programs for a pod's host veth."""
-        # to_pod first: whoever may send into the pod is judged before the pod may speak.
-        return {
-            "egress": ("to_pod", self.object.prog_fd("to_pod")),
-            "ingress": ("from_pod", self.object.prog_fd("from_pod")),
-        }
-
-    def attach_pod(self, ifindex: int) -> None:
-        """Our programs on a pod's host veth, in place of an earlier agent's."""
-        with Batch() as batch:
-            filters.add(batch, ifindex, self.of_pods)
-            batch.send()
-
-    def guards(self, ifindex: int) -> bool:
-        """Are the programs on this host veth ours, both of them?"""
-        ours = {where: self.program_id(name) for where, (name, _) in self.of_pods.items()}
-        return dumps.programs(ifindex) == ours
-
-    def program_id(self, name: str) -> int:
-        """The kernel's number of one of our programs."""
-        return syscall.prog_info(self.object.prog_fd(name)).id
 
     def attach_net(self, name: str, ifindex: int) -> None:
         """from_net on a network card."""

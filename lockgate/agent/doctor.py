@@ -6,6 +6,7 @@ not; `warning`: it may not; `ok`: what was looked at and is well.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -77,6 +78,8 @@ class Facts(msgspec.Struct, kw_only=True):
     #: Names in /etc/cni/net.d in the order that runtimes take them; None where nobody looks.
     cni_files: list[str] | None = None
     errors: list[str] = []
+    #: Programs of others on pods' links, one line each.
+    programs: list[str] = []
 
 
 def collect(agent: Agent) -> Facts:
@@ -108,6 +111,7 @@ def collect(agent: Agent) -> Facts:
         drops=[*firewall.reached(chains), *firewall.legacy_drops()],
         cni_files=_cni_files(agent.config.cni_conf_dir),
         errors=[text for texts in agent.problems() for text in texts],
+        programs=_programs_of_others(agent),
     )
 
 
@@ -116,6 +120,18 @@ def _sysctl(key: str) -> str:
         return Path("/proc/sys/net", key).read_text().strip()
     except OSError:
         return ""
+
+
+def _programs_of_others(agent: Agent) -> list[str]:
+    found = []
+    for lease in agent.ipam.leases.values():
+        link = agent.endpoints.link(lease)
+        with contextlib.suppress(OSError):  # it went just now
+            others = agent.dp.guard.others(link.ifindex)
+            found += [
+                f"{one}, {agent.endpoints.title(lease.uid)}, link {link.name}" for one in others
+            ]
+    return found
 
 
 def _cni_files(folder: Path | None) -> list[str] | None:
@@ -208,6 +224,17 @@ def _firewall(facts: Facts) -> list[Finding]:
     return found or [Finding("ok", "firewall", "no other firewall drops where our packets pass")]
 
 
+def _programs(facts: Facts) -> list[Finding]:
+    advice = (
+        "ours is put in front of it and judges first; find out whose it is (bpftool net show),"
+        " for packets that ours let pass meet it"
+    )
+    return [
+        Finding("warning", "programs", f"a program of somebody else: {one}", advice)
+        for one in facts.programs
+    ] or [Finding("ok", "programs", "no programs but ours are on pods' links")]
+
+
 def _kube_proxy(facts: Facts) -> list[Finding]:
     tables = {(family, table) for family, table, _ in facts.chains if table == "kube-proxy"}
     chains = {
@@ -265,6 +292,7 @@ _CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     _rp_filter,
     _forwarding,
     _firewall,
+    _programs,
     _kube_proxy,
     _cni,
 )

@@ -75,6 +75,11 @@ class Endpoints:
         """A pod with a lease, as the overlay has it."""
         return self._pods[uid][1]
 
+    def title(self, uid: str) -> str:
+        """How errors and events name a pod with a lease: "Pod shop/web"."""
+        known = self._pods.get(uid)
+        return f"Pod {'/'.join(known[1].key)}" if known is not None else f"pod {uid}"
+
     def overlay(
         self, cluster: Cluster, changed: Changed | None = None
     ) -> tuple[Cluster, Changed | None]:
@@ -186,7 +191,7 @@ class Endpoints:
         link = self.link(lease)
         whole = pods.seals().get(lease.slot) == self._seal(lease)
         try:
-            if not whole or not self._dp.guards(link.ifindex):
+            if not whole or self._dp.guard.missing(link.ifindex):
                 return False
             return pods.peer_of(netns, link.ifname) == link.ifindex
         except OSError:
@@ -195,7 +200,7 @@ class Endpoints:
     def wire(self, lease: Lease, netns: str, sources: tuple[str, ...]) -> None:
         """Links, programs. The policy must be in force already: from here on packets come.
         On OSError nothing stays."""
-        pods.wire(self.link(lease), netns, self._seal(lease), sources, self._dp.of_pods)
+        pods.wire(self.link(lease), netns, self._seal(lease), sources, self._dp.guard.programs)
 
     def retire(self, slots: list[int]) -> None:
         """Cut pods off; `unwire` is to follow. Their slots stay taken until then."""
@@ -205,6 +210,7 @@ class Endpoints:
     def unwire(self, slots: list[int]) -> None:
         """Take away what there is of the slots' wiring. Nothing there is success."""
         pods.remove(slots)
+        self._dp.guard.forget(slots)
         self._ipam.retired -= set(slots)
 
     def reconcile(self) -> list[str]:
@@ -230,7 +236,7 @@ class Endpoints:
         errors = []
         for lease in self._ipam.leases.values():
             try:
-                self._dp.attach_pod(self.link(lease).ifindex)
+                self._dp.guard.take_over(lease.slot, self.link(lease).ifindex)
             except OSError as error:
                 errors.append(f"pod {lease.uid}: {error}")
         return errors

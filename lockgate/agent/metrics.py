@@ -108,6 +108,11 @@ def _families(status: dict[str, Any], agent: Agent) -> Iterable[Metric]:
         status["losses"]["answers"],
     )
     yield counter("swept_connections", "Dead connections swept", status["counts"]["swept"])
+    yield counter(
+        "repaired_links",
+        "Pods' links whose programs others had removed or come before, put right",
+        status["counts"]["repaired"],
+    )
     kinds: dict[str, dict[str, int]] = status["api"].get("kinds", {})
     if not kinds:
         return

@@ -109,6 +109,7 @@ def status(agent: Agent) -> dict[str, Any]:
             "endpoints": len(agent.ipam.leases),
             "hops": len(agent.hops.numbers),
             "swept": agent.swept,
+            "repaired": agent.patrol.repaired,
         },
         "endpoints": [
             {"uid": one.uid, "ips": list(one.ips), "slot": one.slot}

@@ -30,7 +30,7 @@ RBAC: dict[tuple[str, str], frozenset[str]] = {
 
 _LOOK_EVERY = 2.0
 #: "Pod shop/web: …", "Node one: …": how errors name their object.
-_TITLE = re.compile(r"([A-Z]\w+) (?:([^/\s:]+)/)?([^/\s:]+)(?=[:\s])")
+_TITLE = re.compile(r"([A-Z]\w+) (?:([^/\s:]+)/)?([^/\s:]+)(?=[:,\s])")
 
 
 class WriteBack:
@@ -95,6 +95,9 @@ class WriteBack:
         current |= dict.fromkeys(agent.errors.get("publish", ()), "ChangesNotInForce")
         current |= dict.fromkeys(agent.refused, "NoAddress")
         agent.refused.clear()
+        current |= dict.fromkeys(agent.patrol.others.values(), "ForeignProgram")
+        current |= dict.fromkeys(agent.patrol.told, "ProgramPutBack")
+        agent.patrol.told.clear()
         for text in current.keys() - self._seen:
             self.events.tell(self._regarding(text), current[text], text, "Enforcing")
         self._seen = set(current)

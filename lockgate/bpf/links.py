@@ -27,6 +27,7 @@ __all__ = [
     "links_in",
     "open_link",
     "remove",
+    "tcx_programs",
 ]
 
 Direction = Literal["ingress", "egress"]
@@ -82,8 +83,11 @@ class Link:
         self.close()
 
 
-def attach_tcx(prog_fd: int, ifindex: int, direction: Direction, path: str) -> Link:
-    """Attach a tc program to an interface of the calling thread's network namespace.
+def attach_tcx(
+    prog_fd: int, ifindex: int, direction: Direction, path: str, *, first: bool = False
+) -> Link:
+    """Attach a tc program to an interface of the calling thread's network namespace; `first`:
+    before the programs that are there, else after them.
 
     If a link is pinned at `path` and still attached to that interface and direction, it gets
     the program in place; otherwise it is removed and a new one made. OSError(ENODEV) if the
@@ -97,8 +101,17 @@ def attach_tcx(prog_fd: int, ifindex: int, direction: Direction, path: str) -> L
     if kept is not None:
         return kept
     return _pin(
-        syscall.link_create(prog_fd, ifindex, attach_type, f"{path} to interface {ifindex}"), path
+        syscall.link_create(
+            prog_fd, ifindex, attach_type, f"{path} to interface {ifindex}", first=first
+        ),
+        path,
     )
+
+
+def tcx_programs(ifindex: int, direction: Direction) -> list[int]:
+    """Ids of the tcx programs of an interface of the calling thread's network namespace, in
+    the order that they run, whosever they are. OSError(ENODEV) if there is none."""
+    return syscall.prog_query(ifindex, _TCX[direction])
 
 
 def attach_cgroup(prog_fd: int, cgroup: str, section: str, path: str) -> Link:

@@ -51,6 +51,7 @@ __all__ = [
     "prog_fd_by_id",
     "prog_info",
     "prog_load",
+    "prog_query",
     "prog_test_run",
     "skb_context",
 ]
@@ -79,11 +80,15 @@ _PROG_TEST_RUN = 10
 _PROG_FD_BY_ID = 13
 _MAP_FD_BY_ID = 14
 _OBJ_INFO = 15
+_PROG_QUERY = 16
 _BTF_FD_BY_ID = 19
 _LINK_CREATE = 28
 _LINK_UPDATE = 29
 _LINK_FD_BY_ID = 30
 _LINK_DETACH = 34
+#: As many programs as a tcx hook takes (BPF_MPROG_MAX).
+_QUERIED = 64
+_F_BEFORE = 1 << 3
 
 
 class MapType(IntEnum):
@@ -399,18 +404,38 @@ def link_info(fd: int) -> LinkInfo:
 # ---- Links ---------------------------------------------------------------------
 
 
-def link_create(prog_fd: int, target: int, attach_type: int, name: str = "program") -> int:
+def link_create(
+    prog_fd: int, target: int, attach_type: int, name: str = "program", *, first: bool = False
+) -> int:
     """Attach a program; the link lives as long as its descriptor or a pin.
 
     `target` is an interface index of the calling thread's network namespace for tcx
     (ENODEV if there is none), a descriptor of a cgroup v2 directory for cgroup hooks.
+    `first` (tcx): before the programs that are there, else after them.
     """
-    attr = struct.pack("<IIII32x", prog_fd, target, attach_type, 0)
+    flags = _F_BEFORE if first else 0
+    attr = struct.pack("<IIII32x", prog_fd, target, attach_type, flags)
     try:
         kind = AttachType(attach_type).name.lower()
     except ValueError:
         kind = str(attach_type)
     return _bpf(_LINK_CREATE, attr, f"attach {name} as {kind}")
+
+
+def prog_query(target: int, attach_type: int) -> list[int]:
+    """Ids of the programs at a tcx hook, in the order that they run; `target` as for
+    `link_create`."""
+    ids = (ctypes.c_uint32 * _QUERIED)()
+    attr = ctypes.create_string_buffer(
+        struct.pack("<IIIIQI36x", target, attach_type, 0, 0, ctypes.addressof(ids), _QUERIED), 64
+    )
+    _, number = _call(_PROG_QUERY, attr)
+    if number == errno.ENOENT:  # nothing was ever attached; before Linux 6.8
+        return []
+    if number:
+        raise _fail(number, f"query programs of interface {target}")
+    (count,) = struct.unpack_from("<I", attr, 24)
+    return list(ids[:count])
 
 
 def link_update(link_fd: int, prog_fd: int, name: str = "link") -> None:

@@ -17,7 +17,7 @@ from lockgate.bpf.pins import pin_names
 from lockgate.bpf.syscall import link_info, obj_get, prog_fd_by_id, prog_test_run, skb_context
 from lockgate.explain.kernel import DRY_MARK, DryRun, Ran
 from lockgate.explain.question import QuestionError
-from lockgate.net import dumps, pods
+from lockgate.net import filters, pods
 from lockgate.net.filters import Direction
 from lockgate.net.links import IFINDEX_BASE
 from lockgate.net.namespaces import inside
@@ -55,8 +55,12 @@ class PinnedNode:
             try:
                 self._programs["from_net"] = _linked(place.pins / "links", "from_net")
                 with inside(place.netns):
-                    self._programs["from_pod"] = _on_pods("ingress")
-                    self._programs["to_pod"] = _on_pods("egress")
+                    self._programs["from_pod"] = _filter("ingress")
+                    self._programs["to_pod"] = _filter("egress")
+                for program in ("from_pod", "to_pod"):
+                    if self._programs[program] < 0:
+                        # Links, where others have programs too (lockgate.agent.guard).
+                        self._programs[program] = _linked(place.pins / "links", program)
                 with HashMap.open(self._pin("link_roles"), "<u4", "<u4") as roles:
                     links, kinds = roles.items()
             except OSError as error:
@@ -150,12 +154,12 @@ class PinnedNode:
         return None if found is None else found.policies
 
 
-def _on_pods(direction: Direction) -> int:
+def _filter(direction: Direction) -> int:
     """Descriptor of the program that is on pods' links now, in the calling thread's namespace;
     where there are no pods no question needs it, and the answer is -1. Raises OSError."""
     for slot in pods.seals():
-        program = dumps.programs(IFINDEX_BASE + slot).get(direction)
-        if program is not None:
+        program, _ = filters.seat(IFINDEX_BASE + slot, direction)
+        if program:
             return prog_fd_by_id(program)
     return -1
 

@@ -20,17 +20,19 @@ __all__ = [
     "HEADER",
     "ROUTE_PROTOCOL",
     "DefaultRoute",
+    "Direction",
+    "Filter",
     "Interface",
     "Route",
     "addresses",
     "default_gateways",
     "default_routes",
+    "filters",
     "interfaces",
     "link",
     "macs",
     "own_routes",
     "own_unicast",
-    "programs",
     "routes_of",
     "vxlan_port",
 ]
@@ -61,12 +63,9 @@ _NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 _GETTFILTER = 46
 _TC = struct.Struct("=BxxxiIII")  # family, index, handle, parent, info
-_TCA_OPTIONS, _BPF_ID = 2, 11
+_TCA_KIND, _TCA_OPTIONS, _TCA_CHAIN, _BPF_ID = 1, 2, 11, 11
 Direction = Literal["ingress", "egress"]
-CLSACT = 0xFFFFFFF1
 FILTER_PARENTS: dict[Direction, int] = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
-#: Priority and handle of our filters.
-FILTER = 1
 # REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT
 _USABLE = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
 
@@ -251,17 +250,31 @@ def macs(ifindex: int) -> dict[str, bytes]:
     return found
 
 
-def programs(ifindex: int) -> dict[Direction, int]:
-    """Where → id of the program that `filters.add` put there; those that are there still."""
-    found: dict[Direction, int] = {}
-    for direction, parent in FILTER_PARENTS.items():
-        for body in _ask(_GETTFILTER, _DUMP, _TC.pack(0, ifindex, 0, parent, 0)):
-            _, _, handle, _, info = _TC.unpack_from(body)
-            options = _attributes(body, _TC.size).get(_TCA_OPTIONS)
-            # The kernel tells of each priority as a whole first, without options.
-            if options is not None and (handle, info >> 16) == (FILTER, FILTER):
-                number = _attributes(options, 0).get(_BPF_ID, b"")
-                found[direction] = int.from_bytes(number, "little")
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A filter on an interface. `program` is the id of its BPF program, 0 for other kinds."""
+
+    priority: int
+    handle: int
+    program: int
+
+
+def filters(ifindex: int, direction: Direction) -> list[Filter]:
+    """The filters of an interface's clsact, in the order that packets meet them; none where
+    there is no clsact. OSError with ENODEV if there is no interface."""
+    found = []
+    parent = FILTER_PARENTS[direction]
+    for body in _ask(_GETTFILTER, _DUMP, _TC.pack(0, ifindex, 0, parent, 0)):
+        _, _, handle, _, info = _TC.unpack_from(body)
+        own = _attributes(body, _TC.size)
+        options = own.get(_TCA_OPTIONS)
+        # The kernel tells of each priority as a whole first, without options; and other chains
+        # than 0 are met only from there.
+        if options is None or any(own.get(_TCA_CHAIN, b"")):
+            continue
+        is_bpf = own.get(_TCA_KIND) == b"bpf\0"
+        number = _attributes(options, 0).get(_BPF_ID, b"") if is_bpf else b""
+        found.append(Filter(info >> 16, handle, int.from_bytes(number, "little")))
     return found
 
 

@@ -92,7 +92,6 @@ class Node:
         self.cgroup = cgroup.find() / "lockgate" / cluster / name
         self.pins = Path("/sys/fs/bpf/lockgate", cluster, name)
         self.process: asyncio.subprocess.Process | None = None
-        self.settings: dict[str, Any] = {}
         #: More of the agent's configuration.
         self.settings: dict[str, Any] = {}
 
@@ -117,7 +116,6 @@ class Node:
             "underlay": "underlay",
             "outside": "outside",
             "serviceCidrs": ["10.96.0.0/16", "fd96::/112"],
-            **self.settings,
             **self.settings,
         }
         path = self.state / "config.json"
@@ -242,10 +240,12 @@ def policy(name: str, sources: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def make_bed(tmp_path: Path, *agents: str) -> AsyncIterator[Bed]:
+async def make_bed(tmp_path: Path, *agents: str, **settings: Any) -> AsyncIterator[Bed]:
     """Two nodes, joined with one another and the world; `agents` names those that have an
-    agent, none means both."""
+    agent, none means both; `settings` are of all."""
     bed = Bed(tmp_path)
+    for node in bed.nodes.values():
+        node.settings |= settings
     runner = web.AppRunner(bed.supervisor.app(), shutdown_timeout=0.1)
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "control.sock")).start()

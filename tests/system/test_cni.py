@@ -128,8 +128,9 @@ def runtime(bed: Bed) -> Runtime:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runtime]:
-    """For tests that leave nothing behind."""
-    async with make_bed(tmp_path_factory.mktemp("shared"), "one") as made:
+    """For tests that leave nothing behind. Damage stays until CHECK has seen it."""
+    folder = tmp_path_factory.mktemp("shared")
+    async with make_bed(folder, "one", guardSeconds=3600) as made:
         made.supervisor.put(pod("a", "one"), pod("far", "two"))
         yield Runtime(made)
 
@@ -308,8 +309,8 @@ DAMAGES = {
     "no default route for {v6}": ("pod", "ip -6 route del default"),
     "eth0 is down": ("pod", "ip link set eth0 down"),
     "no eth0 that is the other end": ("pod", "ip link set eth0 down name eth9"),
-    "program from_pod is not on": ("node", "tc filter del dev lg{slot} ingress"),
-    "program to_pod is not on": ("node", "tc filter del dev lg{slot} egress"),
+    "program from_pod is not the first on": ("node", "tc filter del dev lg{slot} ingress"),
+    "program to_pod is not the first on": ("node", "tc filter del dev lg{slot} egress"),
 }
 
 

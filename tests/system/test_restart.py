@@ -22,13 +22,15 @@ from lockgate.bpf import links as bpf_links
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import HashMap
 from lockgate.bpf.pins import other_pins, pin_names
-from lockgate.net import dumps, namespaces
+from lockgate.net import dumps, filters, namespaces, pods
+from lockgate.net.links import IFINDEX_BASE
 from lockgate.paths import bpf_object
 from tests.system.agents import Bed, Node, make_bed, pod, policy, until, with_ips
 from tests.system.load import BELL, Client, Server, Stream, Worker
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
+BOTH: tuple[filters.Direction, ...] = ("ingress", "egress")
 KILLS = int(os.environ.get("LOCKGATE_KILLS", "1"))
 SEED = os.environ.get("LOCKGATE_SEED", str(time.time_ns()))
 
@@ -103,7 +105,7 @@ def rules(*ingress: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 async def traffic(tmp_path: Path) -> AsyncIterator[Traffic]:
-    async with make_bed(tmp_path) as bed:
+    async with make_bed(tmp_path, guardSeconds=0.3) as bed:
         items = {name: pod(name, node, app=label) for name, (node, label) in PODS.items()}
         bed.supervisor.put(*items.values(), rules(ONLY_OK))
         ips = {}
@@ -194,6 +196,11 @@ def census(node: Node, path: Path) -> dict[str, Any]:
     with namespaces.inside(namespaces.path_of(node.netns)):
         devices = sorted(one.name for one in dumps.interfaces())
         routes = len(dumps.own_routes())
+        on_pods = {
+            filters.seat(IFINDEX_BASE + slot, direction)
+            for slot in pods.seals()
+            for direction in BOTH
+        }
     return {
         "maps": sorted(one.name for one in node.pins.iterdir() if one.is_file()),
         "of other versions": other_pins(node.pins, names),
@@ -201,6 +208,7 @@ def census(node: Node, path: Path) -> dict[str, Any]:
         "severed": [n for n, i in links.items() if not i.ifindex and not i.cgroup_id],
         # One per hook, however many pods there are: none is left of an agent before.
         "programs": len({i.prog_id for i in links.values()}),
+        "programs on pods": len(on_pods),
         "devices": devices,
         "routes": routes,
     }

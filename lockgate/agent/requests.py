@@ -95,7 +95,15 @@ class Requests:
         self._adds.append(one)
         if self._adder is None:
             self._adder = asyncio.create_task(self._add_waiting())
-        return await one.answer
+        try:
+            return await asyncio.shield(one.answer)
+        except asyncio.CancelledError:
+            # Who asked keeps the path of the namespace good until then, and it may be in use.
+            if one in self._adds:
+                self._adds.remove(one)
+            else:
+                await asyncio.wait([one.answer])
+            raise
 
     def _uid(self, who: Attachment) -> str | None:
         """Uid of the Pod object that is meant, if it is known."""

@@ -92,7 +92,7 @@ def _node() -> list[str]:
             batch.remove_route(route)
         for one in dumps.interfaces():
             if one.name in _DEVICES:
-                batch.remove(one.index)
+                batch.remove(one.name)
                 removed.append(f"device {one.name}")
         if f"{GATEWAY4}/32" in dumps.addresses(_LO, link_local=True):
             batch.remove_address(_LO, f"{GATEWAY4}/32")

@@ -178,22 +178,23 @@ class Batch:
         then the link drops what is sent (it does when asked of the link; rtnl_getlink)."""
         self.add(f"look at interface {index}", GETLINK, _IFINFO.pack(0, 0, index, 0, 0))
 
-    def retire(self, index: int) -> None:
+    def retire(self, name: str) -> None:
         """Take a link down and its alias away, at once. Nothing there is success."""
-        payload = _IFINFO.pack(0, 0, index, 0, _UP) + attribute(IFLA_IFALIAS, b"")
-        self.add(f"take down interface {index}", SETLINK, payload, fine={errno.ENODEV})
+        payload = _IFINFO.pack(0, 0, 0, 0, _UP) + attribute(IFLA_IFNAME, text(name))
+        payload += attribute(IFLA_IFALIAS, b"")
+        self.add(f"take down interface {name}", SETLINK, payload, fine={errno.ENODEV})
 
-    def remove(self, *indices: int) -> None:
-        """Nothing there is success. Several go as a group: the kernel's waits for readers are
-        shared then."""
-        if len(indices) == 1:
-            payload = _IFINFO.pack(0, 0, indices[0], 0, 0)
-            self.add(f"remove interface {indices[0]}", DELLINK, payload, fine={errno.ENODEV})
+    def remove(self, *names: str) -> None:
+        """By name: an index may be somebody else's by now. Nothing there is success. Several go
+        as a group: the kernel's waits for readers are shared then."""
+        if len(names) == 1:
+            payload = _IFINFO.pack(0, 0, 0, 0, 0) + attribute(IFLA_IFNAME, text(names[0]))
+            self.add(f"remove interface {names[0]}", DELLINK, payload, fine={errno.ENODEV})
             return
         group = attribute(IFLA_GROUP, _GOING)
-        for index in indices:
-            payload = _IFINFO.pack(0, 0, index, 0, 0) + group
-            self.add(f"remove interface {index}", SETLINK, payload, fine={errno.ENODEV})
+        for name in names:
+            payload = _IFINFO.pack(0, 0, 0, 0, 0) + attribute(IFLA_IFNAME, text(name)) + group
+            self.add(f"remove interface {name}", SETLINK, payload, fine={errno.ENODEV})
         payload = _IFINFO.pack(0, 0, 0, 0, 0) + group
         self.add("remove interfaces", DELLINK, payload, fine={errno.ENODEV})
 

@@ -51,6 +51,11 @@ class Seal:
         return len(uid.encode()) + len(sandbox.encode()) + 60 <= _ALIAS_MAX
 
 
+def name_of(slot: int) -> str:
+    """Of a pod's link, the host's end."""
+    return f"lg{slot}"
+
+
 @dataclass(frozen=True, slots=True)
 class PodLink:
     """A pod's wiring, all of it decided by node, slot, addresses and the interface's name."""
@@ -63,7 +68,7 @@ class PodLink:
 
     @property
     def name(self) -> str:
-        return f"lg{self.slot}"
+        return name_of(self.slot)
 
     @property
     def ifindex(self) -> int:
@@ -116,7 +121,7 @@ def wire(
                 pod.send()
             except BaseException:
                 with contextlib.suppress(OSError), Batch() as fresh:
-                    fresh.remove(link.ifindex)
+                    fresh.remove(link.name)
                     fresh.send()
                 raise
     finally:
@@ -133,15 +138,20 @@ def _make(host: Batch, link: PodLink, target: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.EBUSY):
             raise
-        host.remove(link.ifindex)
+        host.remove(link.name)
         host.send()
         with inside(f"/proc/self/fd/{target}"), Batch() as pod:
-            stale = _index(link.ifname)
-            if stale is not None:
-                pod.remove(stale)
-                pod.send()
+            pod.remove(link.ifname)
+            pod.send()
         host.veth(*pair)
-        host.send()
+        try:
+            host.send()
+        except OSError as again:
+            owner = _name(link.ifindex)
+            if owner is None:
+                raise
+            what = f"cannot make interface {link.name}: {owner} has its index, {link.ifindex}"
+            raise OSError(again.errno, what) from again
 
 
 def _wire_pod(pod: Batch, link: PodLink) -> int:
@@ -171,7 +181,7 @@ def retire(slots: list[int]) -> None:
     """Cut pods off, at once: their links are down and nobody's. Nothing there is success."""
     with Batch() as host:
         for slot in slots:
-            host.retire(IFINDEX_BASE + slot)
+            host.retire(name_of(slot))
         host.send()
 
 
@@ -180,7 +190,7 @@ def remove(slots: list[int]) -> None:
     are. Nothing there is success."""
     with Batch() as host:
         if slots:
-            host.remove(*[IFINDEX_BASE + slot for slot in slots])
+            host.remove(*[name_of(slot) for slot in slots])
         host.send()
 
 
@@ -189,7 +199,7 @@ def seals() -> dict[int, Seal | None]:
     return {
         one.index - IFINDEX_BASE: Seal.read(one.alias)
         for one in dumps.interfaces()
-        if one.index >= IFINDEX_BASE and one.name == f"lg{one.index - IFINDEX_BASE}"
+        if one.index >= IFINDEX_BASE and one.name == name_of(one.index - IFINDEX_BASE)
     }
 
 
@@ -243,9 +253,9 @@ def _quiet(name: str) -> None:
     sysctl(f"ipv6/conf/{name}/accept_ra", 0)
 
 
-def _index(name: str) -> int | None:
+def _name(index: int) -> str | None:
     try:
-        return socket.if_nametoindex(name)
+        return socket.if_indextoname(index)
     except OSError:
         return None
 

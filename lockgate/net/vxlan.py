@@ -47,11 +47,10 @@ def ensure(name: str, port: int, mtu: int) -> int:
 
 def remove(name: str) -> bool:
     """False if there was none."""
-    index = _index(name)
-    if index is None:
+    if _index(name) is None:
         return False
     with Batch() as batch:
-        batch.remove(index)
+        batch.remove(name)
         batch.send()
     return True
 

@@ -446,14 +446,19 @@ async def test_fifty_at_once_have_addresses_of_their_own(runtime: Runtime) -> No
     await runtime.clean()
 
 
-async def killed(runtime: Runtime, task: asyncio.Task[Any], milliseconds: float) -> None:
-    """Kill the agent some time after a command began."""
+async def ended(
+    runtime: Runtime, task: asyncio.Task[Any], milliseconds: float, number: int
+) -> None:
+    """End the agent, by a signal, some time after a command began."""
     await asyncio.wait([task], timeout=milliseconds / 1000)
-    await runtime.node.kill(signal.SIGKILL)
+    await runtime.node.kill(number)
     await task
 
 
-async def test_a_kill_in_the_middle_is_made_good_by_trying_again(runtime: Runtime) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+async def test_an_end_in_the_middle_is_made_good_by_trying_again(
+    runtime: Runtime, number: int
+) -> None:
     uids = [f"p{number}" for number in range(4)]
     runtime.bed.supervisor.put(*[pod(uid, "one") for uid in uids])
     for uid in uids:
@@ -461,7 +466,7 @@ async def test_a_kill_in_the_middle_is_made_good_by_trying_again(runtime: Runtim
     for delay in (0, 2, 5, 8, 11, 14, 18, 25):
         for command in ("ADD", "DEL"):
             many = asyncio.gather(*[runtime.of(command, uid) for uid in uids])
-            await killed(runtime, asyncio.ensure_future(many), delay)
+            await ended(runtime, asyncio.ensure_future(many), delay, number)
             for status, answer in many.result():
                 assert status == 0 or answer["code"] == 11, answer
             await runtime.node.start()

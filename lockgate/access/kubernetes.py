@@ -152,6 +152,12 @@ class KubernetesAccess:
         """Those with a pod of ours."""
         return sorted(self._run(self._agents_now()))
 
+    def daemonset(self) -> dict[str, Any]:
+        """That of ours, as the API server has it."""
+        path = f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/lockgate"
+        found: dict[str, Any] = msgspec.json.decode(self._run(self._get(path)))
+        return found
+
     def call(
         self, node: str, role: Role, method: str, url: str, body: Any = None, timeout: float = 30
     ) -> Any:

@@ -43,13 +43,15 @@ from lockgate.kube import stream
 from lockgate.kube.client import AWAY, Client
 from lockgate.kube.source import ApiSource
 from lockgate.net import neighbours
-from lockgate.net.links import IFINDEX_BASE, Net
+from lockgate.net.links import GATEWAY4, IFINDEX_BASE
+from lockgate.net.netlink import Batch
 from lockgate.objects.changes import Changed, Name
 from lockgate.objects.model import Cluster
 
 __all__ = ["Agent"]
 
 log = logging.getLogger(__name__)
+_LO = 1
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -123,8 +125,10 @@ class Agent:
         self._ids = NodeIds(self.journal, self.endpoints, self.hops)
         cards = self.uplinks.read()
         self.uplinks.set_mtu(cards)
-        with Net() as net:
-            net.add_gateway()
+        with Batch() as batch:
+            # It answers ARP of pods that lost their neighbour entry.
+            batch.host_address(_LO, f"{GATEWAY4}/32")
+            batch.send()
         self.errors["endpoints"] = self.endpoints.reconcile()
         if self.dp.pending:
             log.info("maps of another version are in force until ours are complete")

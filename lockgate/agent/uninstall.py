@@ -1,6 +1,6 @@
-"""python -m lockgate.agent.uninstall --config FILE.json [--force]: leave a node as it was.
+"""Leaving a node as it was before Lockgate.
 
-To be run on the node, in its namespaces and with its folders, as the agent is; the agent must
+To be done on the node, in its namespaces and with its folders, as the agent is; the agent must
 have ended. Takes away, in this order: the CNI configuration and the plugin, programs and maps,
 pods' links, routes, addresses and devices of ours, state and sockets. While pods have a link it
 refuses: they would lose their network. What is not there is no error, so it can be repeated.
@@ -8,36 +8,67 @@ refuses: they would lose their network. What is not there is no error, so it can
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 from lockgate.agent import install
-from lockgate.agent.config import Config, read
+from lockgate.agent.config import Config
 from lockgate.bpf import links
 from lockgate.net import dumps, pods
 from lockgate.net.links import GATEWAY4
-from lockgate.net.namespaces import enter
 from lockgate.net.netlink import Batch
 
-__all__ = ["Refused", "main", "uninstall"]
+__all__ = ["Refused", "uninstall"]
 
 _LO = 1
 _DEVICES = ("lg-vxlan",)
+#: What agent and observer write, by patterns; the rest of a folder is not ours.
+_FILES = (
+    "agent.sock",
+    "cni.sock",
+    "observer.sock",
+    "journal.jsonl",
+    "journal.jsonl.new",
+    "ipam.json",
+    "ipam.new",
+    "ipam.json.damaged-*",
+    "snapshot",
+    "snapshot.new",
+    "snapshot.behind",
+    "apiserver",
+    "apiserver.new",
+)
+#: Folders that are everybody's: a configuration that names one is wrong.
+_SHARED = frozenset(
+    Path(one)
+    for one in (
+        *("/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/opt", "/proc", "/root", "/run"),
+        *("/sbin", "/srv", "/sys", "/tmp", "/usr", "/usr/local", "/var", "/var/lib", "/var/log"),
+        *("/run/netns", "/sys/fs/bpf", "/var/cache", "/var/run", "/var/tmp"),
+    )
+)
 
 
 class Refused(Exception):
     """Nothing was removed; the message says why, and what to do."""
 
 
-def uninstall(config: Config, force: bool = False) -> list[str]:
-    """What was removed, one line each. Refused, or OSError when something resists: what came
-    before it is gone then, and calling again goes on."""
+def uninstall(config: Config, force: bool = False) -> tuple[list[str], list[str]]:
+    """What was removed, and what stays in our folders since others put it there; one line each.
+    Refused, or OSError when something resists: what came before it is gone then, and calling
+    again goes on."""
+    folders = {
+        field: Path(path)
+        for field, path in (("runDir", config.run_dir), ("stateDir", config.state_dir))
+        if path
+    }
+    for field, folder in folders.items():
+        if folder.resolve() in _SHARED or not folder.is_absolute():
+            raise Refused(f"field {field}: {folder} is no folder of Lockgate's own")
     seals = pods.seals()
-    live = [str(seal).partition(" ")[0] for seal in seals.values() if seal is not None]
+    live = [seal.uid for seal in seals.values() if seal is not None]
     if _answers(config.socket):
         raise Refused(
             f"the agent of node {config.node} still runs: delete the DaemonSet lockgate first "
@@ -47,7 +78,8 @@ def uninstall(config: Config, force: bool = False) -> list[str]:
         shown = ", ".join(sorted(live)[:3]) + (", …" if len(live) > 3 else "")
         raise Refused(
             f"{len(live)} pods of node {config.node} have their network from Lockgate ({shown}): "
-            "drain the node first (kubectl drain), or say --force to cut them off"
+            "drain the node first (kubectl drain) while its agent runs, or say --force to cut "
+            "them off"
         )
     removed = install.remove(config.cni_bin_dir, config.cni_conf_dir)
     removed += _programs(config.pins)
@@ -55,10 +87,12 @@ def uninstall(config: Config, force: bool = False) -> list[str]:
         pods.remove(sorted(seals))
         removed.append(f"{len(seals)} links of pods")
     removed += _node()
-    for path in (config.run_dir, config.state_dir):
-        if path and Path(path).exists():
-            removed += _folder(Path(path))
-    return removed
+    kept = []
+    for folder in dict.fromkeys(folders.values()):
+        gone, left = _folder(folder)
+        removed += gone
+        kept += left
+    return removed, kept
 
 
 def _answers(path: Path) -> bool:
@@ -94,48 +128,22 @@ def _node() -> list[str]:
             if one.name in _DEVICES:
                 batch.remove(one.name)
                 removed.append(f"device {one.name}")
-        if f"{GATEWAY4}/32" in dumps.addresses(_LO, link_local=True):
+        # Only if it is marked as ours: others use this address, too.
+        if f"{GATEWAY4}/32" in dumps.addresses(_LO, link_local=True, own=True):
             batch.remove_address(_LO, f"{GATEWAY4}/32")
             removed.append(f"{GATEWAY4} on lo")
         batch.send()
     return [*removed, *([f"{len(routes)} routes"] if routes else [])]
 
 
-def _folder(path: Path) -> list[str]:
-    """All that is in it; the folder itself may be a mount."""
-    content = list(path.iterdir())
-    for one in content:
-        if one.is_dir() and not one.is_symlink():
-            shutil.rmtree(one)
-        else:
-            one.unlink()
+def _folder(path: Path) -> tuple[list[str], list[str]]:
+    """Our files in it, and the folder if nothing else is there; it may be a mount, which stays."""
+    ours = sorted({one for pattern in _FILES for one in path.glob(pattern) if not one.is_dir()})
+    for one in ours:
+        one.unlink()
     with contextlib.suppress(OSError):
         path.rmdir()
-    return [str(path)] if content or not path.exists() else []
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 3 refused."""
-    parser = argparse.ArgumentParser(
-        prog="lockgate.agent.uninstall", description="Leave this node as it was before Lockgate."
-    )
-    parser.add_argument("--config", type=Path, required=True, help="the agent's configuration")
-    parser.add_argument("--force", action="store_true", help="even if running pods are cut off")
-    options = parser.parse_args(arguments)
-    try:
-        config = read(options.config)
-        if config.netns_path is not None:
-            enter(config.netns_path)
-        for line in uninstall(config, options.force):
-            print(f"removed {line}")
-    except Refused as error:
-        print(error, file=sys.stderr)
-        return 3
-    except (OSError, ValueError) as error:
-        print(f"uninstall: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return [str(path)], []
+    left = sorted(one.name for one in path.iterdir()) if path.exists() else []
+    kept = [f"{path}: {', '.join(left)}"] if left else []
+    return ([f"{len(ours)} files in {path}"] if ours else []), kept

@@ -49,7 +49,7 @@ _IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _UP = 1
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_IFALIAS = 1, 3, 4, 5, 20
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
-_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_PROTO = 1, 2, 11
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
 _RTA_ENCAP, _ENCAP_DST, _ENCAP_SRC = 22, 2, 3
@@ -57,8 +57,10 @@ _MAIN = 254
 _UNICAST = 1
 _IFLA_LINKINFO, _INFO_KIND, _INFO_DATA = 18, 1, 2
 _VXLAN_PORT, _VXLAN_COLLECT_METADATA = 15, 25
-#: Who made a route (rtm_protocol), on all of ours. Above what rtnetlink.h names.
+#: Who made a route (rtm_protocol) or an address (IFA_PROTO), on all of ours. Above what
+#: rtnetlink.h names.
 ROUTE_PROTOCOL = 108
+_OURS = bytes([ROUTE_PROTOCOL])
 _NEIGH = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 _GETTFILTER = 46
@@ -101,14 +103,15 @@ def link(ifindex: int) -> tuple[bytes, int]:
     return own.get(_IFLA_ADDRESS, b""), int.from_bytes(own[_IFLA_MTU], "little")
 
 
-def addresses(ifindex: int, *, link_local: bool = False) -> list[str]:
-    """Addresses with prefix length of an interface, link-local ones left out unless asked for."""
+def addresses(ifindex: int, *, link_local: bool = False, own: bool = False) -> list[str]:
+    """Addresses with prefix length of an interface, link-local ones left out unless asked for;
+    `own`: only those that are marked as ours."""
     found = []
     for body in _ask(_GETADDR, _DUMP, _IFADDR.pack(0, 0, 0, 0, ifindex)):
         _, length, _, _, index = _IFADDR.unpack_from(body)
-        own = _attributes(body, _IFADDR.size)
-        raw = own.get(_IFA_LOCAL) or own.get(_IFA_ADDRESS)
-        if index != ifindex or raw is None:
+        told = _attributes(body, _IFADDR.size)
+        raw = told.get(_IFA_LOCAL) or told.get(_IFA_ADDRESS)
+        if index != ifindex or raw is None or (own and told.get(_IFA_PROTO) != _OURS):
             continue
         if link_local or not ip_address(raw).is_link_local:
             found.append(f"{ip_address(raw)}/{length}")

@@ -27,7 +27,7 @@ GATEWAY4 = "169.254.1.1"
 GATEWAY6 = "fe80::1"
 _NODAD = 2
 _PERMANENT = 0x80
-_SCOPE_LINK, _SCOPE_HOST = 253, 254
+_SCOPE_LINK = 253
 
 
 # Where settings may be written: in a container that is not privileged /proc/sys is read only, and
@@ -76,17 +76,9 @@ class Net:
 
     # ---- Addresses, neighbours, routes -----------------------------------------------
 
-    def add_gateway(self) -> None:
-        """169.254.1.1 on lo, which answers ARP of pods that lost their neighbour entry. Of host
-        scope, so that the kernel never takes it as a source."""
-        with _named(f"add {GATEWAY4} to lo"):
-            self._add_address(1, f"{GATEWAY4}/32", scope=_SCOPE_HOST)
-
-    def _add_address(self, ifindex: int, address: str, scope: int | None = None) -> None:
+    def _add_address(self, ifindex: int, address: str) -> None:
         value = ip_interface(address)
         more: dict[str, Any] = {"flags": _NODAD} if value.version == 6 else {}
-        if scope is not None:
-            more["scope"] = scope
         try:
             self._ip.addr(
                 "add",

@@ -35,7 +35,7 @@ _PERMANENT = 0x80
 _NOARP = 0x80
 _ONLINK = 4
 _TABLE_MAIN, _UNICAST = 254, 1
-_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_NOWHERE = 0, 253, 255
+_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_HOST, _SCOPE_NOWHERE = 0, 253, 254, 255
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 18, 20
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD = 26, 27, 28
@@ -43,7 +43,7 @@ IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD = 26, 27, 28
 _GOING = 0x6C67676F
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
 _INET6_ADDR_GEN_MODE, _GEN_MODE_NONE = 8, 1
-_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_PROTO = 1, 2, 11
 _NDA_DST, _NDA_LLADDR = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC = 1, 4, 5, 7
 _RTA_ENCAP_TYPE, _RTA_ENCAP = 21, 22
@@ -219,14 +219,20 @@ class Batch:
 
     # ---- Addresses, neighbours, routes -------------------------------------------------
 
-    def address(self, index: int, address: str) -> None:
-        """With its prefix length; one that is there is fine. No duplicate address detection."""
+    def address(self, index: int, address: str, scope: int = _SCOPE_UNIVERSE) -> None:
+        """With its prefix length, marked as ours; one that is there is fine, and stays whosever
+        it is. No duplicate address detection."""
         value = ip_interface(address)
         length = value.network.prefixlen
         flags = _NODAD if value.version == 6 else 0
-        payload = _IFADDR.pack(_family(address), length, flags, _SCOPE_UNIVERSE, index)
+        payload = _IFADDR.pack(_family(address), length, flags, scope, index)
         payload += attribute(_IFA_LOCAL, value.packed) + attribute(_IFA_ADDRESS, value.packed)
+        payload += attribute(_IFA_PROTO, bytes([ROUTE_PROTOCOL]))
         self.add(f"add {address} to interface {index}", _NEWADDR, payload, _CREATE, {errno.EEXIST})
+
+    def host_address(self, index: int, address: str) -> None:
+        """Like `address`, of host scope: the kernel never takes it as a source."""
+        self.address(index, address, _SCOPE_HOST)
 
     def remove_address(self, index: int, address: str) -> None:
         """Nothing there is success."""

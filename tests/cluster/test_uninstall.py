@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-import yaml
 
 from cluster import Cluster
 from cluster.commands import until
@@ -20,7 +20,9 @@ metadata: {name: guest, namespace: default}
 spec:
   containers: [{name: a, image: "localhost/agnhost:1", args: [netexec]}]
 """
-UNINSTALL = ["python3", "-m", "lockgate.agent.uninstall", "--config", "/etc/lockgate/agent.json"]
+
+
+CLEANERS = "app.kubernetes.io/name=lockgate-uninstall"
 
 
 @pytest.fixture
@@ -50,31 +52,28 @@ def traces(cluster: Cluster) -> dict[str, str]:
     }
 
 
-def uninstaller(cluster: Cluster) -> str:
-    """A pod that uninstalls: the agent's container, with another command."""
-    daemonset = cluster.json("-n", "kube-system", "get", "daemonset", "lockgate")
-    pod: dict[str, Any] = daemonset["spec"]["template"]["spec"]
-    (agent,) = (one for one in pod["containers"] if one["name"] == "agent")
-    for probe in ("livenessProbe", "readinessProbe"):
-        del agent[probe]
-    pod |= {"containers": [agent | {"command": UNINSTALL}], "restartPolicy": "Never"}
-    pod["nodeName"] = cluster.nodes[0]
-    meta = {"name": "uninstall", "namespace": "kube-system"}
-    return yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": pod})
+def lockgate(cluster: Cluster, *words: str) -> str:
+    """A command from outside the cluster."""
+    config = str(cluster.state.root / "kubeconfig")
+    command = [sys.executable, "-m", "lockgate.cli.main", *words, "--kubeconfig", config]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def finished(cluster: Cluster) -> str:
-    phase = cluster.json("-n", "kube-system", "get", "pod", "uninstall")["status"]["phase"]
+    pods = cluster.json("-n", "kube-system", "get", "pods", "-l", CLEANERS)["items"]
+    (phase,) = (one["status"]["phase"] for one in pods)
     return phase if phase in ("Succeeded", "Failed") else ""
 
 
 def log(cluster: Cluster) -> str:
-    return cluster.kubectl("-n", "kube-system", "logs", "uninstall")
+    return cluster.kubectl("-n", "kube-system", "logs", "-l", CLEANERS)
 
 
 def run(cluster: Cluster, manifest: str) -> tuple[str, str]:
     """Phase and output of the pod that uninstalls."""
-    cluster.kubectl("-n", "kube-system", "delete", "pod", "uninstall", "--ignore-not-found")
+    cluster.kubectl("-n", "kube-system", "delete", "pods", "-l", CLEANERS)
     cluster.apply(manifest)
     phase = until("the pod to finish", lambda: finished(cluster), 60)
     return phase, log(cluster)
@@ -88,7 +87,9 @@ def test_a_node_is_as_it_was_after_uninstalling(small: Cluster) -> None:
     wait = ("wait", "--for=condition=Ready", "pod/guest", "--timeout=60s")
     small.kubectl(*wait, timeout=70)
     assert traces(small) != before
-    manifest = uninstaller(small)
+    said = lockgate(small, "uninstall")
+    assert "runs on 1 nodes" in said and f"kubectl drain {small.nodes[0]}" in said
+    manifest = lockgate(small, "uninstall", "--manifest")
     phase, said = run(small, manifest)
     assert phase == "Failed" and "still runs" in said, "while an agent runs it refuses"
     _delete_daemonset(small)
@@ -104,7 +105,7 @@ def test_a_node_is_as_it_was_after_uninstalling(small: Cluster) -> None:
     assert phase == "Succeeded", said
     assert traces(small) == before
     phase, said = run(small, manifest)
-    assert (phase, said) == ("Succeeded", ""), "again, there is nothing left to do"
+    assert phase == "Succeeded" and "There is no trace" in said
 
 
 def _delete_daemonset(cluster: Cluster) -> None:

@@ -13,10 +13,15 @@ from pathlib import Path
 import pytest
 
 from lockgate.agent import install
-from lockgate.net import namespaces
+from lockgate.bpf.links import CGROUP_HOOKS, Direction, tcx_programs
+from lockgate.bpf.syscall import prog_query
+from lockgate.net import dumps, namespaces
 from tests.system.agents import ROOT, Bed, Node, make_bed, pod, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+BOTH: tuple[Direction, ...] = ("ingress", "egress")
 
 
 @pytest.fixture
@@ -79,14 +84,34 @@ def snapshot(node: Node) -> dict[str, object]:
             if "proto kernel" not in line
         ),
         "sysctls": sorted(settings.splitlines()),
+        "links": sorted(one["ifname"] for one in json.loads(ip("-j", "link"))),
+        "rules": ip("rule") + ip("-6", "rule"),
+        "neighbours": sorted(
+            one["dst"] for one in json.loads(ip("-j", "neigh", "show", "nud", "permanent"))
+        ),
+        "programs": programs(node),
         "pins": node.pins.exists(),
         "state": sorted(path.name for path in node.state.glob("*") if path.name != "agent.log"),
     }
 
 
+def programs(node: Node) -> dict[str, list[int]]:
+    """On the cards and on the cgroup."""
+    found = {}
+    with namespaces.inside(namespaces.path_of(node.netns)):
+        for one in dumps.interfaces():
+            for direction in BOTH:
+                found[f"{one.name} {direction}"] = tcx_programs(one.index, direction)
+    cgroup = os.open(node.cgroup, os.O_RDONLY)
+    for section, hook in CGROUP_HOOKS.items():
+        found[section] = prog_query(cgroup, hook)
+    os.close(cgroup)
+    return found
+
+
 def uninstall(node: Node, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "lockgate.agent.uninstall", *arguments],
+        [sys.executable, "-m", "lockgate.cli.main", "uninstall", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -106,11 +131,11 @@ async def test_a_node_is_installed_last_and_left_as_it_was(tmp_path: Path) -> No
             "cniConf": str(conf_dir),
             "runDir": str(tmp_path / "run"),
         }
+        node.cgroup.mkdir(parents=True)
         before = snapshot(node)
         # Not before an ADD could be served: there is no podCIDR yet.
         bed.supervisor.put({**bed.supervisor.objects["Node", "", "one"], "spec": {}})
         real = {"podCIDRs": ["10.77.1.0/24", "fd77:1::/64"]}
-        node.cgroup.mkdir(parents=True)
         await node.start()
         await bed.supervisor.wait(bed.supervisor.revision, "one")
         assert not (conf_dir / install.CONFLIST).exists()
@@ -123,7 +148,7 @@ async def test_a_node_is_installed_last_and_left_as_it_was(tmp_path: Path) -> No
         await node.add("a")
 
         config = str(tmp_path / "kept.json")
-        Path(config).write_bytes((node.state / "config.json").read_bytes())
+        (node.state / "config.json").rename(config)
         refused = await asyncio.to_thread(uninstall, node, "--config", config)
         assert refused.returncode == 3 and "still runs" in refused.stderr
         await node.kill()
@@ -143,7 +168,47 @@ async def test_a_node_is_installed_last_and_left_as_it_was(tmp_path: Path) -> No
             "10-other.conflist",
         ]
         again = await asyncio.to_thread(uninstall, node, "--config", config)
-        assert again.returncode == 0
+        assert again.returncode == 0 and "There is no trace of Lockgate" in again.stdout
+
+
+async def test_uninstalling_leaves_what_is_not_ours(tmp_path: Path) -> None:
+    async with make_bed(tmp_path, "two") as bed:
+        node = bed.nodes["one"]
+        ip = ("ip", "-n", node.netns)
+        for command in (
+            "address add 169.254.1.1/32 dev lo",
+            "route add 10.250.0.0/16 dev underlay",
+            "link add lg7 type bridge",
+        ):
+            subprocess.run([*ip, *command.split()], check=True)
+        node.settings = {"runDir": str(tmp_path / "run")}
+        node.cgroup.mkdir(parents=True)
+        before = snapshot(node)
+        await node.start()
+        await bed.supervisor.wait(bed.supervisor.revision, "one")
+        (tmp_path / "run" / "notes").write_text("somebody's")
+        (tmp_path / "run" / "folder").mkdir()
+        await node.kill()
+        config = tmp_path / "config.json"
+        settings = json.loads((node.state / "config.json").read_bytes())
+        for field, folder in (
+            ("stateDir", "/"),
+            ("stateDir", "/var/lib"),
+            ("runDir", "/run/../tmp"),
+        ):
+            config.write_text(json.dumps({**settings, field: folder}))
+            told = await asyncio.to_thread(uninstall, node, "--config", str(config))
+            assert told.returncode == 3, told
+            assert f"field {field}: {folder} is no folder of Lockgate's own" in told.stderr
+        assert node.pins.exists(), "nothing was removed"
+        config.write_text(json.dumps(settings))
+        done = await asyncio.to_thread(uninstall, node, "--config", str(config))
+        assert done.returncode == 0, done.stderr
+        assert f"left, for it is not ours: {tmp_path / 'run'}: folder, notes" in done.stdout
+        assert sorted(one.name for one in (tmp_path / "run").iterdir()) == ["folder", "notes"]
+        after = snapshot(node)
+        assert after.pop("state") == ["config.json"] and before.pop("state") == []
+        assert after == before
 
 
 async def test_a_restart_of_the_agent_leaves_the_configuration_in_place(bed: Bed) -> None:

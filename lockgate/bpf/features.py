@@ -12,7 +12,15 @@ from typing import NamedTuple
 from . import grace, syscall
 from .syscall import AttachType, MapType
 
-__all__ = ["Feature", "MissingFeature", "cgroup2_mount", "mount_point", "probe", "require"]
+__all__ = [
+    "Feature",
+    "MissingFeature",
+    "cgroup2_mount",
+    "mount_point",
+    "passing_program",
+    "probe",
+    "require",
+]
 
 
 class Feature(NamedTuple):
@@ -78,12 +86,17 @@ def _capabilities() -> bool:
     return False
 
 
-def _tcx() -> bool:
-    # A program that returns TCX_NEXT (-1), asked to attach to an interface that cannot be:
-    # a kernel with tcx looks for the interface, one without refuses the attach type.
+def passing_program() -> int:
+    """Descriptor of a program for tc that returns TCX_NEXT (-1), to be tried somewhere."""
     sched_cls = 3
     insns = struct.pack("<BBhi", 0xB7, 0, 0, -1) + struct.pack("<BBhi", 0x95, 0, 0, 0)
-    fd = syscall.prog_load(sched_cls, insns, "probe_tcx")
+    return syscall.prog_load(sched_cls, insns, "probe")
+
+
+def _tcx() -> bool:
+    # Asked to attach to an interface that cannot be: a kernel with tcx looks for the interface,
+    # one without refuses the attach type.
+    fd = passing_program()
     try:
         os.close(syscall.link_create(fd, 0x7FFFFFFF, AttachType.TCX_INGRESS))
     except OSError as error:

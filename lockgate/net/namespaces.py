@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["create", "delete", "enter", "inside", "path_of"]
+__all__ = ["create", "delete", "enter", "in_a_new_one", "inside", "path_of"]
 
 _RUN = Path("/run/netns")
 _CLONE_NEWNS = 0x00020000
@@ -91,6 +91,16 @@ def inside(path: str | os.PathLike[str]) -> Iterator[None]:
             _call("return to the network namespace", _libc.setns(home, _CLONE_NEWNET))
     finally:
         os.close(home)
+
+
+def in_a_new_one(work: Callable[[], None]) -> None:
+    """Run `work` in a network namespace that ends with it, and has nothing but lo (index 1)."""
+
+    def there() -> None:
+        _call("make a network namespace", _libc.unshare(_CLONE_NEWNET))
+        work()
+
+    _in_a_thread(there)
 
 
 def _share_run() -> None:

@@ -62,6 +62,12 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "rule 7 of chain netdev x y drops some packets; it may hit everything that leaves",
         "nft -a",
     ),
+    "a program of somebody else": (
+        {"programs": ["spy (id 7, tcx ingress), Pod shop/web, link lg3"]},
+        "warning",
+        "a program of somebody else: spy (id 7, tcx ingress), Pod shop/web",
+        "bpftool net show",
+    ),
     "kube-proxy's nftables": (
         {"chains": [("ip", "kube-proxy", "services")]},
         "warning",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from lockgate.cli.checks import Check, Summary, workload
-from lockgate.cli.render import WIDTH, columns, heading, paint
+from lockgate.cli.render import columns, heading, paint, width
 
 __all__ = ["differences_text", "matrix"]
 
@@ -14,7 +14,7 @@ _SHOWN = 10  # unanswered connections that are listed
 
 def matrix(summary: Summary) -> str:
     """Rows are workloads that ask, columns are workloads (or services) and their ports. Fits
-    WIDTH columns: what does not fit beside comes below."""
+    the screen: what does not fit beside comes below."""
     rows: dict[str, dict[str, list[Check]]] = {}
     heads: dict[str, int] = {}
     for check in summary.checks:
@@ -25,7 +25,7 @@ def matrix(summary: Summary) -> str:
         return "no pair of pods to try"
     legend = [f"{number:>2} {column}" for column, number in heads.items()]
     side = min(34, max(map(len, rows)))
-    across = (WIDTH - side - 2) // 3
+    across = max(1, (width() - side - 2) // 3)
     ordered = list(heads)
     lines = [columns(legend, indent=0), ""]
     for start in range(0, len(ordered), across):
@@ -63,7 +63,7 @@ def _told(check: Check, what: str | None) -> str:
     return (
         f"  {'/'.join(check.source.key)} → {check.target} ({check.address}) "
         f"port {check.port}/{check.protocol}:\n"
-        + textwrap.fill(what or "", WIDTH, initial_indent="    ", subsequent_indent="    ")
+        + textwrap.fill(what or "", width(), initial_indent="    ", subsequent_indent="    ")
     )
 
 

@@ -92,7 +92,9 @@ def measure(
     summary = Summary(checks)
     bar: Any = nullcontext(None)
     if progress and sys.stderr.isatty():
-        bar = click.progressbar(length=len(checks), label="Probing", file=sys.stderr)
+        bar = click.progressbar(
+            length=len(checks), label="Probing", show_eta=False, file=sys.stderr
+        )
     with bar as shown:
 
         def advance(count: int) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 __all__ = [
-    "WIDTH",
     "columns",
     "end_name",
     "flow_line",
@@ -19,6 +18,7 @@ __all__ = [
     "paint",
     "policies_text",
     "table",
+    "width",
     "wrapped",
 ]
 
@@ -38,29 +38,42 @@ def heading(text: str) -> str:
     return click.style(text, bold=True) if coloured() else text
 
 
-def _width() -> int:
+def width() -> int:
     """A terminal's own width; files get what fits the documentation."""
     return shutil.get_terminal_size((WIDTH, 24)).columns if coloured() else WIDTH
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, cut: bool = True) -> str:
     """Columns by their widest cell, two spaces apart; a cell may have several lines. `cut`
-    shortens lines to the screen."""
+    fits it to the screen: the last column goes below the others, what is still too wide is
+    shortened."""
     if not rows:
         return ""
-    split = [list(head)]
-    for row in rows:
-        cells = [cell.split("\n") for cell in row]
-        split += [list(line) for line in zip_longest(*cells, fillvalue="")]
-    widths = [max(len(line[i]) for line in split) for i in range(len(head))]
-    lines = []
-    for line in split:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        text = "  ".join(padded).rstrip()
-        if cut and len(text) > _width():
-            text = text[: _width() - 1] + "…"
-        lines.append(text)
+    lines = _side_by_side([head, *rows])
+    most = width()
+    if cut and max(map(len, lines)) > most:
+        if len(head) > 2 and max(map(len, _side_by_side([r[:-1] for r in (head, *rows)]))) <= most:
+            *others, last = zip(head, *rows, strict=True)
+            lines = []
+            # Row by row, so that each has its last cell below it.
+            blocks = _side_by_side(list(zip(*others, strict=True)), blocks=True)
+            for block, cell in zip(blocks, last, strict=True):
+                below = wrapped(cell.replace(",\n", "\n").split("\n"), most - 4)
+                lines += [*block.split("\n"), *(f"    {line}" for line in below.split("\n"))]
+        lines = [text if len(text) <= most else text[: most - 1] + "…" for text in lines]
     return "\n".join([heading(lines[0]), *lines[1:]])
+
+
+def _side_by_side(rows: Sequence[Sequence[str]], *, blocks: bool = False) -> list[str]:
+    """The lines of the rows; with `blocks`, one text for each row."""
+    split = [list(zip_longest(*(cell.split("\n") for cell in row), fillvalue="")) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*(x for r in split for x in r), strict=True)]
+    texts = [
+        ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] for lines in split
+    ]
+    return (
+        ["\n".join(lines) for lines in texts] if blocks else [x for lines in texts for x in lines]
+    )
 
 
 def wrapped(items: Sequence[str], width: int, separator: str = ", ") -> str:
@@ -81,7 +94,7 @@ def columns(items: Sequence[str], *, indent: int = 2) -> str:
     if not items:
         return ""
     widest = max(len(item) for item in items) + 3
-    across = max(1, (WIDTH - indent) // widest)
+    across = max(1, (width() - indent) // widest)
     down = -(-len(items) // across)
     lines = []
     for row in range(down):
@@ -134,8 +147,8 @@ def flow_line(record: Mapping[str, Any]) -> str:
         f"  {protocol}"
     )
     beside = "  ".join(["", *notes])
-    if len(f"{time}  allow  {what}{beside}") > _width():
-        room = _width() - len(time) - 9
+    if len(f"{time}  allow  {what}{beside}") > width():
+        room = width() - len(time) - 9
         beside = "".join(f"\n{' ' * (len(time) + 9)}{x}" for x in _lines(notes, room) if x)
     return f"{time}  {verdict}  {what}{beside}"
 

@@ -219,7 +219,11 @@ def _replicas(workload: Workload, nodes: Mapping[str, Node]) -> Iterable[Pod]:
             }
             pod_spec = msgspec.structs.replace(pod_spec, hostname=name, subdomain=spec.service_name)
         elif workload.kind == "Job":
-            labels = {**labels, "batch.kubernetes.io/job-name": meta.name}
+            labels = {
+                **labels,
+                "batch.kubernetes.io/job-name": meta.name,
+                "job-name": meta.name,
+            }
         if node:
             pod_spec = msgspec.structs.replace(pod_spec, node_name=node)
         yield Pod(

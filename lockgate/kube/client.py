@@ -23,6 +23,7 @@ import msgspec
 
 from lockgate.kube import discover, kubeconfig
 from lockgate.kube.exec_plugin import Credential
+from lockgate.kube.tls import as_kubectl
 
 __all__ = ["AWAY", "ApiError", "Client", "Settings"]
 
@@ -268,7 +269,7 @@ class Client:
         found = os.stat(path)
         stamp = found.st_mtime_ns, found.st_ino, found.st_size
         if self._ca is None or self._ca[0] != stamp:
-            self._ca = stamp, ssl.create_default_context(cafile=path)
+            self._ca = stamp, as_kubectl(ssl.create_default_context(cafile=path))
         return self._ca[1]
 
     async def _who(self, server: str, refused: Credential | None) -> _Who:

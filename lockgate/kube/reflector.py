@@ -290,7 +290,14 @@ class Reflector:
         )
 
     def _keep(self, raw: bytes) -> Any:
-        return self.kind.keep(self._decoder.decode(raw), self._parts)
+        try:
+            item = self._decoder.decode(raw)
+        except msgspec.ValidationError:
+            if b"null" not in raw:
+                raise
+            # As in the API, null is a field that is not there. A slice without endpoints says so.
+            item = msgspec.convert(_without_nulls(msgspec.json.decode(raw)), self.kind.struct)
+        return self.kind.keep(item, self._parts)
 
     def _key(self, meta: Any) -> Any:
         return self.kind.key(meta.namespace, meta.name)
@@ -305,3 +312,11 @@ class Reflector:
     def _complaint(self, key: Any, error: Exception) -> str:
         kept = "as it was before" if key in self.objects else "skipped"
         return f"{self.kind.title(key)} can't be read ({kept}): {error}"
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value

@@ -215,6 +215,28 @@ async def test_an_object_with_nonsense_is_named_and_the_rest_goes_on(server: Api
         assert ("shop", "p") not in reader.cluster.policies
 
 
+def slice_of(endpoints: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """As the API server has it: of none it says null, not []."""
+    return {
+        "kind": "EndpointSlice",
+        "metadata": {"name": "web-1", "namespace": "shop"},
+        "addressType": "IPv4",
+        "endpoints": endpoints,
+        "ports": None if endpoints is None else [{"name": "http", "port": 80, "protocol": "TCP"}],
+    }
+
+
+async def test_null_is_a_field_that_is_not_there(server: ApiServer) -> None:
+    server.put(slice_of([{"addresses": ["10.1.0.2"], "conditions": {"ready": True}}]))
+    async with reading(await server.start()) as reader:
+        await until(lambda: reader.cluster and reader.cluster.slices)
+        await until(lambda: server.watching() == len(KINDS))
+        assert reader.cluster
+        server.put(slice_of(None))
+        await until(lambda: not reader.cluster.slices["shop", "web-1"].endpoints)
+        assert reader.errors == []
+
+
 async def test_lists_in_pages(server: ApiServer) -> None:
     server.paged = True
     server.put(*(pod(f"n{n}", f"10.2.{n // 250}.{n % 250}") for n in range(2500)))

@@ -86,7 +86,7 @@ class _State:
         self.image = Image()
         self.pods = Pods(node)
         self.peers = Peers()
-        self.services = Services(self.image)
+        self.services = Services(self.image, node)
         self._judgements = Judgements(self.pods, ids)
         self._namespaces: dict[str, Namespace] = {}
         self._nodes: dict[str, Node] = {}

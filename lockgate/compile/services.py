@@ -19,7 +19,7 @@ from lockgate.compile.tables import (
     ServiceView,
 )
 from lockgate.objects.changes import Name
-from lockgate.objects.model import Cluster, EndpointSlice, Service, ServicePort
+from lockgate.objects.model import Cluster, EndpointSlice, ObjectMeta, Service, ServicePort
 
 __all__ = ["Services"]
 
@@ -29,21 +29,29 @@ _ADDRESS_PORT = struct.Struct("!16sH")
 _FLAGS_ENDPOINT = struct.Struct("<HI")
 
 
+#: Services and slices with one of these labels are for others (kube-proxy leaves them alone too).
+_OTHERS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
+
+
 def _backends(
     service: Service,
     port: ServicePort,
     v4: bool,
     slices: Iterable[EndpointSlice],
+    node: str,
     errors: list[str],
 ) -> list[tuple[bytes, int]]:
-    """Addresses and ports that take new connections, sorted.
+    """Addresses and ports that take new connections begun on `node`, sorted: of endpoints that
+    are ready, or where none is, of those that still serve while they end.
 
     The slices' ports are what targetPort came to (EndpointSlice.ports, matched by name).
     An endpoint without a ready condition counts as ready, as the API says.
     """
-    found: set[tuple[bytes, int]] = set()
+    ready: set[tuple[bytes, int]] = set()
+    ending: set[tuple[bytes, int]] = set()
     family = "IPv4" if v4 else "IPv6"
     everyone = service.spec.publish_not_ready_addresses
+    local = service.spec.internal_traffic_policy == "Local"
     for slice_ in slices:
         if slice_.address_type != family:
             continue
@@ -55,7 +63,14 @@ def _backends(
         if not numbers:
             continue
         for endpoint in slice_.endpoints:
-            if endpoint.conditions.ready is False and not everyone:
+            if local and endpoint.node_name != node:
+                continue
+            conditions = endpoint.conditions
+            if conditions.ready is not False or everyone:
+                found = ready
+            elif conditions.terminating and conditions.serving is not False:
+                found = ending
+            else:
                 continue
             # Addresses beyond the first are undefined (EndpointSlice.endpoints.addresses).
             for address in endpoint.addresses[:1]:
@@ -66,7 +81,7 @@ def _backends(
                     errors.append(f"EndpointSlice {namespace}/{name}: endpoints.addresses: {error}")
                     continue
                 found.update((packed, number) for number in numbers)
-    return sorted(found)
+    return sorted(ready or ending)
 
 
 @dataclass(slots=True, frozen=True)
@@ -93,8 +108,9 @@ class Services:
     """All services. `views` and `backends` are what the kernel looks up; the `before` of each has
     what was touched since `begin`, and what it was then."""
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: Image, node: str) -> None:
         self._image = image
+        self._node = node
         self.views: dict[ServiceKey, ServiceView] = {}
         self.backends: set[BackendKey] = set()
         self.views_before: dict[ServiceKey, ServiceView | None] = {}
@@ -167,7 +183,7 @@ class Services:
             concerned.append(home)
         if slice_ is not None:
             self.slices[key] = slice_
-            if slice_.service:
+            if slice_.service and not _of_others(slice_.metadata):
                 home = slice_.metadata.namespace, slice_.service
                 _add(self._slices_of, home, key)
                 concerned.append(home)
@@ -232,7 +248,7 @@ class Services:
     ) -> dict[ServiceKey, Entry]:
         title = f"Service {'/'.join(name)}"
         found: dict[ServiceKey, Entry] = {}
-        for ip in service.cluster_ips:
+        for ip in _cluster_ips(service):
             try:
                 address = pack(ip)
             except ValueError as error:
@@ -249,7 +265,7 @@ class Services:
                 key = (address, port.port, PROTOCOL_NUMBER[port.protocol])
                 if key in found:
                     continue
-                chosen = _backends(service, port, ":" not in ip, slices, errors)
+                chosen = _backends(service, port, ":" not in ip, slices, self._node, errors)
                 if len(chosen) > MAX_BACKENDS:
                     errors.append(
                         f"{title}: {len(chosen)} backends, the first {MAX_BACKENDS} serve"
@@ -317,9 +333,18 @@ class Services:
             _add(self._users, address, key)
 
 
+def _of_others(meta: ObjectMeta) -> bool:
+    return any(label in meta.labels for label in _OTHERS)
+
+
+def _cluster_ips(service: Service) -> list[str]:
+    """Those that are ours to serve."""
+    return [] if _of_others(service.metadata) else service.cluster_ips
+
+
 def _addresses(service: Service) -> Iterable[bytes]:
     """The cluster IPs that can be read."""
-    for ip in service.cluster_ips:
+    for ip in _cluster_ips(service):
         try:
             yield pack(ip)
         except ValueError:

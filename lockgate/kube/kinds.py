@@ -129,7 +129,11 @@ def _slice(item: model.EndpointSlice, parts: Parts) -> model.EndpointSlice:
         item,
         metadata=_meta(item.metadata, parts),
         endpoints=[
-            model.Endpoint(addresses=one.addresses, conditions=parts.conditions(one.conditions))
+            model.Endpoint(
+                addresses=one.addresses,
+                conditions=parts.conditions(one.conditions),
+                node_name=sys.intern(one.node_name),
+            )
             for one in item.endpoints
         ],
     )

@@ -224,6 +224,7 @@ class ServiceSpec(Base, frozen=True):
     selector: dict[str, str] = {}
     ports: list[ServicePort] = []
     publish_not_ready_addresses: bool = False
+    internal_traffic_policy: str = ""
 
 
 class Service(Base, frozen=True):

@@ -223,6 +223,8 @@ def _service(item: Service) -> None:
             ("SingleStack", "PreferDualStack", "RequireDualStack"),
             "spec.ipFamilyPolicy",
         )
+    if spec.internal_traffic_policy:
+        _in(spec.internal_traffic_policy, ("Cluster", "Local"), "spec.internalTrafficPolicy")
     _service_ports(item)
 
 

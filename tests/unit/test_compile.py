@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lockgate.compile import Tables, compile_node
 from lockgate.compile import tables as table_constants
@@ -409,6 +410,64 @@ def test_each_family_has_its_own_backends() -> None:
     tables, _ = compiled(shop, four, six)
     view = tables.services[parse_address("fd00:96::1"), 80, 6]
     assert backends_of(tables, view) == [(parse_address("fd00::2"), 9, 0)]
+    assert tables.services[SHOP_KEY].count == 1
+
+
+READY = {"ready": True, "serving": True, "terminating": False}
+ENDING = {"ready": False, "serving": True, "terminating": True}
+ENDED = {"ready": False, "serving": False, "terminating": True}
+STARTING = {"ready": False, "serving": False, "terminating": False}
+LOCAL = {"internalTrafficPolicy": "Local"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "endpoints", "serve"),
+    [
+        pytest.param({}, [("a", READY), ("b", ENDING)], [0], id="ready-before-ending"),
+        pytest.param({}, [("a", ENDING), ("b", ENDED)], [0], id="ending-where-none-is-ready"),
+        pytest.param({}, [("a", {"terminating": True, "ready": False})], [0], id="serving-unsaid"),
+        pytest.param({}, [("a", STARTING), ("a", ENDED)], [], id="neither-starting-nor-ended"),
+        pytest.param(LOCAL, [("a", READY), ("b", READY), ("", READY)], [0], id="local-only"),
+        pytest.param(LOCAL, [("b", READY)], [], id="none-on-this-node"),
+        pytest.param(LOCAL, [("a", ENDING), ("b", READY)], [0], id="local-and-ending"),
+        pytest.param(
+            {"internalTrafficPolicy": "Cluster"}, [("b", READY)], [0], id="anywhere-in-the-cluster"
+        ),
+    ],
+)
+def test_which_endpoints_serve(
+    spec: dict[str, str], endpoints: list[tuple[str, dict[str, bool]]], serve: list[int]
+) -> None:
+    slices = replace(
+        slice_of(),
+        endpoints=[
+            Endpoint([f"10.0.3.{n}"], msgspec.convert(conditions, EndpointConditions), node)
+            for n, (node, conditions) in enumerate(endpoints)
+        ],
+    )
+    tables, _ = compiled(service(**SHOP, **spec), slices)
+    found = [address for address, _, _ in backends_of(tables, tables.services[SHOP_KEY])]
+    assert found == [parse_address(f"10.0.3.{n}") for n in serve]
+
+
+@pytest.mark.parametrize(
+    "label", ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"]
+)
+def test_services_and_slices_for_others_are_left_alone(label: str) -> None:
+    shop, slices = service(**SHOP), slice_of(("10.0.1.2", True))
+
+    def labelled(item):
+        labels = {**item.metadata.labels, label: ""}
+        return replace(item, metadata=replace(item.metadata, labels=labels))
+
+    tables, ids = compiled(shop, slices)
+    assert tables.services[SHOP_KEY].count == 1
+    cluster = cluster_of(shop, labelled(slices))
+    tables = compile_node(cluster, "a", ids, tables)
+    assert tables.services[SHOP_KEY].count == 0
+    tables = compile_node(cluster_of(labelled(shop), slices), "a", ids, tables)
+    assert tables.services == {} and tables.backends == set()
+    tables = compile_node(cluster_of(shop, slices), "a", ids, tables)
     assert tables.services[SHOP_KEY].count == 1
 
 

@@ -22,7 +22,7 @@ CNI_CFLAGS = -Os -std=gnu11 -Wall -Wextra -Wno-missing-field-initializers -stati
 
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 
-.PHONY: help run test check format build bench fuzz wheel image manifests lock clean cluster test-cluster setup-build setup-run setup-test setup-bench setup-cluster artifacts bench-artifacts
+.PHONY: help run test conformance check format build bench fuzz wheel image manifests lock clean cluster test-cluster setup-build setup-run setup-test setup-bench setup-cluster artifacts bench-artifacts
 
 ##@ Using it
 
@@ -40,6 +40,10 @@ test: setup-test $(if $(filter 0,$(CLUSTER)),,setup-cluster) artifacts ## instal
 
 test-cluster: setup-test setup-cluster artifacts ## the tests on a real Kubernetes cluster alone
 	@$(PYTHON) -m pytest tests/cluster $(PYTEST)
+
+conformance: setup-cluster image ## Kubernetes' own tests of networking on a real cluster (FOCUS=regex)
+	@$(PYTHON) -m cluster build >/dev/null
+	@$(PYTHON) -m cluster conformance $(if $(FOCUS),--focus '$(FOCUS)')
 
 check: setup-build ## formatting, lint, types, import contracts
 	@$(PYTHON) -m ruff format --check . || { echo "make format puts this right."; exit 1; }

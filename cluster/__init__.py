@@ -42,8 +42,8 @@ containerd's and the kubelets' files: /var/lib/lockgate-cluster/NAME/NODE/; proc
 With `--cni bridge` a cluster is an ordinary one: the distribution's bridge plugin, kube-proxy and
 CoreDNS. With none, install.install(cluster) puts Lockgate and CoreDNS on it.
 
-Images in each node: localhost/{pause,agnhost,busybox,coredns}:1, and the first three under the
-names that Kubernetes' conformance tests use.
+Images in each node: localhost/{pause,agnhost,busybox,coredns}:1. Kubernetes' conformance tests
+bring theirs (conformance/).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from cluster import cni, images, shop
+from cluster import cni, conformance, images, shop
 from cluster.binaries import Binaries
 from cluster.cluster import Cluster
 from cluster.commands import Failed
@@ -95,6 +95,25 @@ def run_example(name: str, nodes: int, once: bool, folder: Path) -> None:
         except KeyboardInterrupt:
             _console.print("  taking the cluster down")
     _console.print("  everything that the cluster made is removed")
+    sys.exit(not good)
+
+
+@main.command("conformance")
+@click.option("--name", default="conformance", show_default=True, callback=_check_name)
+@click.option("--focus", default="", metavar="REGEX", help="Only specs whose name matches.")
+@click.option("--parallel", default=2, show_default=True, type=click.IntRange(1, 16))
+@click.option(
+    "--results",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=str(conformance.RESULTS),
+    help="Where junit.xml and logs go.",
+)
+def run_conformance(name: str, focus: str, parallel: int, results: Path) -> None:
+    """Run Kubernetes' own tests of networking. Exit code 1 unless all that are to run pass.
+
+    On the cluster of that name, if it is up with Lockgate; else on one for this run alone.
+    """
+    good = conformance.run(name, focus, parallel, results, _console)
     sys.exit(not good)
 
 

@@ -43,6 +43,7 @@ _PACKAGES = {
     "kube-scheduler": "k8s.io/kubernetes/cmd/kube-scheduler",
     "kubectl": "k8s.io/kubernetes/cmd/kubectl",
     "kubelet": "k8s.io/kubernetes/cmd/kubelet",
+    "regression-issue-74839": "k8s.io/kubernetes/test/images/regression-issue-74839",
 }
 _BUILT_AS = {"etcd": "server"}
 _CONFORMANCE = "k8s.io/kubernetes/test/e2e"
@@ -69,6 +70,13 @@ class Binaries:
     def path(self, program: str) -> Path:
         """Where a program is: a key of _PACKAGES, or "pause"."""
         return self.folder / program
+
+    @staticmethod
+    def source(path: str) -> Path:
+        """A file of Kubernetes' sources, fetched if it is not there yet. Raises Failed."""
+        words = ("mod", "download", "-json", "k8s.io/kubernetes")
+        text = run("env", "-C", _MODULE, "GOTOOLCHAIN=local", go_program(), *words, timeout=600)
+        return Path(json.loads(text)["Dir"]) / path
 
     def conformance(self) -> Path:
         """Kubernetes' end-to-end tests as a program, built when first asked for."""

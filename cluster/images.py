@@ -21,11 +21,21 @@ from typing import NamedTuple
 from cluster.binaries import Binaries
 from cluster.commands import Failed, run
 
-__all__ = ["build_all", "build_answering"]
+__all__ = [
+    "Image",
+    "agnhost",
+    "build_all",
+    "build_answering",
+    "busybox",
+    "digest",
+    "pause",
+    "program",
+    "with_libraries",
+    "write",
+]
 
 _POD = Path(__file__).resolve().parent.parent / "build" / "lockgate-pod"
 
-_CONFORMANCE = "registry.k8s.io/e2e-test-images"
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -42,10 +52,10 @@ class Image(NamedTuple):
 
 
 def build_all(binaries: Binaries) -> Path:
-    """One archive of all images but those of this tree, kept beside the binaries. Raises Failed."""
-    path = binaries.folder / f"images-{_digest(Path(__file__))}.tar"
+    """One archive of what every cluster has, kept beside the binaries. Raises Failed."""
+    path = binaries.folder / f"images-{digest(Path(__file__))}.tar"
     if not path.exists():
-        _write(path, _images(binaries))
+        write(path, _images(binaries))
     return path
 
 
@@ -54,82 +64,76 @@ def build_answering(binaries: Binaries) -> Path:
     told, as containers without a command do in a standalone cluster. Raises Failed."""
     if not _POD.exists():
         raise Failed(f"{_POD} is missing: make build")
-    path = binaries.folder / f"answering-{_digest(Path(__file__), _POD)}.tar"
+    path = binaries.folder / f"answering-{digest(Path(__file__), _POD)}.tar"
     if not path.exists():
-        shell_files, shell_links = _busybox()
-        files = {"/lockgate-pod": _POD, **shell_files, **_with_libraries("curl", "/bin/curl")}
-        image = Image(("localhost/lockgate-pod:1",), files, shell_links, ["/lockgate-pod"])
-        _write(path, [image])
+        files = {"/lockgate-pod": _POD, **with_libraries(program("curl"), "/bin/curl")}
+        image = busybox(("localhost/lockgate-pod:1",), files)
+        write(path, [image._replace(entrypoint=["/lockgate-pod"], command=[])])
     return path
 
 
-def _digest(*paths: Path) -> str:
+def digest(*paths: Path) -> str:
+    """A name for what is made from these files."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
 
 
 def _images(binaries: Binaries) -> list[Image]:
-    pause = Image(
-        ("localhost/pause:1", "registry.k8s.io/pause:3.10.2"),
-        {"/pause": binaries.path("pause")},
-        {},
-        ["/pause"],
-        user="65535:65535",
-    )
-    shell_files, shell_links = _busybox()
-    busybox = Image(
-        ("localhost/busybox:1", f"{_CONFORMANCE}/busybox:1.37.0-1"),
-        shell_files,
-        shell_links,
-        [],
-        ["sh"],
-    )
-    # The conformance tests run these in it with options that busybox's do not have. The shell is
-    # not busybox's either: that one prefers busybox's programs to those in PATH.
-    tools: dict[str, Path] = {}
-    for tool, place in (
-        ("dash", "/bin/sh"),
+    coredns = {"/coredns": binaries.path("coredns")}
+    return [
+        pause(binaries, ("localhost/pause:1",)),
+        busybox(("localhost/busybox:1",)),
+        agnhost(binaries, ("localhost/agnhost:1",)),
+        Image(("localhost/coredns:1",), coredns, {}, ["/coredns"]),
+    ]
+
+
+def pause(binaries: Binaries, tags: Sequence[str]) -> Image:
+    """What holds a pod's namespaces."""
+    files = {"/pause": binaries.path("pause")}
+    return Image(tags, files, {}, ["/pause"], user="65535:65535")
+
+
+def busybox(tags: Sequence[str], more: Mapping[str, Path] = {}) -> Image:
+    """A shell and most programs that it needs; those in `more` come instead of busybox's, and
+    with any of them a shell that finds them: busybox's prefers its own to those in PATH."""
+    files = {"/bin/busybox": program("busybox"), **more}
+    if more:
+        files |= with_libraries(program("dash"), "/bin/sh")
+    names = (f"/bin/{name}" for name in run(files["/bin/busybox"], "--list").split())
+    links = {name: "busybox" for name in names if name not in files}
+    return Image(tags, files, links, [], ["sh"])
+
+
+def agnhost(binaries: Binaries, tags: Sequence[str], more: Mapping[str, Path] = {}) -> Image:
+    """Kubernetes' program for tests, and what its image has beside it; `more` is put in as well."""
+    # Tests run these with options that busybox's do not have.
+    tools = {"/agnhost": binaries.path("agnhost"), **more}
+    for name, place in (
         ("curl", "/bin/curl"),
         ("nc.openbsd", "/bin/nc"),
         ("dig", "/bin/dig"),
         ("ip", "/bin/ip"),
     ):
-        tools |= _with_libraries(tool, place)
-    agnhost = Image(
-        ("localhost/agnhost:1", f"{_CONFORMANCE}/agnhost:2.63.0"),
-        {"/agnhost": binaries.path("agnhost"), **shell_files, **tools},
-        {name: target for name, target in shell_links.items() if name not in tools},
-        ["/agnhost"],
-        ["pause"],
-    )
-    coredns = Image(
-        ("localhost/coredns:1",), {"/coredns": binaries.path("coredns")}, {}, ["/coredns"]
-    )
-    return [pause, busybox, agnhost, coredns]
+        tools |= with_libraries(program(name), place)
+    return busybox(tags, tools)._replace(entrypoint=["/agnhost"], command=["pause"])
 
 
-def _busybox() -> tuple[dict[str, Path], dict[str, str]]:
-    program = _program("busybox")
-    names = run(program, "--list").split()
-    return {"/bin/busybox": program}, {
-        f"/bin/{name}": "busybox" for name in names if name != "busybox"
-    }
-
-
-def _with_libraries(name: str, place: str) -> dict[str, Path]:
-    """The program, at a place in the image, and the libraries that ldd lists for it
+def with_libraries(path: Path, place: str) -> dict[str, Path]:
+    """A program, at a place in the image, and the libraries that ldd lists for it
     ("x.so => /path (address)", "/ld.so (address)")."""
-    program = _program(name)
-    found = re.findall(r"^\s(?:\S+ => )?(/\S+) \(", run("ldd", program), re.M)
-    return {place: program} | {path: Path(path) for path in found}
+    found = re.findall(r"^\s(?:\S+ => )?(/\S+) \(", run("ldd", path), re.M)
+    return {place: path} | {library: Path(library) for library in found}
 
 
-def _program(name: str) -> Path:
+def program(name: str) -> Path:
+    """A program of this machine. Raises Failed."""
     if (path := shutil.which(name)) is None:
         raise Failed(f"{name} is not installed: scripts/setup.sh cluster does that")
     return Path(path).resolve()
 
 
-def _write(path: Path, images: Sequence[Image]) -> None:
+def write(path: Path, images: Sequence[Image]) -> None:
+    """An archive of the images; it appears whole or not at all."""
     manifest = []
     unfinished = path.with_suffix(".new")
     with tarfile.open(unfinished, "w") as archive:
@@ -157,6 +161,7 @@ def _layer(image: Image) -> bytes:
             layer, "etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n"
         )
         _add(layer, "etc/group", b"root:x:0:\nnogroup:x:65534:\n")
+        _add(layer, "etc/nsswitch.conf", b"hosts: files dns\n")
         for name, source in image.files.items():
             _add(layer, name.lstrip("/"), source.read_bytes(), 0o755)
         for name, target in image.links.items():

@@ -150,7 +150,7 @@ case $purpose in
     test) packages+=(curl nftables) ;;
     bench) packages+=(curl nftables iperf3 iptables containernetworking-plugins) ;;
     cluster) packages+=(curl nftables containerd runc containernetworking-plugins busybox-static openssl
-        netcat-openbsd bind9-dnsutils) ;;
+        netcat-openbsd bind9-dnsutils wget) ;;
     *) fail "unknown purpose '$purpose': build, run, test, bench or cluster." ;;
 esac
 if [ "$purpose" != build ]; then

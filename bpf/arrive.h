@@ -6,6 +6,8 @@
 #ifndef LOCKGATE_ARRIVE_H
 #define LOCKGATE_ARRIVE_H
 
+#include "event.h"
+#include "parse.h"
 #include "tunnel.h"
 
 /* Is what has this target, by peers, of this node? That sends nothing by its cards. */
@@ -54,6 +56,23 @@ static __noinline int tunnel_stranger(struct packet *p)
 	    kind_of(p, &p->wire.daddr) != PEER_HOST)
 		return 0;
 	return p->role != LINK_UNDERLAY || kind_of(p, &p->wire.saddr) != PEER_NODE;
+}
+
+/* Not for a pod: this node's own business, or its stack's. */
+static __always_inline int for_the_stack(struct __sk_buff *skb, struct packet *p)
+{
+	if (config_tunnel && tunnel_stranger(p)) {
+		GIVE_UP(p, CAUSE_TUNNEL_STRANGER);
+		return drop(skb, p);
+	}
+	return TCX_NEXT;
+}
+
+/* Is it an ICMP error? Asked of a pod's that is related to nothing it was sent. */
+static __always_inline bool speaks_of_another(const struct packet *p)
+{
+	return p->fragment != FRAG_LATER && p->wire.proto == (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) &&
+	       is_icmp_error(p->family, p->icmp_type);
 }
 
 #endif

@@ -27,10 +27,11 @@ const volatile __u32 config_fast = 1;
 
 /* Nanoseconds until what one takes of a pod's budget is back (limit.h), 0 = no
  * limit: an ICMP error or reset that we send it, a connection that it begins, an
- * event about it. */
+ * event about it, a packet in fragments that it sends or gets. */
 const volatile __u64 config_answer_ns = 0;
 const volatile __u64 config_connection_ns = 0;
 const volatile __u64 config_event_ns = 0;
+const volatile __u64 config_fragment_ns = 0;
 
 /* 0 removes the code that tunnels packets to other nodes. */
 const volatile __u32 config_tunnel = 1;

@@ -136,6 +136,8 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 
 	if (!flags || !ct)
 		return STANDS;
+	__u64 judged = *(volatile __u64 *)&ct->seen;	/* and when */
+
 	p->service = ct->service;
 	if (!reply && p->place == PLACE_FROM_POD && ct->flags & CT_SERVICE) {
 		int moved = service_again(skb, p, ct->service, flags);
@@ -158,7 +160,7 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 		return AFRESH;
 	}
 	if (exempt) {
-		ct->epoch = p->epoch;
+		ct_judged(p, ct, judged);
 		return STANDS;
 	}
 	/* The entry stays, of an old epoch: forgotten, the next packet of the
@@ -174,7 +176,7 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 		ct->target[0] = way_to(p->dst_target, &p->tuple.daddr);
 		ct->target[1] = way_to(p->src_target, &p->tuple.saddr);
 	}
-	ct->epoch = p->epoch;
+	ct_judged(p, ct, judged);
 	return STANDS;
 }
 
@@ -349,21 +351,17 @@ static __always_inline bool for_a_pod(struct packet *p)
 	return true;
 }
 
-/* Not for a pod: this node's own business, or its stack's. */
-static __always_inline int for_the_stack(struct __sk_buff *skb, struct packet *p)
+/* The slot of the pod of this node whose packet it is. */
+static __always_inline __u32 pod_of(struct packet *p, struct ct *ct)
 {
-	if (config_tunnel && tunnel_stranger(p)) {
-		GIVE_UP(p, CAUSE_TUNNEL_STRANGER);
-		return drop(skb, p);
-	}
-	return TCX_NEXT;
+	__u32 target = ct ? ct->target[p->reply & 1] : 0;
+
+	return p->slot == NO_SLOT && target_kind(target) == TO_LOCAL ? target_index(target) : p->slot;
 }
 
 /* From the parsed packet to its verdict and way out. */
 static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 {
-	if (p->fragment == FRAG_FIRST)
-		leave_ports(p);
 	if (p->icmp_error && !p->dry) {
 		int relation = related(skb, p);
 
@@ -372,18 +370,25 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 		if (relation)
 			return forward(skb, p);
 	}
+	/* The stack of a node, and of others, would believe it about sockets and paths that
+	 * the pod has no part in: UDP, and so VXLAN, knows no sequence numbers. */
+	if (p->place == PLACE_FROM_POD && speaks_of_another(p)) {
+		GIVE_UP(p, CAUSE_UNRELATED_ERROR);
+		return drop(skb, p);
+	}
 	struct ct *ct = find_connection(p, &p->wire);
 
+	if (!ct && p->place == PLACE_FROM_NET && !for_a_pod(p))
+		return for_the_stack(skb, p);
+	if (p->fragment == FRAG_FIRST && !leave_ports(p, pod_of(p, ct)))
+		return drop(skb, p);
 	if (ct) {
 		int verdict = known(skb, p, ct);
 
 		if (verdict != UNKNOWN)
 			return verdict;
-	}
-	if (p->place == PLACE_FROM_NET) {
-		if (!for_a_pod(p))
+		if (p->place == PLACE_FROM_NET && !for_a_pod(p))
 			return for_the_stack(skb, p);
-		return begin(skb, p, 0);
 	}
 	if (p->place == PLACE_FROM_POD) {
 		__u8 flags = 0;

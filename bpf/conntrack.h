@@ -32,6 +32,17 @@ static __always_inline bool ct_key_of(struct ct_key *key, const struct tuple *t)
 	return high;
 }
 
+/* An element of an LRU map that was found may at any time be evicted by another CPU and given
+ * to another key: then it bears another tag, but for one in 65,536. */
+static __always_inline __u16 ct_tag(const struct ct_key *key)
+{
+	__u64 x = *(const __u64 *)&key->lo.b[8] * 0x9e3779b97f4a7c15ull;
+
+	x = (x ^ x >> 32 ^ *(const __u64 *)&key->hi.b[8]) * 0x9e3779b97f4a7c15ull;
+	x = (x ^ x >> 32 ^ *(const __u64 *)&key->lo_port) * 0x9e3779b97f4a7c15ull;
+	return x >> 48;
+}
+
 /* The sweep (lockgate/agent/sweep.py) says the same. */
 static __always_inline __s32 ct_timeout(const struct ct *ct, __u8 proto)
 {
@@ -106,28 +117,46 @@ static __always_inline void ct_seen(struct packet *p, struct ct *ct)
 	ct_follow(ct, p->tcp_flags, p->reply, p->now_s);
 	if (opens && ct->state == CT_ESTABLISHED) {
 		p->fresh = *ct;
+		if (p->fresh.tag != ct_tag(&p->key))
+			return;	/* another's by now */
 		bpf_map_update_elem(&connections, &p->key, &p->fresh, BPF_ANY);
 		bpf_map_delete_elem(&half_open, &p->key);
 	}
 }
 
+/* Put a word of `now` in the place of that of `was`. False: it is another by now. What tells
+ * an element's owner, with its states, is one word; when it was seen and judged another. */
+static __always_inline bool ct_swap(void *word, const void *was, const void *now)
+{
+	return __sync_val_compare_and_swap((__u64 *)word, *(const __u64 *)was, *(const __u64 *)now) ==
+	       *(const __u64 *)was;
+}
+
+/* The connection was judged in this epoch. `was`: its first word before; if that changed, the
+ * next packet judges again. */
+static __always_inline void ct_judged(struct packet *p, struct ct *ct, __u64 was)
+{
+	struct { __u32 seen, epoch; } now = { p->now_s, p->epoch };
+
+	ct_swap(&ct->seen, &was, &now);
+}
+
 /* The same two ends begin again what was closed or expired, as clients do that
  * run out of ports: the entry in `connections` begins anew where it is. That
  * spares the moves between the maps, and evicts nobody. False: they are not
- * the same, or do not talk the same way. */
+ * the same, or do not talk the same way, or the entry is no longer theirs. */
 static __always_inline bool ct_reopen(struct ct *past, const struct ct *ct)
 {
 	const __u8 lasting = CT_ORIGIN_HI | CT_EXEMPT | CT_NAT_ORIGIN | CT_NAT_REPLY;
+	struct ct was = *past;
 
-	if ((past->flags ^ ct->flags) & lasting || past->src_endpoint != ct->src_endpoint ||
-	    past->dst_endpoint != ct->dst_endpoint || past->target[0] != ct->target[0] ||
-	    past->target[1] != ct->target[1])
+	if ((was.flags ^ ct->flags) & lasting || was.tag != ct->tag || was.src_endpoint != ct->src_endpoint ||
+	    was.dst_endpoint != ct->dst_endpoint || was.target[0] != ct->target[0] ||
+	    was.target[1] != ct->target[1] || was.service != ct->service)
 		return false;
-	past->seen = ct->seen;
-	past->epoch = ct->epoch;
-	past->service = ct->service;
-	past->flags = ct->flags;
-	past->state = CT_NEW;
+	if (!ct_swap(&past->state, &was.state, &ct->state))
+		return false;
+	ct_swap(&past->seen, &was.seen, &ct->seen);	/* or the next packet judges again */
 	return true;
 }
 
@@ -144,7 +173,7 @@ static __always_inline void ct_begin(struct packet *p, const struct tuple *t)
 	ct->state = CT_NEW;
 	if (ct_key_of(&p->key, t))
 		ct->flags |= CT_ORIGIN_HI;
-	ct->pad = 0;
+	ct->tag = ct_tag(&p->key);
 	ct->service = p->service;
 	count(COUNT_FORWARDED);
 	struct ct *past = bpf_map_lookup_elem(&connections, &p->key);

@@ -18,6 +18,7 @@ struct budget {
 	__u64 answers;		/* ICMP errors and resets that we send */
 	__u64 connections;	/* that it begins */
 	__u64 events;
+	__u64 fragments;	/* packets in fragments, from it and to it */
 } __attribute__((aligned(64)));	/* CPUs at work for other pods write to others */
 
 struct {
@@ -43,12 +44,18 @@ static __always_inline bool take(__u64 *bucket, __u64 now, __u64 every)
 	return true;
 }
 
-/* The budgets of the pod that the packet is to or from; NULL never comes. */
+/* The budgets of the pod in a slot, or those of no pod; NULL never comes. */
+static __always_inline struct budget *budget_at(__u32 slot)
+{
+	if (slot > MAX_ENDPOINTS)
+		slot = MAX_ENDPOINTS;
+	return bpf_map_lookup_elem(&budgets, &slot);
+}
+
+/* Those of the pod that the packet is to or from. */
 static __always_inline struct budget *budget_of(struct packet *p)
 {
-	__u32 slot = p->slot < MAX_ENDPOINTS ? p->slot : MAX_ENDPOINTS;
-
-	return bpf_map_lookup_elem(&budgets, &slot);
+	return budget_at(p->slot);
 }
 
 #endif

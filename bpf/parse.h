@@ -6,7 +6,7 @@
 #ifndef LOCKGATE_PARSE_H
 #define LOCKGATE_PARSE_H
 
-#include "packet.h"
+#include "fragment.h"
 
 /* RFC 791, RFC 8200, RFC 768, RFC 9293 header layouts, network order. */
 struct ipv4 {
@@ -236,46 +236,8 @@ static __noinline int parse_inner(struct __sk_buff *skb, struct packet *p)
 			t->dport = icmp->id;
 		else
 			return 0;
-	} else {
-		return 0;
 	}
 	p->icmp_error = 1;
-	return 0;
-}
-
-static __always_inline struct frag_key *frag_key(struct packet *p)
-{
-	struct tuple *t = &p->wire;
-	struct frag_key *key = (void *)p->bytes;
-
-	key->saddr = t->saddr;
-	key->daddr = t->daddr;
-	key->id = p->frag_id;
-	key->proto = t->proto;
-	key->pad[0] = key->pad[1] = key->pad[2] = 0;
-	return key;
-}
-
-/* Later fragments take the ports of the first. */
-static __noinline int take_ports(struct packet *p)
-{
-	struct frag *first = bpf_map_lookup_elem(&fragments, frag_key(p));
-
-	if (!first || is_past(p, first->seen, TIMEOUT_FRAGMENT))
-		return GIVE_UP(p, CAUSE_FRAGMENT_UNTRACKED);
-	p->wire.sport = first->sport;
-	p->wire.dport = first->dport;
-	return 0;
-}
-
-/* The first leaves them, once its source is known to be true: else one pod
- * could say what the pieces of another's packets are. */
-static __noinline int leave_ports(struct packet *p)
-{
-	struct frag ports = { .sport = p->wire.sport, .dport = p->wire.dport, .seen = p->now_s };
-
-	if (!p->dry)
-		bpf_map_update_elem(&fragments, frag_key(p), &ports, BPF_ANY);
 	return 0;
 }
 

@@ -35,6 +35,17 @@ static __always_inline bool is_link_local6(const struct addr *a)
 	return a->b[0] == 0xfe && (a->b[1] & 0xc0) == 0x80;
 }
 
+/* The link-local address that a pod's MAC makes (RFC 4291, appendix A), the only one it may
+ * have: each that it claims takes a place in the node's neighbour table, which all share. */
+static __always_inline bool is_own_link_local6(const struct addr *a, const __u8 *mac)
+{
+	const __be32 *w = (const __be32 *)a;
+
+	return w[0] == bpf_htonl(0xfe800000) && !w[1] && a->b[8] == (mac[0] ^ 2) && a->b[9] == mac[1] &&
+	       a->b[10] == mac[2] && a->b[11] == 0xff && a->b[12] == 0xfe && a->b[13] == mac[3] &&
+	       a->b[14] == mac[4] && a->b[15] == mac[5];
+}
+
 /* fe80::1, the node's end of every pod's link. */
 static __always_inline bool is_gateway6(const struct addr *a)
 {
@@ -85,15 +96,13 @@ static __noinline int check_ndp(struct __sk_buff *skb, struct packet *p, struct 
 	/* Routed, it would reach another pod unjudged. */
 	if (p->ttl != 255 || (!is_multicast(&p->wire.daddr) && !is_link_local6(&p->wire.daddr)))
 		return GIVE_UP(p, CAUSE_SPOOFED_NDP);
-	if (is_gateway6(&p->wire.saddr))
-		return GIVE_UP(p, CAUSE_SPOOFED_NDP);
-	if (!zero_addr(&p->wire.saddr) && !is_link_local6(&p->wire.saddr) &&
+	if (!zero_addr(&p->wire.saddr) && !is_own_link_local6(&p->wire.saddr, ep->mac) &&
 	    !same_addr(&p->wire.saddr, &ep->addr6))
 		return GIVE_UP(p, CAUSE_SPOOFED_NDP);
 	if (p->icmp_type == NDP_NA) {
 		if (bpf_skb_load_bytes(skb, p->l4 + 8, &target, sizeof(target)))
 			return GIVE_UP(p, CAUSE_MALFORMED);
-		if (is_gateway6(&target) || (!is_link_local6(&target) && !same_addr(&target, &ep->addr6)))
+		if (!is_own_link_local6(&target, ep->mac) && !same_addr(&target, &ep->addr6))
 			return GIVE_UP(p, CAUSE_SPOOFED_NDP);
 	}
 	return 0;

@@ -305,12 +305,12 @@ struct ct {
 	__u32 epoch;		/* that judged it */
 	__u8  state;		/* enum ct_state */
 	__u8  flags;		/* enum ct_flag bits */
-	__u16 pad;
+	__u16 tag;		/* of the key: elements change hands at any time */
 	__u32 src_endpoint;	/* originator's endpoint id, 0 = not a pod */
 	__u32 dst_endpoint;
 	__u32 target[2];	/* [0] originator's packets, [1] replies */
 	__u32 service;		/* service id or 0 */
-};
+} __attribute__((aligned(8)));	/* two words are swapped whole: see ct_reopen() */
 
 /* NAT: a packet with the tuple of the key becomes a packet with tuple `to`.
  * One engine for masquerade, services per packet and hairpin. */
@@ -384,6 +384,8 @@ enum cause {
 	CAUSE_NOT_READY          = 22,	/* no state published yet */
 	CAUSE_NEW_CONNECTION_RATE = 23,	/* the pod begins too many a second */
 	CAUSE_TUNNEL_STRANGER    = 24,	/* brings tunnel packets, and is no node or comes from outside */
+	CAUSE_FRAGMENT_RATE      = 25,	/* first fragments of, or for, one pod: too many a second */
+	CAUSE_UNRELATED_ERROR    = 26,	/* a pod's ICMP error about nothing that it was sent */
 	CAUSE_MAX
 };
 

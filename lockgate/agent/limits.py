@@ -22,6 +22,8 @@ class Limits(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=
     connections: _PerSecond | None = None
     #: Records about it; a connection within the node makes two
     events: _PerSecond = 50_000
+    #: Packets in fragments that it sends or gets: the table of fragments has room for four seconds
+    fragments: _PerSecond = 8_000
 
     def constants(self, half_open: int) -> dict[str, int]:
         """What one takes, in nanoseconds, by its name in bpf/config.h. `half_open`: elements of
@@ -33,6 +35,7 @@ class Limits(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=
             "config_answer_ns": _nanoseconds(self.answers),
             "config_connection_ns": _nanoseconds(connections),
             "config_event_ns": _nanoseconds(self.events),
+            "config_fragment_ns": _nanoseconds(self.fragments),
         }
 
 

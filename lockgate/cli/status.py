@@ -25,6 +25,7 @@ _FAULTS = {
     "nat-failed": "addresses could not be translated",
     "endpoint-gone": "packets were for pods that are no more",
     "new-connection-rate": "a pod began more connections a second than it may",
+    "fragment-rate": "a pod sent or got more packets in fragments a second than it may",
     "fragment-untracked": "parts of a packet came without its first",
 }
 _LOST_SHARE = 0.001

@@ -134,7 +134,18 @@ class Case:
         ids = [IDS.get(self.source, 0), IDS.get(self.destination, 0)]
         value["src_endpoint"], value["dst_endpoint"] = ids[::-1] if self.reply else ids
         value["target"] = (self.back, self.way) if self.reply else (self.way, self.back)
+        value["tag"] = tag_of(key)
         return key, value
+
+
+def tag_of(key: np.ndarray) -> int:
+    """ct_tag() in bpf/conntrack.h."""
+    _, lo, _, hi, ends = struct.unpack("<5Q", key.tobytes())
+    factor, whole = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    x = lo * factor & whole
+    x = (x ^ x >> 32 ^ hi) * factor & whole
+    x = (x ^ x >> 32 ^ ends) * factor & whole
+    return int(x >> 48)
 
 
 class Ways:
@@ -341,6 +352,25 @@ def test_a_closed_connection_begins_again_in_its_entry(world):
     ways.close()
     ((name, fields),) = found["entries"]
     assert (name, fields["state"], fields["flags"] & ~ORIGIN_HI) == ("connections", NEW, 0)
+
+
+@pytest.mark.parametrize("way", ["the same connection again", "the reply that opens it"])
+def test_an_element_that_changed_hands_is_left_to_its_new_owner(world, way):
+    """An LRU map gives elements to other keys while a program holds them. Then the tag is not
+    that of the key that was looked up: nothing of it is taken for ours, nothing written to it."""
+    world.publish(base())
+    case = Case(state=CLOSED, tcp_flags=SYN) if way.startswith("the same") else Case(reply=True)
+    now = int(time.clock_gettime(time.CLOCK_MONOTONIC))
+    key, value = case.entry(world, now)
+    value["tag"] ^= 1
+    table = world.connections
+    if case.reply:
+        value["state"], table = NEW, world.half_open
+    table.set(key, value)
+    context = syscall.skb_context(ifindex=case.at)
+    syscall.prog_test_run(world.object.prog_fd(case.program), case.frame(), context)
+    ((name, fields),) = world.tracked()
+    assert (name, fields["tag"]) == ("half_open", int(value["tag"]) if case.reply else tag_of(key))
 
 
 @pytest.mark.parametrize(

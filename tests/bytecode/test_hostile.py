@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from tests.bytecode.goldens import (
     sctp,
     syn,
     tcp,
+    too_big,
     udp,
     unreachable,
     wire,
@@ -276,7 +278,52 @@ def test_errors_about_a_revoked_connection_are_no_way_around(world, family):
     error = ip(family, "a", "b") / unreachable(family, ip(family, "b", "a") / tcp(80, 40000, "A"))
     sends(world, "while allowed", A, error)
     world.publish(base().isolate(B, INGRESS))
-    assert cause(sends(world, "revoked", A, error, DROP)) == "policy"
+    assert cause(sends(world, "revoked", A, error, DROP)) == "unrelated-error"
+
+
+# ---- Errors about what others send ------------------------------------------------------
+
+
+def of_others(family: int) -> dict[str, Any]:
+    """ICMP errors by which a pod would move whose paths and sockets it has no part in."""
+    sent = ip(family, "host", "node") / udp(8472, 8472)
+    known = ip(family, "b", "a") / tcp(80, 40000, "A")
+    cut = bytes(sent)[: -len(bytes(sent.payload))]
+    if family == 4:
+        later = bytearray(bytes(sent))
+        later[7] = 1  # fragment offset
+        odd = IP(bytes(later))
+    else:
+        odd = IPv6(src=sent.src, dst=sent.dst) / IPv6ExtHdrFragment(offset=1, nh=17) / b"12345678"
+    return {
+        "its node's tunnel is too wide": (A, "a", "host", too_big(family, sent, 600)),
+        "another node's is": (A, "a", "node", too_big(family, sent, 600)),
+        "of a quote that is a fragment": (A, "a", "host", too_big(family, odd, 600)),
+        "of a quote without ports": (A, "a", "host", too_big(family, Raw(cut), 600)),
+        "a connection of two others": (C, "c", "b", unreachable(family, known)),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", of_others(4))
+def test_a_pod_sends_no_errors_about_what_it_was_not_sent(world, family, what):
+    world.publish(base())
+    establish(world, family)
+    slot, source, target, error = of_others(family)[what]
+    tracked = world.tracked()
+    outcome = sends(world, what, slot, ip(family, source, target) / error, DROP)
+    assert cause(outcome) == "unrelated-error"
+    assert world.tracked() == tracked
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proto", [17, 99], ids=["UDP", "a protocol without ports"])
+def test_a_pod_sends_errors_about_what_it_was_sent(world, family, proto):
+    world.publish(base())
+    more = {"proto": proto} if family == 4 else {"nh": proto}
+    asked = ip(family, "b", "a", **more) / (udp() if proto == 17 else Raw(bytes(16)))
+    sends(world, "asked", B, asked)
+    sends(world, "told", A, ip(family, "a", "b") / unreachable(family, asked))
 
 
 # ---- What is remembered --------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from scapy.layers.inet import UDP as Udp
+from scapy.layers.inet6 import IPv6ExtHdrFragment
+from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
 from lockgate.bpf import syscall
@@ -34,6 +36,7 @@ from tests.bytecode.world import (
     EGRESS,
     INGRESS,
     NEXT,
+    OUTSIDE,
     REDIRECT,
     SLOTS,
     UNDERLAY,
@@ -249,6 +252,101 @@ def test_some_connections_may_begin_at_once(worlds):
             for n in range(AT_ONCE)
         )
         assert begun == AT_ONCE
+
+
+# ---- Fragments -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_fragment(worlds) -> Iterator[World]:
+    with fresh(worlds(fragment=HOUR)) as world:
+        yield world
+
+
+def pieces(family: int, source: str, target: str, number: int) -> tuple[Packet, Packet]:
+    """The first and a later fragment of a UDP datagram."""
+    l4 = bytes(Udp(sport=40000, dport=53, len=72)) + bytes(24)
+    if family == 4:
+        return (
+            ip(4, source, target, id=number, flags="MF", proto=17) / Raw(l4),
+            ip(4, source, target, id=number, frag=4, proto=17) / Raw(bytes(40)),
+        )
+    head = ip(6, source, target)
+    return (
+        head / IPv6ExtHdrFragment(id=number, m=1, nh=17) / Raw(l4),
+        head / IPv6ExtHdrFragment(id=number, offset=4, nh=17) / Raw(bytes(40)),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_fragmented_packet_too_many_is_dropped_by_name(one_fragment, family):
+    world = one_fragment
+    for piece in pieces(family, "a", "b", 1):
+        assert sends(world, A, piece).verdict == REDIRECT
+    first, later = pieces(family, "a", "b", 2)
+    outcome = sends(world, A, first)
+    assert (outcome.verdict, outcome.events[-1]["cause"]) == (DROP, "fragment-rate")
+    assert sends(world, A, later).events[-1]["cause"] == "fragment-untracked"
+    number = {name: n for n, name in world.causes.items()}["fragment-rate"]
+    assert world.counters()[8 + number] == 1
+    assert len(world.fragments) == 1
+    for piece in pieces(family, "b", "c", 1):  # others have theirs
+        assert sends(world, B, piece).verdict == REDIRECT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("card", [UNDERLAY, OUTSIDE], ids=["underlay", "outside"])
+def test_what_comes_to_a_pod_in_fragments_is_on_its_account(one_fragment, family, card):
+    world = one_fragment
+    source = "remote" if card == UNDERLAY else "world"
+    verdicts = []
+    for target in ("a", "a", "b"):
+        first, later = pieces(family, source, target, len(verdicts))
+        verdicts.append(
+            tuple(world.run("from_net", bytes(wire() / p), card).verdict for p in (first, later))
+        )
+    assert verdicts == [(REDIRECT, REDIRECT), (DROP, DROP), (REDIRECT, REDIRECT)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fragments_for_the_node_itself_take_no_room(one_fragment, family):
+    """Its stack puts them together; a stranger that sends many pushes no pod's out."""
+    world = one_fragment
+    for number in range(3):
+        for piece in pieces(family, "world", "host", number):
+            assert world.run("from_net", bytes(wire() / piece), OUTSIDE).verdict == NEXT
+    assert len(world.fragments) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fragments_of_answers_from_the_world_find_their_pod(worlds, family):
+    with fresh(worlds(fragment=SOON)) as world:
+        asked = sends(world, A, ip(family, "a", "world") / udp(40000, 53))
+        port = Ether(asked.packet).payload.payload.sport
+        first, later = pieces(family, "world", "masq", 3)
+        l4 = bytes(Udp(sport=53, dport=port, len=72)) + bytes(24)
+        first = Ether(bytes(wire() / first)[: -len(l4)] + l4)
+        for piece in (first, wire() / later):
+            outcome = world.run("from_net", bytes(piece), OUTSIDE)
+            assert (outcome.verdict, outcome.events) == (REDIRECT, [])
+
+
+@pytest.mark.parametrize(
+    ("limit", "passes"),
+    [pytest.param({"fragment": HOUR}, True, id="limited"),
+     pytest.param({}, False, id="without a limit, which shows that this is a flood")],
+)  # fmt: skip
+def test_a_flood_of_fragments_leaves_those_of_another_pod(worlds, limit, passes):
+    with fresh(worlds(**limit)) as world:
+        first, later = pieces(4, "b", "c", 1)
+        assert sends(world, B, first).verdict == REDIRECT
+        frame = bytearray(bytes(from_pod(A) / pieces(4, "a", "remote", 0)[0]))
+        context = syscall.skb_context(ifindex=at_pod(A))
+        for number in range(8192):
+            frame[18:20] = number.to_bytes(2, "big")
+            syscall.prog_test_run(world.object.prog_fd("from_pod"), bytes(frame), context)
+        world.events()
+        assert (sends(world, B, later).verdict == REDIRECT) == passes
 
 
 # ---- Events --------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from tests.bytecode.world import DROP, DRY_MARK, NEXT, REDIRECT, UNDERLAY, host_
 
 OTHER = "02:00:00:00:00:99"
 SIX = ADDRESSES[6]
+OWN_LINK = "fe80::870:ff:fe00:0"  # of pod_mac(A), RFC 4291
 
 
 def arp(**fields) -> Ether:
@@ -84,6 +85,16 @@ def neighbours() -> Iterator[Golden]:
         ("advertisement from the gateway", ndp(na, source="fe80::1"), "spoofed-ndp"),
         ("advertisement from another", ndp(na, source=SIX["b"]), "spoofed-ndp"),
         ("solicitation from another", ndp(ns, source=SIX["b"]), "spoofed-ndp"),
+        ("solicitation from the link-local address of its MAC", ndp(ns, source=OWN_LINK), None),
+        ("solicitation from another link-local address", ndp(ns, source="fe80::9"), "spoofed-ndp"),
+        ("router solicitation from another link-local address",
+         ndp(ICMPv6ND_RS(), source="fe80::9"), "spoofed-ndp"),
+        ("solicitation from a link-local address in another network",
+         ndp(ns, source=OWN_LINK.replace("fe80::", "fe80:0:0:1:")), "spoofed-ndp"),
+        ("advertisement of the link-local address of its MAC",
+         ndp(ICMPv6ND_NA(tgt=OWN_LINK), target="fe80::1"), None),
+        ("advertisement of another link-local address",
+         ndp(ICMPv6ND_NA(tgt="fe80::9"), target="fe80::1"), "spoofed-ndp"),
         ("solicitation through routers", ndp(ns, hops=254), "spoofed-ndp"),
         ("solicitation to another pod", ndp(ns, target=SIX["b"]), "spoofed-ndp"),
         ("router solicitation to another node", ndp(ICMPv6ND_RS(), target=SIX["remote"]),

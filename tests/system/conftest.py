@@ -72,7 +72,7 @@ def traffic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 # Fields more, at the beginning, in records of every kind: published, remembered, told.
 OTHER_LAYOUT = {
     "struct node_state {": "__u32 extra;",
-    "struct ct {": "__u32 extra;",
+    "struct ct {": "__u64 extra;",  # some of its words are swapped whole
     "struct nat {": "__u32 extra;",
     "struct event {": "__u64 extra;",
 }

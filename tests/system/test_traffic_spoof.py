@@ -11,11 +11,13 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import (
     ICMPv6EchoRequest,
     ICMPv6ND_NA,
+    ICMPv6ND_NS,
     ICMPv6ND_RA,
     ICMPv6ND_Redirect,
     ICMPv6NDOptDstLLAddr,
     ICMPv6NDOptPrefixInfo,
     ICMPv6NDOptSrcLLAddr,
+    ICMPv6PacketTooBig,
     IPv6,
 )
 from scapy.layers.l2 import ARP, Ether
@@ -204,6 +206,47 @@ def test_the_outside_speaks_for_no_pod(traffic: Cluster) -> None:
         assert not heard(tap, mark)
 
 
+def test_a_pod_has_one_place_in_its_nodes_neighbour_table(traffic: Cluster) -> None:
+    """The table is the whole node's: full, the node finds no neighbour any more, its router either.
+    Without link-local addresses of its own choice a pod can claim no more."""
+    wire, node = Wire(traffic), traffic.node("node-1")
+    before = drops(traffic, "spoofed-ndp")
+    for number in range(100):
+        packet = IPv6(src=f"fe80::{number + 0x100:x}", dst="fe80::1", hlim=255)
+        option = ICMPv6NDOptSrcLLAddr(lladdr=wire.mac)
+        send(wire.pod, wire.frame(packet / ICMPv6ND_NS(tgt="fe80::1") / option))
+
+    def claimed() -> list[str]:
+        shown = node.run("ip", "-6", "neigh", "show").stdout
+        return [line for line in shown.splitlines() if line.startswith("fe80::1")]
+
+    until(lambda: claimed() or drops(traffic, "spoofed-ndp") >= before + 100, "their end")
+    assert claimed() == []
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_pod_cannot_narrow_its_nodes_way_to_others(traffic: Cluster, family: int) -> None:
+    """By an ICMP error about a datagram of the node: UDP, and so VXLAN, believes it of anybody."""
+    wire, node = Wire(traffic), traffic.node("node-1")
+    here, there = traffic.node_ip("node-1", family), traffic.node_ip("node-2", family)
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    before = drops(traffic, "unrelated-error")
+
+    def mtu() -> bool:
+        return "mtu 1300" in node.run("ip", "route", "get", there).stdout
+
+    with node.socket(kind, socket.SOCK_DGRAM) as tunnel:
+        tunnel.bind(("", 0))
+        head = IP if family == 4 else IPv6
+        sent = head(src=here, dst=there) / UDP(sport=tunnel.getsockname()[1], dport=9) / bytes(64)
+        error = (
+            ICMP(type=3, code=4, nexthopmtu=1300) if family == 4 else ICMPv6PacketTooBig(mtu=1300)
+        )
+        send(wire.pod, wire.frame(head(src=wire.pod.ip(family), dst=here) / error / bytes(sent)))
+        until(lambda: mtu() or drops(traffic, "unrelated-error") > before, "the error's end")
+    assert not mtu()
+
+
 # ---- How -----------------------------------------------------------------------------
 
 
@@ -262,6 +305,10 @@ def arrives_not(
 
         until(more, "the honest datagram")
         assert mark not in seen
+
+
+def drops(cluster: Cluster, cause: str) -> int:
+    return int(cluster.agent_status("node-1")["drops"].get(cause, 0))
 
 
 def recorded(cluster: Cluster, cause: str) -> None:

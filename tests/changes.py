@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from lockgate.compile.tables import ON_HOST
 from lockgate.objects.changes import Changed
 from lockgate.objects.model import Cluster, NodeAddress, ObjectMeta, Pod, PodIP
 from tests import generate
@@ -122,7 +123,8 @@ def pod_gets_or_loses_its_slot(rng: Random, cluster: Cluster, changed: Changed, 
     if pod := _any(rng, cluster.pods):
         uid = pod.metadata.uid
         if ids.slots.pop(uid, None) is None:
-            ids.slots[uid] = min(set(range(100)) - set(ids.slots.values()))
+            free = min(set(range(100)) - set(ids.slots.values()))
+            ids.slots[uid] = rng.choice((free, free, ON_HOST))
         changed.pods.update(p.key for p in cluster.pods.values() if p.metadata.uid == uid)
 
 

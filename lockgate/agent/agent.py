@@ -22,6 +22,7 @@ from lockgate.agent.carry import Carry
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.endpoints import Endpoints
+from lockgate.agent.foreign import Foreign
 from lockgate.agent.hops import Hops
 from lockgate.agent.ids import NodeIds
 from lockgate.agent.ipam import Ipam
@@ -77,6 +78,7 @@ class Agent:
         self.requests = Requests(self)
         self.uplinks = Uplinks(self)
         self.patrol = Patrol(self)
+        self.foreign = Foreign()
         self._tables: Tables | None = None
         #: What changed in `cluster` since the tables were made; None: anything.
         self._unpublished: Changed | None = None
@@ -122,7 +124,7 @@ class Agent:
             config.routing,
             self._tunnel,
         )
-        self._ids = NodeIds(self.journal, self.endpoints, self.hops)
+        self._ids = NodeIds(self.journal, self.endpoints, self.foreign, self.hops)
         cards = self.uplinks.read()
         self.uplinks.set_mtu(cards)
         with Batch() as batch:
@@ -265,6 +267,11 @@ class Agent:
         self.errors.pop("publish", None)
         return ""
 
+    @property
+    def published(self) -> bool:
+        """Whether what is in force is of this agent."""
+        return self._tables is not None
+
     def publish(self) -> bool:
         """Compile and bring in force, from the worker, in turn. Nothing before the first
         complete view of the objects: an empty store must not wipe a working node."""
@@ -275,6 +282,10 @@ class Agent:
         changed, self._unpublished = self._unpublished, None
         tables, self._tables = self._tables, None
         cluster, changed = self.endpoints.overlay(self.cluster, changed)
+        moved = self.foreign.look(self.endpoints.unleased())
+        self.ipam.foreign = self.foreign.addresses
+        if changed is not None:
+            changed.pods |= moved
         me = cluster.nodes.get(self.config.node)
         if me is not None:
             self.ipam.set_pools(pod_cidrs(me))
@@ -291,7 +302,7 @@ class Agent:
         if overgrown:
             with contextlib.suppress(OSError):
                 self.journal.shorten()
-        moved = self.publisher.publish(tables, records, self.hops.table)
+        epoch_moved = self.publisher.publish(tables, records, self.hops.table)
         self.hops.write_routes()
         self.publisher.level(tables)
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
@@ -299,7 +310,7 @@ class Agent:
         self.errors["objects"] = tables.errors
         if self.dp.pending:
             self._take_over()
-        return moved
+        return epoch_moved
 
     # ---- Questions ---------------------------------------------------------------------
 

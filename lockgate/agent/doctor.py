@@ -77,6 +77,8 @@ class Facts(msgspec.Struct, kw_only=True):
     drops: list[Drop] = []
     #: Names in /etc/cni/net.d in the order that runtimes take them; None where nobody looks.
     cni_files: list[str] | None = None
+    #: Pods (namespace/name) that another CNI plugin wired.
+    foreign: list[str] = []
     errors: list[str] = []
     #: Programs of others on pods' links, one line each.
     programs: list[str] = []
@@ -110,6 +112,7 @@ def collect(agent: Agent) -> Facts:
         chains=[chain.name for chain in chains],
         drops=[*firewall.reached(chains), *firewall.legacy_drops()],
         cni_files=_cni_files(agent.config.cni_conf_dir),
+        foreign=sorted("/".join(pod.key) for pod in agent.foreign.pods.values()),
         errors=[text for texts in agent.problems() for text in texts],
         programs=_programs_of_others(agent),
     )
@@ -215,8 +218,8 @@ def _firewall(facts: Facts) -> list[Finding]:
         text = f"{what} chain {drop.chain} drops"
         text += " some packets" if drop.conditional else " all packets"
         advice = (
-            "make sure that it lets through the pods' addresses, the nodes' addresses and UDP 4789"
-            " (VXLAN): nft -a list ruleset, iptables-save"
+            "make sure that it lets through the pods' addresses, the nodes' addresses and VXLAN"
+            " (UDP 8472 unless vxlanPort says another): nft -a list ruleset, iptables-save"
         )
         found.append(
             Finding("warning", "firewall", f"{text}; it may hit {_HIT[drop.hook]}", advice)
@@ -277,12 +280,21 @@ def _cni(facts: Facts) -> list[Finding]:
         owner = next((o for prefix, o in _FOREIGN_LINKS.items() if name.startswith(prefix)), None)
         if owner:
             owners.setdefault(owner, []).append(name)
+    if facts.foreign:
+        text = (
+            f"another CNI plugin wired {_listed(facts.foreign)}: nobody enforces policies for them"
+        )
+        advice = "restart them: kubectl delete pod (docs/migrate.md)"
+        found.append(Finding("warning", "cni", text, advice))
     for owner, names in owners.items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        text = f"links of {owner} are here: {shown}"
+        text = f"links of {owner} are here: {_listed(names)}"
         advice = "take it away when no pod of its is left (docs/migrate.md), or reboot the node"
         found.append(Finding("warning", "cni", text, advice))
     return found or [Finding("ok", "cni", "no other CNI plugin is here")]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 _CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (

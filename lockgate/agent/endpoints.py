@@ -80,6 +80,11 @@ class Endpoints:
         known = self._pods.get(uid)
         return f"Pod {'/'.join(known[1].key)}" if known is not None else f"pod {uid}"
 
+    def unleased(self) -> list[Pod]:
+        """Pods of this node that have no lease, by the objects of the last `overlay`."""
+        leases = self._ipam.leases
+        return [pod for uid, pod in self._here.items() if uid not in leases]
+
     def overlay(
         self, cluster: Cluster, changed: Changed | None = None
     ) -> tuple[Cluster, Changed | None]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lockgate.agent.endpoints import Endpoints
+from lockgate.agent.foreign import Foreign
 from lockgate.agent.hops import Hops
 from lockgate.agent.journal import Journal
-from lockgate.compile.tables import Direction, Rule, Verdict
+from lockgate.compile.tables import ON_HOST, Direction, Rule, Verdict
 from lockgate.objects.model import Pod
 
 __all__ = ["NodeIds"]
@@ -14,8 +15,11 @@ __all__ = ["NodeIds"]
 class NodeIds:
     """The compiler's ids: the journal's, slots and hops (`lockgate.compile.Ids`)."""
 
-    def __init__(self, journal: Journal, endpoints: Endpoints, hops: Hops) -> None:
-        self._journal, self._endpoints, self._hops = journal, endpoints, hops
+    def __init__(
+        self, journal: Journal, endpoints: Endpoints, foreign: Foreign, hops: Hops
+    ) -> None:
+        self._journal, self._endpoints = journal, endpoints
+        self._foreign, self._hops = foreign, hops
 
     def endpoint(self, pod: Pod) -> int:
         return self._journal.endpoint(pod)
@@ -27,7 +31,7 @@ class NodeIds:
         return self._journal.service(namespace, name, port_name, protocol, port)
 
     def slot(self, uid: str) -> int | None:
-        return self._endpoints.slot(uid)
+        return ON_HOST if uid in self._foreign.pods else self._endpoints.slot(uid)
 
     def hop(self, node: str) -> int | None:
         return self._hops.number(node)

@@ -62,6 +62,7 @@ class Ipam:
     leases: dict[str, Lease] = field(default_factory=dict)
     damaged: str = ""
     retired: set[int] = field(default_factory=set)  # slots whose links have not gone yet
+    foreign: set[str] = field(default_factory=set)  # addresses of pods that another plugin wired
     _next: dict[str, int] = field(default_factory=dict)
     _waits: bool = False
 
@@ -126,6 +127,7 @@ class Ipam:
             raise error
         following = dict(self._next)
         taken = {_address(ip) for lease in self.leases.values() for ip in lease.ips}
+        taken |= {_address(ip) for ip in self.foreign}
         ips = []
         for pool in self.pools:
             network = ip_network(pool)

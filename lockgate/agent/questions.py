@@ -107,6 +107,7 @@ def status(agent: Agent) -> dict[str, Any]:
         "counts": {
             **agent.publisher.sizes,
             "endpoints": len(agent.ipam.leases),
+            "foreign": len(agent.foreign.pods),
             "hops": len(agent.hops.numbers),
             "swept": agent.swept,
             "repaired": agent.patrol.repaired,

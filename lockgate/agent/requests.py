@@ -142,6 +142,9 @@ class Requests:
         link is there: the first are not to wait for the last."""
         self._agent.catch_up()
         assert self._agent.cluster is not None
+        if not self._agent.published:
+            # It finds the pods of other plugins, whose addresses nobody is to get.
+            self._agent.publish()
         before = dict(self._agent.ipam.leases)
         try:
             with self._agent.ipam.together():

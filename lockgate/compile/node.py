@@ -18,6 +18,7 @@ from lockgate.compile.pods import PodFacts, Pods, Profile
 from lockgate.compile.services import Services
 from lockgate.compile.tables import (
     NO_SLOT,
+    ON_HOST,
     PEER_HOST,
     PEER_LOCAL,
     PEER_NODE,
@@ -227,6 +228,8 @@ class _State:
         name = facts.pod.spec.node_name
         if name == self.node:
             slot = self._slots[facts.pod.key]
+            if slot == ON_HOST:
+                return PEER_HOST, 0
             return PEER_LOCAL, NO_SLOT if slot is None else slot
         hop = self._hops.get(name)
         if hop is None:
@@ -311,7 +314,7 @@ class _State:
         found = {
             slot: views[facts.profile]
             for key, facts in self.pods.local.items()
-            if (slot := self._slots[key]) is not None
+            if (slot := self._slots[key]) not in (None, ON_HOST)
         }
         if found != self._endpoints:
             self._endpoints = found

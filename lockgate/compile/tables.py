@@ -53,6 +53,8 @@ ISOLATED_EGRESS = 2
 SVC_PRESENT = 1
 
 NO_SLOT = 0xFFFF_FFFF
+#: In the place of a slot: a pod that is reached by the node's stack.
+ON_HOST = -1
 NO_CLASS = 0xFFFF_FFFF
 
 TCP, UDP, SCTP = 6, 17, 132
@@ -110,7 +112,8 @@ class Ids(Protocol):
         """Id of one port of a service, never 0."""
 
     def slot(self, uid: str) -> int | None:
-        """Endpoint slot of a pod of this node; None while it has no interface."""
+        """Endpoint slot of a pod of this node; None while it has no interface, ON_HOST for one
+        that another CNI plugin wired."""
 
     def hop(self, node: str) -> int | None:
         """Hop towards another node; None while none is known."""

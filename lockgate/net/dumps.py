@@ -31,6 +31,7 @@ __all__ = [
     "interfaces",
     "link",
     "macs",
+    "on_link",
     "own_routes",
     "own_unicast",
     "routes_of",
@@ -53,6 +54,8 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_PROTO = 1, 2, 11
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
 _RTA_ENCAP, _ENCAP_DST, _ENCAP_SRC = 22, 2, 3
+_RTA_VIA = 18
+_FIB_MATCH = 0x2000  # RTM_F_FIB_MATCH: the route itself is answered, not a host's
 _MAIN = 254
 _UNICAST = 1
 _IFLA_LINKINFO, _INFO_KIND, _INFO_DATA = 18, 1, 2
@@ -161,6 +164,21 @@ def default_routes() -> list[DefaultRoute]:
                 )
             )
     return found
+
+
+def on_link(address: str) -> int:
+    """Index of the interface whose link an address is on, by the route that the stack takes;
+    0 when there is none, or it leads to a gateway, or is the default route. OSError: no route."""
+    packed = ip_address(address).packed
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    wanted = _ROUTE.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, _FIB_MATCH)
+    wanted += ATTRIBUTE.pack(ATTRIBUTE.size + len(packed), _RTA_DST) + packed
+    (body,) = _ask(_GETROUTE, _ONE, wanted)
+    length, kind = body[1], body[7]
+    own = _attributes(body, _ROUTE.size)
+    if not length or kind != _UNICAST or _RTA_GATEWAY in own or _RTA_VIA in own:
+        return 0
+    return int.from_bytes(own.get(_RTA_OIF, b""), "little")
 
 
 def routes_of(ifindex: int) -> set[str]:

@@ -37,6 +37,12 @@ def test_the_manifest_is_made_from_the_chart() -> None:
         ('cluster="blue"', "observer", "cluster", "blue"),
         ('listen="0.0.0.0"', "agent", "web", "0.0.0.0:9781"),
         ('listen="0.0.0.0"', "observer", "web", "0.0.0.0:9782"),
+        (
+            'limits={"connections": 7}',
+            "agent",
+            "limits",
+            {"answers": 1000, "connections": 7, "events": 50000},
+        ),
         ('agent={"sweepSeconds": 5}', "agent", "sweepSeconds", 5),
         ('observer={"web": ""}', "observer", "web", ""),
     ],

@@ -17,6 +17,7 @@ ip link set d0 up; ip link set d1 up
 ip addr add 10.1.0.2/24 dev d0; ip addr add 10.2.0.2/24 dev d1
 ip addr add fd00:5::2/64 dev d0 nodad
 ip route add default via 10.1.0.1; ip route add 10.9.0.0/16 via 10.2.0.1
+ip route add 10.8.0.3 dev d1; ip route add unreachable 10.7.0.0/16
 ip -6 route add default via fd00:5::1
 ip neigh add 10.1.0.1 lladdr 02:00:00:00:00:01 dev d0
 ip neigh add fd00:5::1 lladdr 02:00:00:00:00:02 dev d0
@@ -37,6 +38,19 @@ assert d0.macs["10.1.0.1"] == bytes.fromhex("020000000001")
 assert d0.macs["fd00:5::1"] == bytes.fromhex("020000000002")
 assert "10.2.0.1" not in d0.macs
 assert read_cards("d0", "none") == cards
+d1 = socket.if_nametoindex("d1")
+for address, link in (
+    ("10.2.0.77", d1), ("10.1.0.1", d0.index), ("fd00:5::77", d0.index), ("10.8.0.3", d1),
+    ("10.2.0.2", 0),
+    ("10.9.0.1", 0), ("192.0.2.1", 0), ("2001:db8::1", 0),
+):
+    assert dumps.on_link(address) == link, address
+try:
+    dumps.on_link("10.7.0.1")
+except OSError as error:
+    assert error.errno == 113
+else:
+    raise AssertionError("there is no way to 10.7.0.1")
 try:
     dumps.link(77)
 except OSError as error:

@@ -41,6 +41,20 @@ def test_what_was_given_back_is_used_last(tmp_path: Path) -> None:
     assert pools.acquire("last", "").ips == first.ips
 
 
+def test_addresses_of_pods_that_another_plugin_wired_are_not_given_out(tmp_path: Path) -> None:
+    pools = ipam(tmp_path, "10.1.2.0/29", "fd00:1::/64")
+    pools.foreign = {"10.1.2.1", "10.1.2.3", "fd00:1::7"}
+    found = [pools.acquire(str(n), "").ips for n in range(4)]
+    assert found == [
+        ("10.1.2.4", "fd00:1::8"),
+        ("10.1.2.5", "fd00:1::9"),
+        ("10.1.2.6", "fd00:1::a"),
+        ("10.1.2.2", "fd00:1::b"),
+    ], "behind them, and then the ones between"
+    with pytest.raises(PoolExhausted, match=r"10\.1\.2\.0/29"):
+        pools.acquire("more", "")
+
+
 def test_exhaustion_names_the_pool_and_changes_nothing(tmp_path: Path) -> None:
     pools = ipam(tmp_path, "10.1.0.0/16", "fd00::/126")
     for n in range(4):

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 
 from lockgate.agent import journal as journal_module
+from lockgate.agent.foreign import Foreign
 from lockgate.agent.ids import NodeIds
 from lockgate.agent.journal import Journal, LastIds
 from lockgate.compile import compile_node
@@ -162,7 +163,7 @@ def test_a_compilation_from_nothing_asks_for_every_id_in_its_tables(
     cluster = generate.cluster(Random(seed))
     with Journal(tmp_path / "journal.jsonl") as journal:
         journal.cluster = cluster
-        ids = NodeIds(journal, NoEndpoints(), NoHops())  # type: ignore[arg-type]
+        ids = NodeIds(journal, NoEndpoints(), Foreign(), NoHops())  # type: ignore[arg-type]
         cold = compile_node(cluster, "a", ids)
         journal.commit()
         all_of_them = journal.path.read_bytes().splitlines()

@@ -20,6 +20,7 @@ from lockgate.compile.evaluate import backends_of, lookup
 from lockgate.compile.tables import (
     ISOLATED_EGRESS,
     ISOLATED_INGRESS,
+    ON_HOST,
     PEER_HOST,
     PEER_LOCAL,
     PEER_NODE,
@@ -313,6 +314,17 @@ def test_peers_know_pods_and_nodes() -> None:
         parse_address("192.0.2.1"): (PEER_HOST, 0),
         parse_address("192.0.2.2"): (PEER_NODE, 2),
     }
+
+
+def test_a_pod_of_another_plugin_is_a_peer_that_the_stack_reaches() -> None:
+    cluster = cluster_of(WEB, ALT, policy("p", podSelector={}))
+    ids = Ids(cluster, "a")
+    slot = ids.slot
+    ids.slot = lambda uid: ON_HOST if uid == ALT.metadata.uid else slot(uid)  # type: ignore[method-assign]
+    tables = compile_node(cluster, "a", ids)
+    peer = tables.peers[parse_address(ALT.ips[0])]
+    assert (peer.kind, peer.target, peer.endpoint) == (PEER_HOST, 0, ids.endpoint(ALT))
+    assert set(tables.endpoints) == {slot(WEB.metadata.uid)}, "nobody enforces policies for it"
 
 
 def test_equal_policy_sets_share_rows_and_columns() -> None:

@@ -98,6 +98,12 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "other CNI configurations are in /etc/cni/net.d: 10-calico.conflist",
         "remove them",
     ),
+    "pods of another": (
+        {"foreign": ["a/one", "a/two", "b/three", "b/four"]},
+        "warning",
+        "another CNI plugin wired a/one, a/two, b/three and 1 more",
+        "restart them",
+    ),
     "links of another": (
         {"links": {**WELL.links, "cilium_host": 1500, "cilium_net": 1500}},
         "warning",

@@ -7,7 +7,8 @@ into the tunnel. Our routes carry a mark that tells them from others; only what 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from ipaddress import ip_network
 
 from lockgate.agent.tunnel import TUNNEL_ID
 from lockgate.net import dumps
@@ -22,16 +23,21 @@ __all__ = ["StackRoutes"]
 class StackRoutes:
     """`write` brings them up to date; from the worker thread, in the node's namespace."""
 
-    _refused: set[str] = field(default_factory=set)
+    #: Ranges without a way; None: what an agent before left.
+    _refused: set[str] | None = None
 
     def write(self, net: Net, services: list[str], wanted: Mapping[str, Route]) -> list[str]:
         """No way to `services`' ranges, and the `wanted` routes by destination; returns what could
         not be done, one sentence each."""
-        for cidr in sorted(set(services) - self._refused):
+        refused, self._refused = self._refused, None
+        if refused is None:
+            refused = dumps.own_unreachable()
+        wanted_none = {str(ip_network(cidr, strict=False)) for cidr in services}
+        for cidr in sorted(wanted_none - refused):
             net.route(cidr, kind="unreachable")
-        for cidr in self._refused - set(services):
+        for cidr in refused - wanted_none:
             net.remove_route(cidr)
-        self._refused = set(services)
+        self._refused = wanted_none
         found = dumps.own_unicast(IFINDEX_BASE)
         errors = []
         for destination in set(found) - set(wanted):

@@ -34,6 +34,7 @@ __all__ = [
     "on_link",
     "own_routes",
     "own_unicast",
+    "own_unreachable",
     "routes_of",
     "vxlan_port",
 ]
@@ -57,7 +58,7 @@ _RTA_ENCAP, _ENCAP_DST, _ENCAP_SRC = 22, 2, 3
 _RTA_VIA = 18
 _FIB_MATCH = 0x2000  # RTM_F_FIB_MATCH: the route itself is answered, not a host's
 _MAIN = 254
-_UNICAST = 1
+_UNICAST, _UNREACHABLE = 1, 7
 _IFLA_LINKINFO, _INFO_KIND, _INFO_DATA = 18, 1, 2
 _VXLAN_PORT, _VXLAN_COLLECT_METADATA = 15, 25
 #: Who made a route (rtm_protocol) or an address (IFA_PROTO), on all of ours. Above what
@@ -205,6 +206,19 @@ def own_routes() -> list[str]:
             if body[5] == ROUTE_PROTOCOL:
                 address = _attributes(body, _ROUTE.size).get(_RTA_DST)
                 found.append(f"{ip_address(address) if address else anywhere}/{body[1]}")
+    return found
+
+
+def own_unreachable() -> set[str]:
+    """Destinations of our routes that say there is no way."""
+    found = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = _ROUTE.pack(family, 0, 0, 0, _MAIN, ROUTE_PROTOCOL, 0, _UNREACHABLE, 0)
+        for body in _ask(_GETROUTE, _DUMP, request):
+            length, protocol, kind = body[1], body[5], body[7]
+            address = _attributes(body, _ROUTE.size).get(_RTA_DST)
+            if address and (protocol, kind) == (ROUTE_PROTOCOL, _UNREACHABLE):
+                found.add(f"{ip_address(address)}/{length}")
     return found
 
 

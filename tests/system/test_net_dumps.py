@@ -60,7 +60,28 @@ else:
 """
 
 
-def test_lists_are_of_the_interface_that_was_asked_for() -> None:
-    script = f"set -e\n{_WORLD}\nexec {sys.executable} -c '{_ASK}'"
+_STACK = """
+from lockgate.agent.stack_routes import StackRoutes
+from lockgate.net import dumps
+from lockgate.net.dumps import Route
+from lockgate.net.links import Net
+import socket
+d1 = socket.if_nametoindex("d1")
+with Net() as net:
+    first = StackRoutes()
+    assert first.write(net, ["10.96.0.0/16", "fd96::/112"], {"10.66.0.0/24": Route(d1)}) == []
+    assert dumps.own_unreachable() == {"10.96.0.0/16", "fd96::/112"}
+    assert first.write(net, ["10.96.0.0/16"], {}) == []
+    assert dumps.own_unreachable() == {"10.96.0.0/16"}
+    # A range that was taken away while no agent ran.
+    assert StackRoutes().write(net, ["fd97::/112"], {}) == []
+    assert dumps.own_unreachable() == {"fd97::/112"}
+    assert dumps.own_unicast(1 << 16) == {}
+"""
+
+
+@pytest.mark.parametrize("ask", [_ASK, _STACK], ids=["lists", "routes of the stack"])
+def test_what_the_kernel_has_is_read_of_what_was_asked_for(ask: str) -> None:
+    script = f"set -e\n{_WORLD}\nexec {sys.executable} -c '{ask}'"
     done = subprocess.run(["unshare", "-n", "sh", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from lockgate import __version__
 from lockgate.bpf.btf import Schema
@@ -21,7 +22,9 @@ from lockgate.objects.address import listen
 from lockgate.observer.config import Config
 from lockgate.observer.flows import FilterError, FlowLog, Names, parse_filter
 from lockgate.observer.journal import Journal
+from lockgate.observer.metrics import Metrics
 from lockgate.observer.source import Source
+from lockgate.observer.tally import Tally
 
 __all__ = ["Observer", "run"]
 
@@ -47,7 +50,9 @@ class Observer:
             config.node,
             capacity=capacity,
         )
-        self.source = Source(config.pins, schema, self.log)
+        self.tally = Tally(self.journal, schema.enum("event_type")["EVENT_VERDICT"])
+        self.source = Source(config.pins, schema, self.log, self.tally)
+        self.metrics = Metrics(self)
         self._arrived = asyncio.Event()
         self._watched: list[int] = []
         self._scheduled = False
@@ -151,10 +156,12 @@ class Observer:
         return app
 
     def probes(self) -> web.Application:
-        """What the kubelet asks: alive, as long as it answers; ready, once it reads the rings."""
+        """What the kubelet asks: alive, as long as it answers; ready, once it reads the rings. And
+        what Prometheus asks. Nothing here names a pod."""
         app = web.Application(client_max_size=1024)
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/readyz", self._ready)
+        app.router.add_get("/metrics", self._metrics)
         return app
 
     async def _health(self, _request: web.Request) -> web.Response:
@@ -164,6 +171,12 @@ class Observer:
         if self.source.ready:
             return web.Response(text="ok\n")
         return web.Response(text=f"{self.source.error}\n", status=503)
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        with contextlib.suppress(OSError, ValueError):
+            self._drain()
+        headers = {"Content-Type": CONTENT_TYPE_LATEST}
+        return web.Response(body=self.metrics.text(), headers=headers)
 
     async def _background(self, _app: web.Application) -> AsyncIterator[None]:
         tasks = [

@@ -19,6 +19,7 @@ from lockgate.bpf.pins import OtherPin, convert, other_pins, pin_names, ring_rec
 from lockgate.bpf.ring import Ring
 from lockgate.bpf.syscall import map_info, obj_get
 from lockgate.observer.flows import FlowLog
+from lockgate.observer.tally import Tally
 
 __all__ = ["Source"]
 
@@ -26,10 +27,10 @@ _BATCH = 65536
 
 
 class Source:
-    """Moves events from the kernel into a FlowLog."""
+    """Moves events from the kernel into a FlowLog, and counts them."""
 
-    def __init__(self, pins: Path, schema: Schema, log: FlowLog) -> None:
-        self._pins, self._log = pins, log
+    def __init__(self, pins: Path, schema: Schema, log: FlowLog, tally: Tally) -> None:
+        self._pins, self._log, self._tally = pins, log, tally
         self._names = pin_names(schema)
         self._event, self._raw = schema.dtype("event"), schema.dtype("event_raw")
         counters = schema.enum("counter")
@@ -87,11 +88,14 @@ class Source:
                     break
                 # Ids are journalled before they go live: now every one can be resolved.
                 self._log.journal.refresh()
+                heads = None
                 if "head" in (records.dtype.names or ()):
-                    records = convert(records, self._raw)
-                    self._log.add(records["event"], records["head"])
+                    raw = convert(records, self._raw)
+                    events, heads = raw["event"], raw["head"]
                 else:
-                    self._log.add(convert(records, self._event))
+                    events = convert(records, self._event)
+                self._log.add(events, heads)
+                self._tally.add(events)
                 self.decoded += len(records)
             else:
                 more = True

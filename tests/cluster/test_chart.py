@@ -53,6 +53,27 @@ def test_a_value_becomes_a_setting(setting: str, file: str, field: str, value: A
     assert (found["apiServer"] if field == "kubernetes" else found) == value
 
 
+def test_a_pod_monitor_scrapes_both_containers_by_their_ports() -> None:
+    assert "PodMonitor" not in rendered()
+    objects = rendered('podMonitor={"enabled": true, "labels": {"release": "p"}}', 'listen="[::]"')
+    monitor = objects["PodMonitor"]
+    assert monitor["metadata"]["labels"]["release"] == "p"
+    asked = {one["port"] for one in monitor["spec"]["podMetricsEndpoints"]}
+    pod = objects["DaemonSet"]["spec"]["template"]
+    ports = {port["name"]: port for one in pod["spec"]["containers"] for port in one["ports"]}
+    assert asked == set(ports) == {"agent", "observer"}
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    config = objects["ConfigMap"]["data"]
+    for name, port in ports.items():
+        assert json.loads(config[f"{name}.json"])["web"] == f"[::]:{port['containerPort']}"
+
+
+def test_a_pod_monitor_that_nobody_lets_in_is_refused() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        rendered('podMonitor={"enabled": true}')
+    assert "set listen to 0.0.0.0" in refused.value.stderr
+
+
 def test_changed_settings_replace_the_pods() -> None:
     before, after = (
         objects["DaemonSet"]["spec"]["template"]["metadata"]["annotations"]

@@ -27,6 +27,7 @@ from lockgate.objects.address import parse_address
 from lockgate.observer.flows import Filter, FlowLog, Names
 from lockgate.observer.journal import Journal
 from lockgate.observer.source import Source
+from lockgate.observer.tally import Tally
 from lockgate.paths import bpf_object
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -186,7 +187,8 @@ def test_the_observer_reads_rings_of_another_version_to_their_end(
     (tmp_path / "journal").touch()
     journal = Journal(tmp_path / "journal")
     log = FlowLog(schema.dtype("event"), 128, names, journal, "n1", capacity=8)
-    source = Source(pins, schema, log)
+    tally = Tally(journal, schema.enum("event_type")["EVENT_VERDICT"])
+    source = Source(pins, schema, log, tally)
     with Datapath(other_object, pins, SIZES) as old:
         lose_a_fragment(old)
         source.open()

@@ -32,6 +32,7 @@ __all__ = ["NAMESPACE", "SELECTOR", "AgentPod", "KubernetesAccess", "choose_pod"
 NAMESPACE = "kube-system"
 SELECTOR = "app.kubernetes.io/name=lockgate"
 _AT_ONCE = 32  # calls into nodes
+_LAST_WORDS = 0.1  # seconds for what was begun beside something that failed
 _GROUPS_SKIPPED = ("metrics.k8s.io", "custom.metrics.k8s.io", "external.metrics.k8s.io")
 _WHOLE = {"Pod": model.Pod}  # with what people want to see of them
 T = TypeVar("T")
@@ -109,10 +110,21 @@ class KubernetesAccess:
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        self._run(self._client.close())
+        self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        """What failed beside something else that failed comes to its end before the loop does."""
+        await self._client.close()
+        # A command that a plugin runs is not killed in the middle unless it takes its time.
+        for patience in (_LAST_WORDS, 10 * _LAST_WORDS):
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            if others:
+                _, late = await asyncio.wait(others, timeout=patience)
+                for task in late:
+                    task.cancel()
 
     # ---- Objects -------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import msgspec
 
 from lockgate import __version__
 from lockgate.access import ROLES, Access, Refused, Role
-from lockgate.cli.common import access_options, fail, json_option, print_json
+from lockgate.cli.common import access_options, fail, fail_unanswered, json_option, print_json
 from lockgate.cli.doctor import examine
 from lockgate.cli.status import gather, problems
 from lockgate.objects.model import Cluster, Pod
@@ -53,7 +53,7 @@ def bugreport(file: Path | None, as_json: bool, access: Access) -> None:
     try:
         parts = _collect(access)
     except (OSError, Refused) as error:
-        fail(f"{access.title} does not answer: {error}")
+        fail_unanswered(access, error)
     try:
         contents = _write(target, parts)
     except OSError as error:

@@ -28,6 +28,7 @@ __all__ = [
     "cluster_option",
     "connect",
     "fail",
+    "fail_unanswered",
     "json_option",
     "load_objects",
     "need_root",
@@ -48,6 +49,14 @@ def fail(sentence: str, code: int = USAGE) -> NoReturn:
     """One sentence on stderr, and out."""
     click.echo(f"lockgate: {sentence}", err=True)
     sys.exit(code)
+
+
+def fail_unanswered(access: Access, error: OSError | Refused) -> NoReturn:
+    """Out, with why the cluster told nothing: it does not answer; or it refused, or we have
+    nothing to ask it with, as when a credential plugin fails."""
+    if isinstance(error, Refused):
+        fail(f"{access.title}: {error}")
+    fail(f"{access.title} does not answer: {error}")
 
 
 def need_root() -> None:

@@ -12,7 +12,7 @@ import msgspec
 from lockgate.access import Access, Refused
 from lockgate.agent.doctor import Finding
 from lockgate.cli import paths
-from lockgate.cli.common import access_options, fail, json_option, print_json
+from lockgate.cli.common import access_options, fail_unanswered, json_option, print_json
 from lockgate.cli.render import heading, paint
 from lockgate.cli.status import gather, problems
 from lockgate.objects.model import Cluster, Pod
@@ -63,7 +63,7 @@ def doctor(outside: str | None, verbose: bool, as_json: bool, access: Access) ->
     try:
         findings = examine(access, beyond)
     except (OSError, Refused) as error:
-        fail(f"{access.title} does not answer: {error}")
+        fail_unanswered(access, error)
     if as_json:
         print_json(msgspec.to_builtins(findings))
     else:

@@ -10,7 +10,7 @@ import click
 
 from lockgate import __version__
 from lockgate.access import ROLES, Access, Refused
-from lockgate.cli.common import access_options, fail, json_option, not_ready, print_json
+from lockgate.cli.common import access_options, fail_unanswered, json_option, not_ready, print_json
 from lockgate.cli.render import paint, table
 
 __all__ = ["gather", "problems", "process_state", "status"]
@@ -43,7 +43,7 @@ def status(as_json: bool, access: Access) -> None:
     try:
         found = gather(access)
     except (OSError, Refused) as error:
-        fail(f"{access.title} does not answer: {error}")
+        fail_unanswered(access, error)
     found["problems"] = problems(found)
     if as_json:
         print_json(found)

@@ -124,13 +124,22 @@ class Plugin:
         self._cluster, self._ca, self._certificate = cluster, ca, certificate
         self._lock = asyncio.Lock()
         self._last: Credential | None = None
+        self._failures = 0
+        self._failed: CredentialError | None = None
 
     async def credential(self, refused: Credential | None = None) -> Credential:
         """The last credential unless it expired or is `refused`, which the server did with 401;
-        else the command runs, once for all who wait. CredentialError."""
+        else the command runs, once for all who wait, also when it fails. CredentialError."""
+        known = self._failures
         async with self._lock:
             if self._last is None or self._last is refused or self._last.expired:
-                self._last = self._read(await self._run())
+                if self._failures > known and self._failed is not None:
+                    raise CredentialError(str(self._failed))
+                try:
+                    self._last = self._read(await self._run())
+                except CredentialError as error:
+                    self._failures, self._failed = self._failures + 1, error
+                    raise
             return self._last
 
     async def _run(self) -> bytes:

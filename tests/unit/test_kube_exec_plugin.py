@@ -118,6 +118,20 @@ async def test_a_token_serves_all_requests_until_it_is_refused(
     assert tokens(server)[5:] == ["Bearer second"] * 5 and len(script.told()) == 2
 
 
+async def test_a_failure_is_told_to_all_who_waited_for_it_and_tried_again_by_the_next(
+    script: Script, server: ApiServer
+) -> None:
+    (script.folder / "status").write_text("3")
+    client = script.client()
+    calls = (client.call("GET", NODES) for _ in range(5))
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    assert {str(one).rpartition(" ")[2] for one in found} == {"3"} and len(script.told()) == 1
+    (script.folder / "status").unlink()
+    await client.call("GET", NODES)
+    await client.close()
+    assert tokens(server) == ["Bearer first"] and len(script.told()) == 2
+
+
 async def test_a_credential_that_is_refused_again_is_not_asked_for_a_third_time(
     script: Script, server: ApiServer
 ) -> None:

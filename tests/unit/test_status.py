@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from lockgate import __version__
+from lockgate.cli.main import cli
 from lockgate.cli.status import problems, process_state
 
 UP = {"up": True, "restarts": 0, "error": ""}
@@ -161,3 +164,38 @@ def test_the_cluster_itself_may_be_wrong() -> None:
 )
 def test_a_process_is_up_once_it_answers(child, told, wanted):
     assert process_state(child, told) == wanted
+
+
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+current-context: far
+clusters: [{name: far, cluster: {server: "https://127.0.0.1:9"}}]
+contexts: [{name: far, context: {cluster: far, user: me}}]
+users:
+- name: me
+  user:
+    exec:
+      apiVersion: client.authentication.k8s.io/v1
+      interactiveMode: Never
+      command: COMMAND
+      installHint: get it from the cloud
+"""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("command", ["status", "doctor", "bugreport"])
+@pytest.mark.parametrize(
+    ("plugin", "why"),
+    [("/bin/false", "failed with exit code 1"), ("no-such-plugin", "is not in PATH")],
+)
+def test_without_a_credential_the_plugin_is_named_and_not_the_cluster(
+    command: str, plugin: str, why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config"
+    path.write_text(KUBECONFIG.replace("COMMAND", plugin))
+    done = CliRunner().invoke(cli, [command, "--kubeconfig", str(path)])
+    assert done.exit_code == 2
+    assert f"user 'me': the plugin {plugin} {why}" in done.stderr
+    assert "does not answer" not in done.stderr
+    assert ("get it from the cloud" in done.stderr) is (plugin == "no-such-plugin")

@@ -13,7 +13,7 @@ from lockgate.access import ROLES, Access, Refused
 from lockgate.cli.common import access_options, fail_unanswered, json_option, not_ready, print_json
 from lockgate.cli.render import paint, table
 
-__all__ = ["gather", "problems", "process_state", "status"]
+__all__ = ["api_cost", "gather", "problems", "process_state", "status"]
 
 Row = dict[str, Any]
 _AT_ONCE = 32
@@ -162,6 +162,9 @@ def _print(found: Row, access: Access) -> None:
     head = ["NODE", "AGENT", "VERSION", "SINCE", "IN FORCE", "PODS", "MEMORY", "OBSERVER", "EVENTS"]
     head += ["LOST", "MEMORY"]
     click.echo(table(head, [_line(node) for node in found["nodes"]]))
+    cost = api_cost(found["nodes"])
+    if cost:
+        click.echo(f"\n{cost}")
     drops: dict[str, int] = {}
     for node in found["nodes"]:
         for cause, count in node["agentStatus"].get("drops", {}).items():
@@ -179,6 +182,28 @@ def _print(found: Row, access: Access) -> None:
     for one in found["problems"]:
         where = f"node {one['node']}: " if one["node"] else ""
         click.echo(paint("✗", "red", bold=True) + f" {where}{one['text']}")
+
+
+def api_cost(nodes: list[Row]) -> str:
+    """What following the API server costs it, in one line; "" where nobody does."""
+    rates = {
+        node["name"]: sum(one.get("bytesPerSecond", 0) for one in kinds.values())
+        for node in nodes
+        if (kinds := node["agentStatus"].get("api", {}).get("kinds"))
+    }
+    if not rates:
+        return ""
+    most = max(rates, key=lambda name: rates[name])
+    told = f"the API server sends agents {_rate(sum(rates.values()))}"
+    if len(rates) > 1:
+        told += f", {_rate(rates[most])} of it to {most}"
+    return told + " (average of a minute)"
+
+
+def _rate(count: float) -> str:
+    if count < 1000:
+        return f"{count:.0f} B/s"
+    return f"{count / 1e3:.1f} kB/s" if count < 1e6 else f"{count / 1e6:.1f} MB/s"
 
 
 def _line(node: Row) -> list[str]:

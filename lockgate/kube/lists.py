@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Iterator
 import aiohttp
 import msgspec
 
+from lockgate.kube.meter import Meter
+
 __all__ = ["ListMeta", "Splitter", "chunks"]
 
 _ITEMS = b'"items":['
@@ -74,14 +76,14 @@ def _whole(piece: bytes) -> bool:
     return True
 
 
-async def chunks(response: aiohttp.ClientResponse, count: list[int]) -> AsyncIterator[bytes]:
-    """A body as it comes, decompressed; the bytes on the wire are added to `count[0]`. OSError
+async def chunks(response: aiohttp.ClientResponse, meter: Meter) -> AsyncIterator[bytes]:
+    """A body as it comes, decompressed; the bytes on the wire are added to `meter`. OSError
     if it is damaged or ends too early."""
     inflate = None
     if response.headers.get("Content-Encoding") == "gzip":
         inflate = zlib.decompressobj(wbits=31)
     async for chunk in response.content.iter_any():
-        count[0] += len(chunk)
+        meter.add(len(chunk))
         if inflate is None:
             yield chunk
             continue

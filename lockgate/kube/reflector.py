@@ -23,6 +23,7 @@ import msgspec
 from lockgate.kube.client import AWAY, ApiError, Client
 from lockgate.kube.kinds import Kind, Parts, Version
 from lockgate.kube.lists import ListMeta, Splitter, chunks
+from lockgate.kube.meter import Meter
 from lockgate.kube.stream import Change
 
 __all__ = ["Reflector"]
@@ -63,7 +64,7 @@ class _Gone(Exception):
 class Counts:
     """What this kind cost the API server so far."""
 
-    bytes: list[int] = field(default_factory=lambda: [0])
+    bytes: Meter = field(default_factory=Meter)
     lists: int = 0
     watches: int = 0
     events: int = 0

@@ -115,7 +115,8 @@ class ApiSource:
         return text
 
     def status(self) -> dict[str, Any]:
-        """Times are Unix times; bytes are those received since the start."""
+        """Times are Unix times; bytes are those received since the start, and a second on average
+        over the last minute."""
         return {
             "server": self.client.server,
             "awaySince": self._away_since,
@@ -123,7 +124,8 @@ class ApiSource:
             "kinds": {
                 one.kind.resource: {
                     "objects": len(one.objects),
-                    "bytes": one.counts.bytes[0],
+                    "bytes": one.counts.bytes.total,
+                    "bytesPerSecond": round(one.counts.bytes.per_second(), 1),
                     "lists": one.counts.lists,
                     "watches": one.counts.watches,
                     "events": one.counts.events,

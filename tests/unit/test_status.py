@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from lockgate import __version__
 from lockgate.cli.main import cli
-from lockgate.cli.status import problems, process_state
+from lockgate.cli.status import api_cost, problems, process_state
 
 UP = {"up": True, "restarts": 0, "error": ""}
 
@@ -164,6 +164,27 @@ def test_the_cluster_itself_may_be_wrong() -> None:
 )
 def test_a_process_is_up_once_it_answers(child, told, wanted):
     assert process_state(child, told) == wanted
+
+
+def following(name: str, **rates: float) -> dict[str, Any]:
+    kinds = {kind: {"bytesPerSecond": rate} for kind, rate in rates.items()}
+    return {"name": name, "agentStatus": {"api": {"kinds": kinds}}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        ([{"name": "a", "agentStatus": {"api": {}}}], ""),
+        ([{"name": "a", "agentStatus": {"error": "no answer"}}], ""),
+        ([following("a", pods=12.4, nodes=3)], "the API server sends agents 15 B/s"),
+        (
+            [following("a", pods=1500), following("b", pods=2e6, nodes=400)],
+            "the API server sends agents 2.0 MB/s, 2.0 MB/s of it to b",
+        ),
+    ],
+)
+def test_what_agents_cost_the_api_server(nodes: list[dict[str, Any]], told: str) -> None:
+    assert api_cost(nodes).partition(" (")[0] == told
 
 
 KUBECONFIG = """

@@ -225,9 +225,8 @@ class Poller(threading.Thread):
         self._epoch = MappedArray.open(str(pins / names["state"]), schema.dtype("node_state")).view[
             "epoch"
         ]
-        self._view = schema.dtype("peer_view").itemsize
-        key, value = np.dtype(("u1", 16)), np.dtype(("u1", 2 * self._view))
-        self._peers = HashMap.open(str(pins / names["peers"]), key, value)
+        dtype = schema.dtype
+        self._peers = HashMap.open(str(pins / names["peers"]), dtype("addr"), dtype("peer"))
         self.waiting: dict[str, float] = {}
         self.times: list[float] = []
         self.stop = False
@@ -241,8 +240,7 @@ class Poller(threading.Thread):
                 now = time.monotonic()
                 for ip, began in list(self.waiting.items()):
                     found = self._peers.get(np.frombuffer(parse_address(ip), np.uint8))
-                    at = (epoch & 1) * self._view
-                    if found is not None and found[at : at + self._view].any():
+                    if found is not None and found["view"]["kind"][epoch & 1]:
                         self.times.append((now - began) * 1e3)
                         del self.waiting[ip]
             time.sleep(0.0005)

@@ -10,6 +10,8 @@
 #ifndef LOCKGATE_TYPES_H
 #define LOCKGATE_TYPES_H
 
+#include <linux/bpf.h>		/* struct bpf_spin_lock */
+
 /* A pod's host veth is created with interface index IFINDEX_BASE + slot, so
  * that finding the endpoint behind a packet is arithmetic, not a look-up. */
 #define IFINDEX_BASE  65536
@@ -67,8 +69,14 @@ struct peer_view {
 	__u32 target;		/* slot or hop, by kind */
 };
 
+/* The lock of a hash's value is for the agent: under it the kernel writes the
+ * value where it is (BPF_F_LOCK). Otherwise it would put another element in the
+ * place of this one, whose memory is the next key's at once, and a packet that
+ * found this one would read that. Programs never take it: the view that they
+ * read is written with what it has. */
 struct peer {
 	struct peer_view view[2];
+	struct bpf_spin_lock lock;
 };
 
 /* ---- Endpoints: pods of this node, array by slot ------------------------- */
@@ -168,6 +176,7 @@ struct service_view {
 
 struct service {
 	struct service_view view[2];
+	struct bpf_spin_lock lock;
 };
 
 /* Is this address a backend of this service? Asked when a UDP connection is
@@ -183,6 +192,7 @@ struct backend_key {
 struct backend_state {
 	__u8 live[2];		/* per view */
 	__u8 pad[2];
+	struct bpf_spin_lock lock;
 };
 
 /* What a socket asked and what it got, both ways round:

@@ -23,6 +23,7 @@ from lockgate.agent.datapath import Datapath
 from lockgate.agent.stack_routes import StackRoutes
 from lockgate.agent.tunnel import TunnelDevice
 from lockgate.agent.ways import Routing, Way, choose_way, internal_ips, of_family, pod_cidrs
+from lockgate.bpf.grace import wait_grace
 from lockgate.net.dumps import Route
 from lockgate.net.links import Net
 from lockgate.net.vxlan import OVERHEAD4, OVERHEAD6
@@ -346,9 +347,13 @@ class Hops:
             found = {int(k): int(v) for k, v in zip(keys, values, strict=True)}
         for ifindex in set(found) - set(roles):
             self._dp.link_roles.delete(ifindex)
+            # The next key may get this memory, which a packet of that link may be reading.
+            wait_grace()
         for ifindex, role in roles.items():
             if found.get(ifindex) != role:
                 self._dp.link_roles.set(ifindex, role)
+                if ifindex in found:
+                    wait_grace()
         self._roles = roles
 
     def _route_key(self, address: bytes, length: int) -> bytes:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockgate.agent.encode import Bytes, Patch, Table, rows, sortable
+from lockgate.bpf import syscall
 from lockgate.bpf.maps import HashMap
 
 __all__ = ["TwoViews"]
@@ -18,6 +19,11 @@ class TwoViews:
 
     Keys and values are rows of bytes as in the kernel; a view that is all zero bytes does not
     have the key. Rows are sorted by key. What was read is kept until `forget` or `patch`.
+
+    Packets go on reading the view in force while the other is written. So values are written where
+    they are, under their lock (bpf/types.h). An element is deleted only when neither view has its
+    key; its memory may be another key's at once, but one that the view in force does not have
+    either: whoever found it before reads that there is nothing, which is what it was to read.
     """
 
     def __init__(self, map_: HashMap, view_size: int) -> None:
@@ -107,7 +113,7 @@ class TwoViews:
 
     def _update(self, keys: Bytes, values: Bytes) -> None:
         whole = np.ascontiguousarray(values).view(self._map.value_dtype).reshape(-1)
-        self._map.update_many(self._as_keys(keys), whole)
+        self._map.update_many(self._as_keys(keys), whole, syscall.BPF_F_LOCK)
 
     def _half(self, view: int) -> Bytes:
         start = view * self._view_size

@@ -20,6 +20,7 @@ from enum import IntEnum
 __all__ = [
     "BPF_EXIST",
     "BPF_F_INNER_MAP",
+    "BPF_F_LOCK",
     "BPF_F_MMAPABLE",
     "BPF_F_NO_PREALLOC",
     "BPF_NOEXIST",
@@ -63,6 +64,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 BPF_NOEXIST = 1
 BPF_EXIST = 2
+#: Write the value where it is, under its `struct bpf_spin_lock` (since Linux 5.1, batches 5.6).
+BPF_F_LOCK = 4
 
 BPF_F_NO_PREALLOC = 1 << 0
 BPF_F_MMAPABLE = 1 << 10

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -149,7 +151,9 @@ def main() -> None:
     alone, groups = (20, 2) if options.quick else (100, 10)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockgate-bench-")))
-        plugins = asyncio.run(measure(folder, stack, alone, groups))
+        # The bed tells of its agents at its end; standard output is for the figures.
+        with contextlib.redirect_stdout(sys.stderr):
+            plugins = asyncio.run(measure(folder, stack, alone, groups))
     print(
         json.dumps(
             {

@@ -37,6 +37,7 @@ def tables(world: World) -> SimpleNamespace:
         object=world.object,
         connections=table("connections", "ct_key", "ct"),
         half_open=table("half_open", "ct_key", "ct"),
+        crowd=table("crowd", "ct_key", "ct"),
         nat=table("nat", "tuple", "nat"),
         fragments=table("fragments", "frag_key", "frag"),
     )

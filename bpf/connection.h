@@ -378,8 +378,12 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 	}
 	struct ct *ct = find_connection(p, &p->wire);
 
-	if (!ct && p->place == PLACE_FROM_NET && !for_a_pod(p))
-		return for_the_stack(skb, p);
+	if (!ct && p->place == PLACE_FROM_NET) {
+		if (!for_a_pod(p))
+			return for_the_stack(skb, p);
+		if (is_crowded(p))	/* as was not known before */
+			ct = ct_find(p, &p->wire);
+	}
 	if (p->fragment == FRAG_FIRST && !leave_ports(p, pod_of(p, ct)))
 		return drop(skb, p);
 	if (ct) {

@@ -6,6 +6,11 @@
  * a backend, before a pod's address became the node's. It begins in
  * `half_open` and moves to `connections` with the first reply, unless it
  * begins there again.
+ *
+ * Who floods a pod from elsewhere takes no room of others': what comes faster
+ * than the pod's budget begins in `crowd`, stays there when the pod answers (a
+ * server with SYN cookies answers everything), and moves when the one who began
+ * it comes again, which a forged source does not, and the budget has room.
  */
 #ifndef LOCKGATE_CONNTRACK_H
 #define LOCKGATE_CONNTRACK_H
@@ -62,9 +67,15 @@ static __noinline struct ct *ct_find(struct packet *p, const struct tuple *t)
 	struct ct *ct = bpf_map_lookup_elem(&connections, &p->key);
 
 	p->reply = 0;
-	p->half_open = !ct;
-	if (!ct)
+	p->table = IN_CONNECTIONS;
+	if (!ct) {
+		p->table = IN_HALF_OPEN;
 		ct = bpf_map_lookup_elem(&half_open, &p->key);
+	}
+	if (!ct && is_crowded(p)) {
+		p->table = IN_CROWD;
+		ct = bpf_map_lookup_elem(&crowd, &p->key);
+	}
 	if (!ct || p->dry)
 		return NULL;
 	if (is_past(p, ct->seen, ct_timeout(ct, t->proto)))
@@ -109,19 +120,33 @@ static __always_inline void ct_follow(struct ct *ct, __u8 tcp_flags, bool reply,
 		ct->state = CT_ESTABLISHED;
 }
 
-/* The same, and the move out of the half-open map. */
+/* Does the packet in hand, of a connection that was in state `was`, settle it? */
+static __always_inline bool ct_settles(struct packet *p, struct ct *ct, __u8 was)
+{
+	if (p->table == IN_HALF_OPEN)
+		return was == CT_NEW && ct->state == CT_ESTABLISHED;
+	if (p->table != IN_CROWD)
+		return false;
+	set_crowded(p);
+	return was == CT_ESTABLISHED && !p->reply && !(p->tcp_flags & (TCP_SYN | TCP_RST)) && may_settle(p);
+}
+
+/* The same, and the move into `connections`. */
 static __always_inline void ct_seen(struct packet *p, struct ct *ct)
 {
-	bool opens = p->half_open && ct->state == CT_NEW;
+	__u8 was = ct->state;
 
 	ct_follow(ct, p->tcp_flags, p->reply, p->now_s);
-	if (opens && ct->state == CT_ESTABLISHED) {
-		p->fresh = *ct;
-		if (p->fresh.tag != ct_tag(&p->key))
-			return;	/* another's by now */
-		bpf_map_update_elem(&connections, &p->key, &p->fresh, BPF_ANY);
+	if (!ct_settles(p, ct, was))
+		return;
+	p->fresh = *ct;
+	if (p->fresh.tag != ct_tag(&p->key))
+		return;	/* another's by now */
+	bpf_map_update_elem(&connections, &p->key, &p->fresh, BPF_ANY);
+	if (p->table == IN_HALF_OPEN)
 		bpf_map_delete_elem(&half_open, &p->key);
-	}
+	else
+		bpf_map_delete_elem(&crowd, &p->key);
 }
 
 /* Put a word of `now` in the place of that of `was`. False: it is another by now. What tells
@@ -182,13 +207,22 @@ static __always_inline void ct_begin(struct packet *p, const struct tuple *t)
 		return;
 	if (past)	/* would hide the new entry */
 		bpf_map_delete_elem(&connections, &p->key);
-	bpf_map_update_elem(&half_open, &p->key, ct, BPF_ANY);
+	if (p->place == PLACE_FROM_POD || p->own_socket || may_settle(p)) {
+		bpf_map_update_elem(&half_open, &p->key, ct, BPF_ANY);
+		return;
+	}
+	count(COUNT_CROWDED);
+	set_crowded(p);
+	bpf_map_delete_elem(&half_open, &p->key);	/* likewise */
+	bpf_map_update_elem(&crowd, &p->key, ct, BPF_ANY);
 }
 
 static __always_inline void ct_forget(struct packet *p)
 {
 	bpf_map_delete_elem(&connections, &p->key);
 	bpf_map_delete_elem(&half_open, &p->key);
+	if (p->table == IN_CROWD)
+		bpf_map_delete_elem(&crowd, &p->key);
 }
 
 #endif

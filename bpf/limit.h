@@ -19,6 +19,8 @@ struct budget {
 	__u64 connections;	/* that it begins */
 	__u64 events;
 	__u64 fragments;	/* packets in fragments, from it and to it */
+	__u64 arrivals;		/* connections to it, begun elsewhere */
+	__u32 crowded;		/* when `crowd` was last used for it, in seconds; 0 = never */
 } __attribute__((aligned(64)));	/* CPUs at work for other pods write to others */
 
 struct {
@@ -56,6 +58,30 @@ static __always_inline struct budget *budget_at(__u32 slot)
 static __always_inline struct budget *budget_of(struct packet *p)
 {
 	return budget_at(p->slot);
+}
+
+/* May one more connection to the pod, begun elsewhere, take room that others need? */
+static __always_inline bool may_settle(struct packet *p)
+{
+	struct budget *budget = budget_of(p);
+
+	return !budget || take(&budget->arrivals, bpf_ktime_get_coarse_ns(), config_connection_ns);
+}
+
+/* Can connections of the pod be in `crowd`? */
+static __always_inline bool is_crowded(struct packet *p)
+{
+	struct budget *budget = p->slot < MAX_ENDPOINTS ? budget_at(p->slot) : NULL;
+
+	return budget && budget->crowded && !is_past(p, budget->crowded, TIMEOUT_DATAGRAM);
+}
+
+static __always_inline void set_crowded(struct packet *p)
+{
+	struct budget *budget = budget_of(p);
+
+	if (budget && budget->crowded != p->now_s)
+		budget->crowded = p->now_s;
 }
 
 #endif

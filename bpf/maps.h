@@ -117,6 +117,15 @@ struct {
 	__type(value, struct ct);
 } half_open SEC(".maps");
 
+/* Apart from both: what comes to a pod faster than its share, until the one who
+ * began it was answered and came again. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct ct_key);
+	__type(value, struct ct);
+} crowd SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 131072);

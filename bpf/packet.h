@@ -36,6 +36,12 @@ enum fragment {
 	FRAG_LATER = 2,		/* has no ports of its own */
 };
 
+enum ct_table {			/* in the order in which they are asked */
+	IN_CONNECTIONS = 0,
+	IN_HALF_OPEN   = 1,
+	IN_CROWD       = 2,
+};
+
 struct packet {
 	struct tuple wire;	/* as it came */
 	struct tuple now;	/* as it will leave: rewrite() makes it so */
@@ -71,7 +77,7 @@ struct packet {
 	__u8  judged;		/* directions judged: 1 << enum direction */
 	__u8  reply;		/* the packet flows from responder to originator */
 	__u8  own_socket;	/* sent by a socket of this node */
-	__u8  half_open;	/* the connection found lives in that map */
+	__u8  table;		/* enum ct_table: where the connection found lives */
 	__u8  twin;		/* another connection has these ends: see is_taken() */
 
 	/* Both ends as the last verdict saw them, originator first. */

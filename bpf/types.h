@@ -438,6 +438,7 @@ enum counter {
 	COUNT_FORWARDED    = 2,	/* new connections forwarded */
 	COUNT_UNANSWERED   = 3,	/* ICMP errors and resets not sent: over the limit */
 	COUNT_EVENTS_CUT   = 4,	/* not written: too many a second about one pod */
+	COUNT_CROWDED      = 5,	/* connections begun towards a pod over its budget */
 	COUNT_CAUSE        = 8,	/* + enum cause: packets dropped */
 };
 #define COUNTERS 64

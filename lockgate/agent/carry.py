@@ -118,6 +118,7 @@ class Carry:
         by_name = {
             "connections": dp.connections,
             "half_open": dp.half_open,
+            "crowd": dp.crowd,
             "nat": dp.nat,
             "fragments": dp.fragments,
             "sockets": dp.sockets,

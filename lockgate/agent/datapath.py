@@ -93,6 +93,7 @@ class Datapath:
         self.link_roles = HashMap.of(obj, "link_roles", u32, u32)
         self.connections = HashMap.of(obj, "connections", dtype("ct_key"), dtype("ct"))
         self.half_open = HashMap.of(obj, "half_open", dtype("ct_key"), dtype("ct"))
+        self.crowd = HashMap.of(obj, "crowd", dtype("ct_key"), dtype("ct"))
         self.nat = HashMap.of(obj, "nat", dtype("tuple"), dtype("nat"))
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
@@ -202,6 +203,7 @@ class Datapath:
         wanted = {
             "connections": sizes.connections,
             "half_open": sizes.half_open,
+            "crowd": sizes.half_open,
             "nat": sizes.nat,
             "sockets": sizes.sockets,
         }

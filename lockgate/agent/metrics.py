@@ -107,6 +107,11 @@ def _families(status: dict[str, Any], agent: Agent) -> Iterable[Metric]:
         "ICMP errors and TCP resets that pods were not sent, over their limit",
         status["losses"]["answers"],
     )
+    yield counter(
+        "crowded_connections",
+        "Connections begun towards pods that were over their limit, tracked apart",
+        status["crowded"],
+    )
     yield counter("swept_connections", "Dead connections swept", status["counts"]["swept"])
     yield counter(
         "repaired_links",

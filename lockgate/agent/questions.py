@@ -127,6 +127,7 @@ def status(agent: Agent) -> dict[str, Any]:
         },
         "events": total("EVENTS"),
         "forwarded": total("FORWARDED"),
+        "crowded": total("CROWDED"),
         "drops": drops,
     }
 

@@ -59,7 +59,7 @@ def _tables(agent: Agent) -> dict[str, Any]:
             "entries": len(keys),
             "dump": [f"{key.tobytes().hex()} {value.tobytes().hex()}" for key, value in pairs],
         }
-    for name in ("connections", "half_open", "nat", "fragments"):
+    for name in ("connections", "half_open", "crowd", "nat", "fragments"):
         found[name] = {"entries": len(getattr(agent.dp, name))}
     return found
 

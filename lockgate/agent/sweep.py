@@ -77,6 +77,7 @@ def sweep(dp: Datapath, slice_: int = 8192) -> Iterator[int]:
     tables: list[tuple[HashMap, Expired]] = [
         (dp.connections, expired_connections),
         (dp.half_open, expired_connections),
+        (dp.crowd, expired_connections),
         (dp.nat, expired_nat),
         (dp.fragments, expired_fragments),
     ]

@@ -230,14 +230,14 @@ def test_what_may_not_begin_keeps_no_translation(one_connection, family):
      pytest.param({}, False, id="without a limit, which shows that this is a flood")],
 )  # fmt: skip
 def test_a_flood_of_one_pod_leaves_the_half_open_connection_of_another(worlds, limit, opens):
-    """8,192 first packets, twice what the table holds, between another pod's SYN and its answer,
-    which only as an answer may pass."""
+    """First packets, three times what the table holds, between another's SYN and its answer, which
+    only as an answer may pass."""
     with fresh(worlds(**limit)) as world:
         world.publish(base().isolate(B, INGRESS))
         assert sends(world, B, ip(4, "b", "c") / syn()).verdict == REDIRECT
         frame = bytearray(bytes(from_pod(A) / ip(4, "a", "remote") / udp()))
         context = syscall.skb_context(ifindex=at_pod(A))
-        for sport in range(1024, 1024 + 8192):
+        for sport in range(1024, 1024 + 12288):
             frame[34:36] = sport.to_bytes(2, "big")
             syscall.prog_test_run(world.object.prog_fd("from_pod"), bytes(frame), context)
         world.events()
@@ -252,6 +252,122 @@ def test_some_connections_may_begin_at_once(worlds):
             for n in range(AT_ONCE)
         )
         assert begun == AT_ONCE
+
+
+# ---- Connections from elsewhere ------------------------------------------------------
+
+CROWDED = 5  # enum counter
+
+
+def arrives(world: World, packet: Packet, card: int = OUTSIDE) -> Any:
+    return world.run("from_net", bytes(wire() / packet), card)
+
+
+def floods(world: World, frames: int, answered: bool = False) -> None:
+    """SYNs of the world to pod a, from an address each."""
+    program, context = world.object.prog_fd("from_net"), syscall.skb_context(ifindex=OUTSIDE)
+    frame = bytearray(bytes(wire() / ip(4, "world", "a") / syn()))
+    answer = bytearray(bytes(from_pod(A) / ip(4, "a", "world") / tcp(80, 40000, "SA")))
+    for number in range(frames):
+        frame[28:30] = answer[32:34] = number.to_bytes(2, "big")
+        assert syscall.prog_test_run(program, bytes(frame), context).retval == REDIRECT
+        if answered:
+            assert sends(world, A, Ether(bytes(answer)).payload).verdict == REDIRECT
+    world.events()
+
+
+def where(world: World, port: int) -> list[str]:
+    """The tables that a connection from this port is in."""
+    return [name for name, fields in world.tracked() if port in fields["ports"]]
+
+
+LIMITED = [
+    pytest.param({"connection": HOUR}, True, id="limited"),
+    pytest.param({}, False, id="without a limit, which shows that this is a flood"),
+]
+
+
+@pytest.mark.parametrize(("limit", "opens"), LIMITED)
+def test_a_flood_to_one_pod_leaves_the_half_open_connection_of_another(worlds, limit, opens):
+    with fresh(worlds(**limit)) as world:
+        world.publish(base().isolate(B, INGRESS))
+        assert sends(world, B, ip(4, "b", "c") / syn()).verdict == REDIRECT
+        floods(world, 12288)
+        answer = sends(world, C, ip(4, "c", "b") / tcp(80, 40000, "SA"))
+        assert (answer.verdict == REDIRECT) == opens
+
+
+@pytest.mark.parametrize(("limit", "stays"), LIMITED)
+def test_a_flood_that_is_answered_leaves_established_connections(worlds, limit, stays):
+    """A server with SYN cookies answers each SYN, whoever is said to have sent it. Another's
+    connection is idle meanwhile: its server's next packet passes only as a part of it."""
+    with fresh(worlds(**limit)) as world:
+        world.publish(base().isolate(B, INGRESS))
+        sends(world, B, ip(4, "b", "c") / syn())
+        sends(world, C, ip(4, "c", "b") / tcp(80, 40000, "SA"))
+        assert where(world, 40000) == ["connections"]
+        floods(world, 12288, answered=True)
+        data = sends(world, C, ip(4, "c", "b") / tcp(80, 40000, "PA"))
+        assert (data.verdict == REDIRECT) == stays
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("card", [OUTSIDE, UNDERLAY], ids=["from outside", "from another node"])
+def test_over_its_budget_a_pod_is_reached_all_the_same(one_connection, family, card):
+    """Its answers pass although its own policy lets it begin nothing."""
+    world = one_connection
+    world.publish(base().isolate(A, EGRESS))
+    source = "world" if card == OUTSIDE else "remote"
+    arrives(world, ip(family, source, "a") / syn(39999), card)
+    assert where(world, 39999) == ["half_open"]
+    there, back = ip(family, source, "a"), ip(family, "a", source)
+    assert len(arrives(world, there / syn(), card).events) == 1
+    assert where(world, 40000) == ["crowd"]
+    for _ in range(2):
+        outcome = arrives(world, there / syn(), card)  # sent again
+        assert (outcome.verdict, outcome.events) == (REDIRECT, [])
+        outcome = sends(world, A, back / tcp(80, 40000, "SA"))
+        assert (outcome.verdict, outcome.events) == (REDIRECT, [])
+        outcome = arrives(world, there / tcp(40000, 80, "A"), card)
+        assert (outcome.verdict, outcome.events) == (REDIRECT, [])
+        assert where(world, 40000) == ["crowd"]
+    assert world.counters()[CROWDED] == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_who_was_answered_and_comes_again_settles(one_connection, family, proto):
+    """As soon as the budget has room; a SYN sent again is no coming again."""
+    world = one_connection
+    there, back = ip(family, "world", "a"), ip(family, "a", "world")
+    first, answer, more = {
+        "tcp": (syn(), tcp(80, 40000, "SA"), tcp(40000, 80, "A")),
+        "udp": (udp(40000, 80), udp(80, 40000), udp(40000, 80)),
+    }[proto]
+    arrives(world, there / syn(39999))
+    arrives(world, there / first)
+    with ArrayMap.of(world.object, "budgets", world.dtype("budget")) as budgets:
+        account = budgets[A].copy()
+        account["arrivals"] = 0
+        budgets[A] = account
+    for packet in (there / first, there / first) if proto == "tcp" else (there / first,):
+        arrives(world, packet)
+    sends(world, A, back / answer)
+    if proto == "tcp":
+        arrives(world, there / first)
+    assert where(world, 40000) == ["crowd"]
+    assert arrives(world, there / more).events == []
+    assert where(world, 40000) == ["connections"]
+    assert sends(world, A, back / (tcp(80, 40000, "A") if proto == "tcp" else answer)).events == []
+
+
+def test_what_the_node_sends_to_its_pod_is_counted_on_no_account(one_connection):
+    world = one_connection
+    floods(world, 10)
+    frame = to_pod(A) / ip(4, "host", "a") / syn()
+    assert world.run("to_pod", bytes(frame), at_pod(A)).verdict == NEXT
+    assert world.run("from_pod", bytes(from_pod(A) / ip(4, "a", "host") / tcp(80, 40000, "SA")),
+                     at_pod(A)).events == []  # fmt: skip
 
 
 # ---- Fragments -----------------------------------------------------------------------

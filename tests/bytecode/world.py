@@ -214,7 +214,7 @@ class World:
         self.namespace = f"lg-{name}-{os.getpid()}"
         self.object = Object(path)
         self.object.set_rodata(constants or {})
-        for name in ("connections", "half_open", "nat", "sockets", "fragments"):
+        for name in ("connections", "half_open", "crowd", "nat", "sockets", "fragments"):
             self.object.set_max_entries(name, 4096)
         for name in ("events", "events_raw"):
             self.object.set_max_entries(name, 1 << 16)
@@ -235,6 +235,7 @@ class World:
         self.beyond = 0  # no other version
         self.connections = HashMap.of(obj, "connections", dtype("ct_key"), dtype("ct"))
         self.half_open = HashMap.of(obj, "half_open", dtype("ct_key"), dtype("ct"))
+        self.crowd = HashMap.of(obj, "crowd", dtype("ct_key"), dtype("ct"))
         self.nat = HashMap.of(obj, "nat", dtype("tuple"), dtype("nat"))
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
@@ -335,7 +336,8 @@ class World:
 
     def clear(self) -> None:
         """Forget connections, translations, fragments and events."""
-        for map_ in (self.connections, self.half_open, self.nat, self.fragments, self.sockets):
+        for name in ("connections", "half_open", "crowd", "nat", "fragments", "sockets"):
+            map_ = getattr(self, name)
             map_.delete_many(map_.keys())
         self.state.view["capture"][0] = 0
         self.events()
@@ -381,7 +383,7 @@ class World:
     def tracked(self) -> list[tuple[str, dict[str, Any]]]:
         """All connections as (map, fields)."""
         found = []
-        for map_ in (self.half_open, self.connections):
+        for map_ in (self.half_open, self.crowd, self.connections):
             for key, value in zip(*map_.items(), strict=True):
                 fields = {name: value[name].tolist() for name in value.dtype.names}
                 fields["lo"] = format_address(key["lo"].tobytes())

@@ -410,6 +410,7 @@ def traces(cluster: Cluster, schema: Schema) -> dict[str, Any]:
         for name, key, value in (
             ("connections", "ct_key", "ct"),
             ("half_open", "ct_key", "ct"),
+            ("crowd", "ct_key", "ct"),
             ("nat", "tuple", "nat"),
             ("fragments", "frag_key", "frag"),
         ):

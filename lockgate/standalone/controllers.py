@@ -45,6 +45,7 @@ __all__ = [
     "make_nodes",
     "node_number",
     "plan",
+    "running_nodes",
 ]
 
 Key = tuple[str, str]
@@ -178,6 +179,31 @@ def make_nodes(objects: Iterable[Object], count: int) -> dict[str, Node]:
             ),
         )
     return result
+
+
+def running_nodes(
+    objects: Iterable[Object], count: int, nodes: Mapping[str, Node]
+) -> tuple[dict[str, Node], list[str]]:
+    """The nodes that run, with the labels that the manifests give them now; and what else of the
+    manifests' nodes is not in force before the cluster is started again."""
+    again = "in force when the cluster is started again: `lockgate down`, `lockgate up`"
+    objects = list(objects)
+    wanted = make_nodes(objects, count)
+    cidrs = {
+        item.metadata.name: item.spec.pod_cidrs or [item.spec.pod_cidr]
+        for item in objects
+        if isinstance(item, Node) and (item.spec.pod_cidrs or item.spec.pod_cidr)
+    }
+    result, late = {}, []
+    for name, node in nodes.items():
+        if name not in wanted:
+            late.append(f"node {name}: its end is {again}")
+        elif cidrs.get(name, node.spec.pod_cidrs) != node.spec.pod_cidrs:
+            late.append(f"node {name}: its other podCIDRs are {again}")
+        metadata = wanted.get(name, node).metadata
+        result[name] = msgspec.structs.replace(node, metadata=metadata)
+    late += [f"node {name}: it is {again}" for name in wanted if name not in nodes]
+    return result, late
 
 
 def node_number(node: Node) -> int:

@@ -34,6 +34,7 @@ from lockgate.standalone.controllers import (
     make_nodes,
     node_number,
     plan,
+    running_nodes,
 )
 from lockgate.standalone.pods import AgentRefused, PodRunner
 from lockgate.standalone.state import State
@@ -74,6 +75,7 @@ class Supervisor:
         self._node_count = nodes
         self._memory = Memory(seed=str(uuid.uuid4()))
         self._others: list[Object] = []
+        self._late: list[str] = []
         self._slices: dict[Key, EndpointSlice] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._ending: set[PodRunner] = set()
@@ -155,11 +157,8 @@ class Supervisor:
             self.tell()
             return
         self._others = others
+        self.nodes, self._late = running_nodes(update.objects, self._node_count, self.nodes)
         self.plan = plan(update.objects, self.nodes, self._memory)
-        if list(make_nodes(update.objects, self._node_count)) != list(self.nodes):
-            self.plan.warnings.append(
-                "The set of nodes is that of the start: run `lockgate up` again to change it"
-            )
         for warning in update.warnings + self.plan.warnings:
             if warning not in known:
                 log.warning("%s", warning)
@@ -310,7 +309,7 @@ class Supervisor:
 
     def reasons(self, revision: int) -> list[str]:
         """Why what was saved is not in force on all nodes; nothing when it is."""
-        reasons = list(self.update.errors)
+        reasons = [*self.update.errors, *self._late]
         for node in self.store.behind(revision):
             agents = [c for c in self.children if c.node == node and c.role == "agent"]
             error = agents[0].last_error if agents else ""
@@ -350,7 +349,7 @@ class Supervisor:
             if self._pods_changed:
                 self.publish()
             reasons = self.reasons(self.store.revision)
-            final = self.update.errors or self.store.errors or self.plan.unscheduled
+            final = self.update.errors or self._late or self.store.errors or self.plan.unscheduled
             left = end - loop.time()
             if not reasons or left <= 0 or (final and not self._under_way()):
                 return reasons

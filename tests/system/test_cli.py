@@ -484,7 +484,7 @@ def test_follow_prints_records_as_they_come(shop: Cluster) -> None:
         record = json.loads(process.stdout.readline())
         assert (record["verdict"], record["destination"]["port"]) == ("deny", 5432)
         process.send_signal(signal.SIGINT)
-        assert process.wait(5) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

@@ -513,7 +513,7 @@ static int exec_in(const char *pid, const char *cgroup, char **command)
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		execvp(command[0], command);
 		status = errno == ENOENT ? 127 : 126;
-		dprintf(STDERR_FILENO, "error cannot run %s: %s\n", command[0], strerror(errno));
+		dprintf(STDERR_FILENO, "lockgate: cannot run %s: %s\n", command[0], strerror(errno));
 		_exit(status);
 	}
 	while (waitpid(child, &status, 0) < 0 && errno == EINTR)

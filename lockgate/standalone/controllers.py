@@ -117,10 +117,26 @@ def plan(objects: Iterable[Object], nodes: Mapping[str, Node], memory: Memory) -
                 )
             else:
                 result.pods[pod.key] = pod
+    _unknown_probes(result)
     _schedule(result, memory)
     _identify(result, memory)
     _cluster_ips(services, result, memory)
     return result
+
+
+def _unknown_probes(result: Plan) -> None:
+    told = set()
+    for pod in result.pods.values():
+        owner = next((f"{o.kind} {pod.key[0]}/{o.name}" for o in pod.metadata.owner_references), "")
+        for container in probed_container(pod):
+            probe = container.readiness_probe
+            if probe is not None and probe.http_get is None and probe.tcp_socket is None:
+                told.add((owner or f"Pod {'/'.join(pod.key)}", container.name))
+    result.warnings += [
+        f"{title}: the readinessProbe of container {name} is neither httpGet nor tcpSocket: it is"
+        " not run, and counts as passed"
+        for title, name in sorted(told)
+    ]
 
 
 def _key(item: Object) -> Key:

@@ -150,6 +150,18 @@ def test_node_name_and_selector_are_honoured(spec: str, node: str | None) -> Non
         assert "stays Pending" in plan.warnings[0]
 
 
+def test_probes_that_are_not_run_are_named_once_a_workload() -> None:
+    text = workload("Deployment", "web", 2).replace(
+        "ports: [", "readinessProbe: {exec: {command: [x]}}, ports: ["
+    )
+    assert planned(text).warnings == [
+        "Deployment default/web: the readinessProbe of container c is neither httpGet nor"
+        " tcpSocket: it is not run, and counts as passed"
+    ]
+    known = text.replace("exec: {command: [x]}", "tcpSocket: {port: http}")
+    assert planned(known).warnings == []
+
+
 @pytest.mark.parametrize(
     ("spec", "families", "count"),
     [

@@ -46,20 +46,38 @@ class Cards:
     outside: Card | None
     #: Interface index of the VXLAN device; 0 = there is none.
     tunnel: int = 0
+    #: With the InternalIP of the other family than the underlay's, where that is another card.
+    underlay2: Card | None = None
+    #: With the default route of IPv6, where IPv4's is another card's.
+    outside6: Card | None = None
+
+    @property
+    def all(self) -> list[Card]:
+        """Each once."""
+        found = (self.underlay, self.outside, self.underlay2, self.outside6)
+        return list({card.index: card for card in found if card is not None}.values())
 
 
 def read_cards(underlay: str, outside: str, addresses: Collection[str] = ()) -> Cards:
     """None for a card without a name, and for one that is not there. "auto": the one with one of
-    the node's `addresses`, and the one with the best default route, if it is another."""
+    the node's `addresses`, and the one with the best default route, if it is another; and those
+    that have the other family's."""
+    underlay2 = outside6 = ""
     if underlay == AUTO:
-        underlay = _with_address(addresses)
+        six = bool(addresses) and ":" in next(iter(addresses))
+        underlay = _with_address([ip for ip in addresses if (":" in ip) == six])
+        underlay2 = _with_address([ip for ip in addresses if (":" in ip) != six])
+        underlay = underlay or underlay2
+        underlay2 = "" if underlay2 == underlay else underlay2
     if outside == AUTO:
-        outside = _with_default_route()
+        outside6 = _with_default_route(":")
+        outside = _with_default_route(".") or outside6
+        outside6 = "" if outside6 == outside else outside6
         outside = "" if outside == underlay else outside
     tunnel = 0
     with contextlib.suppress(OSError):
         tunnel = socket.if_nametoindex(TUNNEL)
-    return Cards(_read(underlay), _read(outside), tunnel)
+    return Cards(_read(underlay), _read(outside), tunnel, _read(underlay2), _read(outside6))
 
 
 def _with_address(addresses: Collection[str]) -> str:
@@ -72,11 +90,16 @@ def _with_address(addresses: Collection[str]) -> str:
     return next((found[address] for address in addresses if address in found), "")
 
 
-def _with_default_route() -> str:
+def _with_default_route(family: str) -> str:
+    """The card with the best one; `family` is "." or ":", as in its gateways' addresses. Of routes
+    without a gateway it is not known, they count for IPv4."""
     names = {card.index: card.name for card in _cards()}
-    routes = [route for route in dumps.default_routes() if route.ifindex in names]
-    # Of IPv4 and IPv6 the former comes first.
-    routes.sort(key=lambda route: (":" in route.gateway, route.metric))
+    routes = [
+        route
+        for route in dumps.default_routes()
+        if route.ifindex in names and (":" in route.gateway) == (family == ":")
+    ]
+    routes.sort(key=lambda route: route.metric)
     return names[routes[0].ifindex] if routes else ""
 
 

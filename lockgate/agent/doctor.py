@@ -87,7 +87,7 @@ class Facts(msgspec.Struct, kw_only=True):
 def collect(agent: Agent) -> Facts:
     """The node as it is now. From the worker: in the node's network namespace."""
     found = agent.uplinks.read()
-    cards = [card.name for card in (found.underlay, found.outside) if card is not None]
+    cards = [card.name for card in found.all]
     links = {}
     for one in dumps.interfaces():
         try:

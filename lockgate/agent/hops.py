@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import ip_interface
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lockgate.agent.cards import AUTO, Card, Cards
 from lockgate.agent.datapath import Datapath
+from lockgate.agent.hop import DROP, NONE, Hop, masquerading
 from lockgate.agent.stack_routes import StackRoutes
 from lockgate.agent.tunnel import TunnelDevice
 from lockgate.agent.ways import Routing, Way, choose_way, internal_ips, of_family, pod_cidrs
@@ -30,36 +31,20 @@ from lockgate.net.vxlan import OVERHEAD4, OVERHEAD6
 from lockgate.objects.address import is_ipv4, parse_address, parse_cidr
 from lockgate.objects.model import Cluster, Node
 
-__all__ = ["Hop", "Hops"]
+__all__ = ["Hops"]
 
 log = logging.getLogger(__name__)
 
 HERE, WORLD, NOWHERE, NEAR_UNDERLAY, NEAR_OUTSIDE = 0, 1, 2, 3, 4
+#: Where the families are on different cards.
+WORLD6, NEAR_UNDERLAY2, NEAR_OUTSIDE6 = 5, 6, 7
 FIRST_NODE = 8
 #: Addresses that mean something only within a host or on a link (RFC 6890): no way leads there.
 NEVER_LEAVES = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/127", "fe80::/10")
-_MAC, _MASQ, _DROP, _TUNNEL = 1, 2, 4, 8
+_MAC, _MASQ, _TUNNEL = 1, 2, 8
 _UNDERLAY, _OUTSIDE, _TUNNEL_ROLE = 1, 2, 3
 #: Where frames in the tunnel are made out to: whoever gets them takes them.
 _TUNNEL_MAC = bytes.fromhex("0a6c00000001")
-_NONE = bytes(16)
-
-
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """`struct hop_view`, addresses as 16 bytes."""
-
-    ifindex: int = 0
-    flags: int = _DROP
-    dmac: bytes = bytes(6)
-    smac: bytes = bytes(6)
-    mtu: int = 0
-    via4: bytes = _NONE
-    via6: bytes = _NONE
-    masq4: bytes = _NONE
-    masq6: bytes = _NONE
-    remote: bytes = _NONE
-    local: bytes = _NONE
 
 
 class Hops:
@@ -103,7 +88,7 @@ class Hops:
             bytes(row[via]): number
             for number, row in enumerate(in_force)
             for via in ("via4", "via6", "remote")
-            if number >= FIRST_NODE and bytes(row[via]) != _NONE
+            if number >= FIRST_NODE and bytes(row[via]) != NONE
         }
 
     def number(self, node: str) -> int | None:
@@ -158,7 +143,7 @@ class Hops:
         self._write_roles(cards, tunnel.index if tunnel is not None else cards.tunnel)
         if tunnel is not None:
             self._device.attach(tunnel.index)
-        wanted = {NOWHERE: Hop(flags=_DROP | _MASQ)}  # no way of the world's
+        wanted = {NOWHERE: Hop(flags=DROP | _MASQ)}  # no way of the world's
         routes: dict[tuple[bytes, int], int] = {}
         services = self._services(cluster)
         for cidr in (*services, *NEVER_LEAVES):
@@ -167,12 +152,12 @@ class Hops:
             wanted[number] = self._to_node(net, cards.underlay, tunnel, ways.get(name))
         self.mtu = min((card.mtu for card in (cards.underlay, tunnel) if card), default=0)
         self._near(cards, wanted, routes)
-        self._world(net, cards.outside or cards.underlay, wanted, routes)
+        self._world(net, cards, wanted, routes)
         table = self._records(wanted)
         if not np.array_equal(table.view(np.uint8), self.table.view(np.uint8)):
             self.table = table
         self._wanted_routes = routes
-        routes_of_stack = self._stack_routes(cluster, cards.underlay, tunnel, ways)
+        routes_of_stack = self._stack_routes(cluster, cards, tunnel, ways)
         self.errors += self._stack.write(net, services, routes_of_stack)
         self._made_of = cards
 
@@ -262,9 +247,11 @@ class Hops:
         )
 
     def _stack_routes(
-        self, cluster: Cluster, card: Card | None, tunnel: Card | None, ways: Mapping[str, Way]
+        self, cluster: Cluster, cards: Cards, tunnel: Card | None, ways: Mapping[str, Way]
     ) -> dict[str, Route]:
-        """What leads the node's own packets to other nodes' pods, by block."""
+        """What leads the node's own packets to other nodes' pods, by block. A family without an
+        address on the underlay's link goes by the card that has one; pods' packets need none."""
+        card, second = cards.underlay, cards.underlay2
         me = cluster.nodes.get(self._node)
         mine = internal_ips(me) if me is not None else []
         wanted = {}
@@ -276,16 +263,31 @@ class Hops:
                     wanted[cidr] = Route(tunnel.index, "", source, way.remote, way.local)
                 elif via and card is not None:
                     wanted[cidr] = Route(card.index, via, source)
+                elif second is not None:
+                    near = choose_way(
+                        "direct", internal_ips(cluster.nodes[name]), mine, second.addresses
+                    )
+                    via = of_family(near.direct, cidr) if isinstance(near, Way) else ""
+                    if via:
+                        wanted[cidr] = Route(second.index, via, source)
         return wanted
 
     def _near(
         self, cards: Cards, wanted: dict[int, Hop], routes: dict[tuple[bytes, int], int]
     ) -> None:
         """On-link neighbours that are no nodes: the kernel's neighbour table finds them."""
-        for number, card in ((NEAR_UNDERLAY, cards.underlay), (NEAR_OUTSIDE, cards.outside)):
-            if card is None:
+        numbered = (
+            (NEAR_UNDERLAY, cards.underlay),
+            (NEAR_OUTSIDE, cards.outside),
+            (NEAR_UNDERLAY2, cards.underlay2),
+            (NEAR_OUTSIDE6, cards.outside6),
+        )
+        seen = set()
+        for number, card in numbered:
+            if card is None or card.index in seen:
                 continue
-            wanted[number] = _masquerading(
+            seen.add(card.index)
+            wanted[number] = masquerading(
                 Hop(card.index, _MASQ, smac=card.mac, mtu=card.mtu), card.addresses
             )
             for address in card.addresses:
@@ -298,24 +300,34 @@ class Hops:
     def _world(
         self,
         net: Net,
-        card: Card | None,
+        cards: Cards,
         wanted: dict[int, Hop],
         routes: dict[tuple[bytes, int], int],
     ) -> None:
         v4, v6 = parse_cidr("0.0.0.0/0"), parse_cidr("::/0")
         # ::/0 holds the IPv4 block too, so that one must not be left out.
         routes[v4] = routes[v6] = NOWHERE
-        if card is None or not card.gateways:
-            return
-        hop = self._towards(net, card, card.gateways)
-        hop = replace(hop, flags=hop.flags | _MASQ)
-        wanted[WORLD] = _masquerading(hop, card.addresses)
-        for gateway in card.gateways:
-            routes[v6 if ":" in gateway else v4] = WORLD
+        card, six = cards.outside or cards.underlay, cards.outside6
+        # One hop for both families, with one MAC mostly, or one for each.
+        ways = (
+            [(WORLD, card, [ip for ip in card.gateways if six is None or ":" not in ip])]
+            if card
+            else []
+        )
+        if six is not None:
+            ways.append((WORLD6, six, [ip for ip in six.gateways if ":" in ip]))
+        for number, one, gateways in ways:
+            if not gateways:
+                continue
+            hop = self._towards(net, one, gateways)
+            hop = replace(hop, flags=hop.flags | _MASQ)
+            wanted[number] = masquerading(hop, one.addresses)
+            for gateway in gateways:
+                routes[v6 if ":" in gateway else v4] = number
 
     def _towards(self, net: Net, card: Card, ips: Iterable[str]) -> Hop:
         """A hop to a neighbour with these addresses; without its MAC until the kernel knows it."""
-        vias = {4: _NONE, 6: _NONE}
+        vias = {4: NONE, 6: NONE}
         known = set()
         for ip in ips:
             mac = card.macs.get(ip)
@@ -326,7 +338,7 @@ class Hops:
                 known.add(mac)
             address = parse_address(ip)
             family = 4 if is_ipv4(address) else 6
-            if vias[family] == _NONE:
+            if vias[family] == NONE:
                 vias[family] = address
         hop = Hop(card.index, 0, smac=card.mac, mtu=card.mtu, via4=vias[4], via6=vias[6])
         # Two gateways with a MAC each: the kernel looks it up per packet.
@@ -337,10 +349,11 @@ class Hops:
         if tunnel:
             roles[tunnel] = _TUNNEL_ROLE
         # A card that is both is the outside only if there is no other.
-        if cards.outside is not None:
-            roles[cards.outside.index] = _OUTSIDE
-        if cards.underlay is not None:
-            roles[cards.underlay.index] = _UNDERLAY
+        for role, *those in (
+            (_OUTSIDE, cards.outside6, cards.outside),
+            (_UNDERLAY, cards.underlay2, cards.underlay),
+        ):
+            roles |= {card.index: role for card in those if card is not None}
         found, self._roles = self._roles, None
         if found is None:
             keys, values = self._dp.link_roles.items()
@@ -373,13 +386,3 @@ class Hops:
             else:
                 table[name][numbers] = values
         return table
-
-
-def _masquerading(hop: Hop, addresses: Iterable[str]) -> Hop:
-    masq = {4: _NONE, 6: _NONE}
-    for text in addresses:
-        address = parse_address(text.partition("/")[0])
-        family = 4 if is_ipv4(address) else 6
-        if masq[family] == _NONE:
-            masq[family] = address
-    return replace(hop, masq4=masq[4], masq6=masq[6])

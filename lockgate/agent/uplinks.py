@@ -48,8 +48,8 @@ class Uplinks:
         """Our program to the cards, wherever it is not."""
         if cards.underlay is not None:
             self.underlay = cards.underlay.index
-        for card in (cards.underlay, cards.outside):
-            if card is not None and self._attached.get(card.name) != card.index:
+        for card in cards.all:
+            if self._attached.get(card.name) != card.index:
                 self._agent.dp.attach_net(card.name, card.index)
                 self._attached[card.name] = card.index
 

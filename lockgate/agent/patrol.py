@@ -29,8 +29,8 @@ class Patrol:
         self.repaired = 0
         #: What was done, to be told as events: "Pod shop/web, link lg7: …".
         self.told: list[str] = []
-        #: Programs of others that ours was put in front of, by slot, likewise.
-        self.others: dict[int, str] = {}
+        #: By pods' uid programs of others that ours was put in front of, likewise.
+        self.others: dict[str, str] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -41,6 +41,11 @@ class Patrol:
             if not agent.dp.pending and await asyncio.to_thread(self._disturbed):
                 async with agent.turn:
                     await agent.work(self._settle)
+            else:
+                # What there was to complain of is well, or its pod went.
+                agent.errors.pop("programs", None)
+                leases = agent.ipam.leases
+                self.others = {uid: text for uid, text in self.others.items() if uid in leases}
 
     def _disturbed(self) -> bool:
         """Pods that are just being wired may look so."""
@@ -54,7 +59,7 @@ class Patrol:
 
     def _settle(self) -> None:
         agent, errors = self._agent, []
-        others: dict[int, str] = {}
+        others: dict[str, str] = {}
         for lease in agent.ipam.leases.values():
             link = agent.endpoints.link(lease)
             title = f"{agent.endpoints.title(lease.uid)}, link {link.name}"
@@ -66,13 +71,13 @@ class Patrol:
                     errors.append(f"{title}: {error}")
                 continue
             if found:
-                others[link.slot] = f"{title}: {', '.join(found)} of somebody else; ours run first"
+                others[lease.uid] = f"{title}: {', '.join(found)} of somebody else; ours run first"
             if done:
                 self.repaired += 1
                 self.told.append(f"{title}: {', '.join(done)}")
                 log.warning("%s", self.told[-1])
-        for slot in others.keys() - self.others.keys():
-            log.warning("%s", others[slot])
+        for uid in others.keys() - self.others.keys():
+            log.warning("%s", others[uid])
         self.others = others
         del self.told[:-_KEPT]
         agent.errors["programs"] = errors

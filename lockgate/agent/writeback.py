@@ -96,8 +96,8 @@ class WriteBack:
         current |= dict.fromkeys(agent.refused, "NoAddress")
         agent.refused.clear()
         current |= dict.fromkeys(agent.patrol.others.values(), "ForeignProgram")
-        current |= dict.fromkeys(agent.patrol.told, "ProgramPutBack")
-        agent.patrol.told.clear()
+        told, agent.patrol.told = agent.patrol.told, []
+        current |= dict.fromkeys(told, "ProgramPutBack")
         for text in current.keys() - self._seen:
             self.events.tell(self._regarding(text), current[text], text, "Enforcing")
         self._seen = set(current)

@@ -3,7 +3,7 @@
 #ifndef LOCKGATE_BACKEND_H
 #define LOCKGATE_BACKEND_H
 
-#include "maps.h"
+#include "packet.h"
 
 /* Is this address a backend of this service, in the epoch's view? */
 static __always_inline bool backend_live(__u32 epoch, __u32 service, const struct addr *addr,
@@ -18,6 +18,32 @@ static __always_inline bool backend_live(__u32 epoch, __u32 service, const struc
 	struct backend_state *backend = bpf_map_lookup_elem(&service_backends, &key);
 
 	return backend && backend->live[epoch & 1];
+}
+
+/* The backend that a client keeps, while it lives and the client comes back in
+ * time. False: it keeps none. */
+static __always_inline bool affinity_find(const struct affinity_key *key, const struct service_view *view,
+					  __u32 epoch, __u8 proto, __u32 now, bool dry, struct affinity *found)
+{
+	struct affinity *kept = bpf_map_lookup_elem(&affinities, key);
+
+	if (!kept)
+		return false;
+	*found = *kept;
+	if (is_later(now, found->seen, view->affinity) ||
+	    !backend_live(epoch, view->id, &found->addr, found->port, proto))
+		return false;
+	if (!dry && found->seen != now)
+		kept->seen = now;
+	return true;
+}
+
+static __always_inline void affinity_keep(const struct affinity_key *key, const struct addr *addr,
+					  __be16 port, __u32 now)
+{
+	struct affinity value = { .addr = *addr, .port = port, .seen = now };
+
+	bpf_map_update_elem(&affinities, key, &value, BPF_ANY);
 }
 
 #endif

@@ -147,6 +147,13 @@ struct {
 	__type(value, struct socket_peer);
 } sockets SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} affinities SEC(".maps");
+
 /* The sockets that ever asked for a service: spares all others the look-up in
  * `sockets` with each connection. Ends with the socket. */
 struct {

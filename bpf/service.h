@@ -32,13 +32,23 @@ static __always_inline struct service_view *service_find(struct packet *p, const
 	return view->flags & SVC_PRESENT ? view : NULL;
 }
 
-/* Put a random backend of the service in p->now's destination. */
+/* Put a backend of the service in p->now's destination: the one that the client
+ * keeps, or one at random. */
 static __always_inline bool backend_for_packet(struct packet *p, struct service_view *view)
 {
+	struct affinity_key client = { .service = view->id, .by_address = 1 };
 	void *image = image_of(p->epoch);
+	struct affinity kept;
 
 	if (!image || !view->count)
 		return false;
+	__builtin_memcpy(client.client, &p->wire.saddr, sizeof(client.client));
+	if (view->affinity &&
+	    affinity_find(&client, view, p->epoch, p->wire.proto, p->now_s, p->dry, &kept)) {
+		p->now.daddr = kept.addr;
+		p->now.dport = kept.port;
+		return true;
+	}
 	__u32 word = view->backends + bpf_get_prandom_u32() % view->count * BACKEND_WORDS;
 	__u64 *high = image_word(image, word);
 	__u64 *low = image_word(image, word + 1);
@@ -49,6 +59,8 @@ static __always_inline bool backend_for_packet(struct packet *p, struct service_
 	((__u64 *)&p->now.daddr)[0] = *high;
 	((__u64 *)&p->now.daddr)[1] = *low;
 	p->now.dport = (__be16)*port;
+	if (view->affinity && !p->dry)
+		affinity_keep(&client, &p->now.daddr, p->now.dport, p->now_s);
 	return true;
 }
 

@@ -94,17 +94,28 @@ static __always_inline struct socket_key socket_key(struct bpf_sock_addr *ctx,
 	return key;
 }
 
-/* One of the service's backends at random. False when the image has none. */
-static __always_inline bool choose_backend(const struct service_view *service, __u32 epoch,
-					   struct sock_name *chosen)
+/* One of the service's backends: the one that the client keeps, or one at
+ * random. False when the image has none. */
+static __always_inline bool choose_backend(struct bpf_sock_addr *ctx, const struct service_view *service,
+					   __u32 epoch, struct sock_name *chosen)
 {
+	struct affinity_key client = { .service = service->id };
 	struct image_backend backend;
 	void *image = image_of(epoch);
 	__u64 *words[BACKEND_WORDS];
+	struct affinity kept;
 	__u32 first;
 
 	if (!image || !service->count)
 		return false;
+	if (service->affinity) {
+		client.client[0] = bpf_get_netns_cookie(ctx);
+		if (affinity_find(&client, service, epoch, (__u8)ctx->protocol, now_seconds(), false, &kept)) {
+			chosen->addr = kept.addr;
+			chosen->port = kept.port;
+			return true;
+		}
+	}
 	first = service->backends +
 		bpf_get_prandom_u32() % service->count * BACKEND_WORDS;
 	words[0] = image_word(image, first);
@@ -117,6 +128,8 @@ static __always_inline bool choose_backend(const struct service_view *service, _
 	__builtin_memcpy((char *)&backend + 16, words[2], 8);
 	chosen->addr = backend.addr;
 	chosen->port = backend.port;
+	if (service->affinity)
+		affinity_keep(&client, &chosen->addr, chosen->port, now_seconds());
 	return true;
 }
 
@@ -175,7 +188,7 @@ static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
 	    backend_live(epoch, view->id, &kept->addr, kept->port, IPPROTO_UDP)) {
 		chosen.addr = kept->addr;
 		chosen.port = kept->port;
-	} else if (choose_backend(view, epoch, &chosen)) {
+	} else if (choose_backend(ctx, view, epoch, &chosen)) {
 		remember(&by_service, &chosen, view->id);
 	} else {
 		bpf_set_retval(-ECONNREFUSED);

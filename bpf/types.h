@@ -172,6 +172,7 @@ struct service_view {
 	__u32 backends;		/* image word of the first backend */
 	__u16 count;		/* of backends; 0 = refuse */
 	__u16 flags;		/* enum service_flag bits */
+	__u32 affinity;		/* seconds that a client keeps its backend; 0 = none */
 };
 
 struct service {
@@ -210,6 +211,22 @@ struct socket_peer {
 	__u32 service;		/* service id */
 	__be16 port;
 	__u16 pad;
+};
+
+/* A client of a service with affinity and the backend that it keeps. Who asks
+ * by a socket is known by its network namespace, for its address may not be
+ * chosen yet; else by address. A pod has one of each. */
+struct affinity_key {
+	__u64 client[2];	/* cookie of the namespace and 0; or the address */
+	__u32 service;
+	__u32 by_address;
+};
+
+struct affinity {
+	struct addr addr;
+	__be16 port;
+	__u16 pad;
+	__u32 seen;		/* seconds, monotonic: when a connection began last */
 };
 
 /* ---- Hops: where packets leave the node ----------------------------------- */

@@ -122,6 +122,7 @@ class Carry:
             "nat": dp.nat,
             "fragments": dp.fragments,
             "sockets": dp.sockets,
+            "affinities": dp.affinities,
         }
         # What is in both goes to `connections` last: it is looked up there first.
         for name, mine in reversed(by_name.items()):

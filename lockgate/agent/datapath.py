@@ -97,6 +97,7 @@ class Datapath:
         self.nat = HashMap.of(obj, "nat", dtype("tuple"), dtype("nat"))
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
+        self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
         self.counters = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
         #: The programs on pods' links.
         self.guard = Guard(obj, self.links)

@@ -92,6 +92,7 @@ class Entry:
     id: int
     words: bytes
     count: int
+    affinity: int = 0
 
 
 @dataclass(slots=True)
@@ -224,7 +225,8 @@ class Services:
             self._view(gone, None)
         for entry in entries.values():
             at = self._place(entry, rooms.get(entry.key))
-            self._view(entry.key, ServiceView(entry.id, at, entry.count, SVC_PRESENT))
+            view = ServiceView(entry.id, at, entry.count, SVC_PRESENT, entry.affinity)
+            self._view(entry.key, view)
         backends: dict[BackendKey, None] = {}
         for entry in entries.values():
             for at in range(0, len(entry.words), 8 * BACKEND_WORDS):
@@ -247,6 +249,7 @@ class Services:
         errors: list[str],
     ) -> dict[ServiceKey, Entry]:
         title = f"Service {'/'.join(name)}"
+        affinity = max(0, min(service.affinity, 0x7FFFFFFF))
         found: dict[ServiceKey, Entry] = {}
         for ip in _cluster_ips(service):
             try:
@@ -276,7 +279,7 @@ class Services:
                     _ADDRESS_PORT.pack(backend, target) + _FLAGS_ENDPOINT.pack(0, endpoint(backend))
                     for backend, target in chosen
                 )
-                found[key] = Entry(key, number, words, len(chosen))
+                found[key] = Entry(key, number, words, len(chosen), affinity)
         return found
 
     def _withdraw(self, key: Name) -> None:

@@ -97,6 +97,8 @@ class ServiceView:
     backends: int
     count: int
     flags: int
+    affinity: int = 0
+    """Seconds that a client keeps its backend; 0: it keeps none."""
 
 
 class Ids(Protocol):

@@ -214,6 +214,14 @@ class ServicePort(Base, frozen=True):
     app_protocol: str = ""
 
 
+class ClientIPConfig(Base, frozen=True):
+    timeout_seconds: int = 10800
+
+
+class SessionAffinityConfig(Base, frozen=True):
+    client_ip: ClientIPConfig = msgspec.field(name="clientIP", default=ClientIPConfig())
+
+
 class ServiceSpec(Base, frozen=True):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(name="clusterIP", default="")
@@ -225,6 +233,8 @@ class ServiceSpec(Base, frozen=True):
     ports: list[ServicePort] = []
     publish_not_ready_addresses: bool = False
     internal_traffic_policy: str = ""
+    session_affinity: str = ""
+    session_affinity_config: SessionAffinityConfig = SessionAffinityConfig()
 
 
 class Service(Base, frozen=True):
@@ -240,6 +250,13 @@ class Service(Base, frozen=True):
             return []
         ips = self.spec.cluster_ips or ([self.spec.cluster_ip] if self.spec.cluster_ip else [])
         return [ip for ip in ips if ip and ip != "None"]
+
+    @property
+    def affinity(self) -> int:
+        """Seconds that a client keeps its backend, 0 if it keeps none."""
+        if self.spec.session_affinity != "ClientIP":
+            return 0
+        return self.spec.session_affinity_config.client_ip.timeout_seconds
 
 
 class EndpointConditions(Base, frozen=True):

@@ -225,6 +225,12 @@ def _service(item: Service) -> None:
         )
     if spec.internal_traffic_policy:
         _in(spec.internal_traffic_policy, ("Cluster", "Local"), "spec.internalTrafficPolicy")
+    if spec.session_affinity:
+        _in(spec.session_affinity, ("None", "ClientIP"), "spec.sessionAffinity")
+    timeout = spec.session_affinity_config.client_ip.timeout_seconds
+    if not 0 < timeout <= 86400:
+        path = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
+        raise FieldError(path, "seconds, from 1 to 86400", timeout)
     _service_ports(item)
 
 

@@ -46,6 +46,7 @@ from tests.bytecode.world import (
     REDIRECT,
     UNDERLAY,
     pod_mac,
+    set_seen,
 )
 
 ESTABLISHED, CLOSED = 2, 4  # enum ct_state
@@ -327,13 +328,6 @@ def test_a_pod_sends_errors_about_what_it_was_sent(world, family, proto):
 
 
 # ---- What is remembered --------------------------------------------------------------
-
-
-def set_seen(map_, seconds: int) -> None:
-    keys, values = map_.items()
-    values = values.copy()
-    values["seen"] = values["seen"].astype(np.int64) + seconds
-    map_.update_many(keys, values)
 
 
 def test_an_entry_seen_by_another_cpu_in_the_next_second_is_alive(world):

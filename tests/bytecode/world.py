@@ -89,6 +89,7 @@ class Hop:
 class Service:
     id: int
     backends: tuple[tuple[str, int], ...] = ()
+    affinity: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Scene:
             at = add(np.frombuffer(raw, "<u8").tolist()) if raw else 0
             tables.services[packed, 0, 0] = ServiceView(0, 0, 0, 1)
             tables.services[packed, port, proto] = ServiceView(
-                service.id, at, len(service.backends), 1
+                service.id, at, len(service.backends), 1, service.affinity
             )
             tables.backends.update(
                 (parse_address(backend), service.id, number, proto)
@@ -204,6 +205,10 @@ class Outcome:
     events: list[dict[str, Any]]
 
 
+# The maps that only programs write.
+_REMEMBERED = ("connections", "half_open", "crowd", "nat", "fragments", "sockets", "affinities")
+
+
 class World:
     """Programs and maps under the names that the agent's Datapath has, for the publisher."""
 
@@ -214,7 +219,7 @@ class World:
         self.namespace = f"lg-{name}-{os.getpid()}"
         self.object = Object(path)
         self.object.set_rodata(constants or {})
-        for name in ("connections", "half_open", "crowd", "nat", "sockets", "fragments"):
+        for name in _REMEMBERED:
             self.object.set_max_entries(name, 4096)
         for name in ("events", "events_raw"):
             self.object.set_max_entries(name, 1 << 16)
@@ -239,6 +244,7 @@ class World:
         self.nat = HashMap.of(obj, "nat", dtype("tuple"), dtype("nat"))
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
+        self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
         self.counters_map = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
         self.ring = Ring.of(obj, "events", dtype("event"))
         self.ring_raw = Ring.of(obj, "events_raw", dtype("event_raw"))
@@ -336,7 +342,7 @@ class World:
 
     def clear(self) -> None:
         """Forget connections, translations, fragments and events."""
-        for name in ("connections", "half_open", "crowd", "nat", "fragments", "sockets"):
+        for name in _REMEMBERED:
             map_ = getattr(self, name)
             map_.delete_many(map_.keys())
         self.state.view["capture"][0] = 0
@@ -391,3 +397,11 @@ class World:
                 fields["ports"] = {int(key["lo_port"]), int(key["hi_port"])}
                 found.append((map_.name, fields))
         return found
+
+
+def set_seen(map_: HashMap, seconds: int) -> None:
+    """Entries were seen that much later than they were (earlier, if below 0)."""
+    keys, values = map_.items()
+    values = values.copy()
+    values["seen"] = values["seen"].astype(np.int64) + seconds
+    map_.update_many(keys, values)

@@ -189,13 +189,13 @@ def test_the_flow_log_names_the_service_that_was_asked(traffic: Cluster) -> None
 # ---- Backends that come and go -----------------------------------------------------------------
 
 
-def moving(backend: str) -> list[str]:
-    """Pods m1 and m2, of which one is the service's backend."""
+def moving(*backends: str, **more: str) -> list[str]:
+    """Pods m1 and m2, and a service with these of them as backends, and more in its spec."""
     documents = []
     for name, node in (("m1", "node-1"), ("m2", "node-2")):
         ports = [{"containerPort": 8080, "protocol": p} for p in ("TCP", "UDP")]
         spec = {"nodeName": node, "containers": [{"name": "main", "ports": ports}]}
-        role = "serving" if name == backend else "idle"
+        role = "serving" if name in backends else "idle"
         documents.append(manifest("Pod", "traffic", name, spec, role=role))
     spec = {
         "selector": {"role": "serving"},
@@ -204,6 +204,7 @@ def moving(backend: str) -> list[str]:
             {"name": p.lower(), "port": 80, "protocol": p, "targetPort": 8080}
             for p in ("TCP", "UDP")
         ],
+        **more,
     }
     return [*documents, manifest("Service", "traffic", "moving", spec)]
 
@@ -285,6 +286,38 @@ def test_a_tcp_connection_to_a_backend_that_left_the_service_goes_on(moved: Clus
             moved.save("moving.yaml", *moving("m2"))
             until(lambda: backends(moved) == ["m2"], "m2 serves")
             assert near.getpeername()[0] == moved.service_ip("traffic/moving")
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", CLIENTS)
+def test_a_client_of_a_service_with_affinity_keeps_its_backend(
+    moved: Cluster, who: str, kind: str, family: int
+) -> None:
+    address = moved.service_ip("traffic/moving", family), 80
+
+    def publish(affinity: str, *serving: str) -> None:
+        moved.save("moving.yaml", *moving(*serving, sessionAffinity=affinity))
+        until(lambda: backends(moved) == list(serving), f"{serving} serve")
+        moved.wait()
+
+    def answers(count: int) -> set[bytes]:
+        found = set()
+        for _ in range(count):
+            with client_of(moved, who).socket(family_number(family), KINDS[kind]) as near:
+                near.connect(address)
+                found.add(ask(near))
+        return found
+
+    publish("ClientIP", "m1", "m2")
+    (kept,) = answers(20)
+    other = "m2" if kept == b"m1" else "m1"
+    publish("ClientIP", other)
+    assert answers(5) == {other.encode()}
+    publish("ClientIP", "m1", "m2")
+    assert answers(20) == {other.encode()}
+    publish("None", "m1", "m2")
+    assert answers(64) == {b"m1", b"m2"}
 
 
 def test_a_ping_to_a_service_goes_nowhere_and_its_record_says_so(traffic: Cluster) -> None:

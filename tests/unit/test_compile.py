@@ -463,6 +463,26 @@ def test_which_endpoints_serve(
 
 
 @pytest.mark.parametrize(
+    ("spec", "seconds"),
+    [
+        ({}, 0),
+        ({"sessionAffinity": "None"}, 0),
+        ({"sessionAffinity": "ClientIP"}, 10800),
+        (
+            {
+                "sessionAffinity": "ClientIP",
+                "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}},
+            },
+            60,
+        ),
+    ],
+)
+def test_how_long_clients_keep_their_backend(spec: dict[str, object], seconds: int) -> None:
+    tables, _ = compiled(service(**SHOP, **spec), slice_of(("10.0.1.2", True)))
+    assert tables.services[SHOP_KEY].affinity == seconds
+
+
+@pytest.mark.parametrize(
     "label", ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"]
 )
 def test_services_and_slices_for_others_are_left_alone(label: str) -> None:

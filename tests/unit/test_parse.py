@@ -139,6 +139,18 @@ BAD = [
     (SERVICE + "{type: Foo, ports: [{port: 80}]}", f"{S}.type: expected ClusterIP, NodePort,"),
     (SERVICE + "{clusterIP: 1.2.3, ports: [{port: 80}]}", f"{S}.clusterIP: expected an IP address"),
     (SERVICE + "{ports: [{port: 80, nodePort: 30000}]}", f"{S}.ports[0].nodePort: expected none"),
+    (
+        SERVICE + "{internalTrafficPolicy: Zone, ports: [{port: 80}]}",
+        f"{S}.internalTrafficPolicy: expected Cluster or Local",
+    ),
+    (
+        SERVICE + "{sessionAffinity: Cookie, ports: [{port: 80}]}",
+        f"{S}.sessionAffinity: expected None or ClientIP",
+    ),
+    (
+        SERVICE + "{sessionAffinityConfig: {clientIP: {timeoutSeconds: 0}}, ports: [{port: 80}]}",
+        f"{S}.sessionAffinityConfig.clientIP.timeoutSeconds: expected seconds, from 1 to 86400",
+    ),
     (SERVICE + "{ipFamilies: [IPv5], ports: [{port: 80}]}", f"{S}.ipFamilies[0]: expected IPv4 or"),
     (SERVICE + "{type: ExternalName}", f"{S}.externalName: expected a DNS name"),
     (SLICE + "addressType: IPv4\nendpoints: [{addresses: ['fd00::1']}]", "field"

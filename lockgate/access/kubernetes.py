@@ -32,6 +32,7 @@ __all__ = ["NAMESPACE", "SELECTOR", "AgentPod", "KubernetesAccess", "choose_pod"
 NAMESPACE = "kube-system"
 SELECTOR = "app.kubernetes.io/name=lockgate"
 _AT_ONCE = 32  # calls into nodes
+_NOT_YET = "lockgate.dev/not-yet"  # docs/migrate.md
 _LAST_WORDS = 0.1  # seconds for what was begun beside something that failed
 _GROUPS_SKIPPED = ("metrics.k8s.io", "custom.metrics.k8s.io", "external.metrics.k8s.io")
 _WHOLE = {"Pod": model.Pod}  # with what people want to see of them
@@ -269,7 +270,10 @@ class KubernetesAccess:
             pod = agents.get(name)
             told: dict[str, Any] = {"name": name, "applied": 0, "error": ""}
             if pod is None:
-                told |= {"error": "no pod of Lockgate runs here", "missing": True}
+                node = cluster.nodes.get(name)
+                waits = node is not None and _NOT_YET in node.metadata.labels
+                error = "no pod of Lockgate runs here"
+                told |= {"error": error + f": it has the label {_NOT_YET}" * waits, "missing": True}
             for role in ("agent", "observer"):
                 state = pod.container(role) if pod else _ContainerState()
                 told[role] = {

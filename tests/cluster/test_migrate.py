@@ -178,6 +178,15 @@ def test_a_cluster_moves_from_the_bridge_plugin_node_by_node(bridged: Cluster) -
     cluster.apply(MANIFEST)
     until("the DaemonSet, on no node", lambda: daemonset_rolled_out(cluster, 0), 30)
 
+    status = subprocess.run(
+        [ROOT / ".venv/bin/lockgate", "status", "--kubeconfig", cluster.kubeconfig],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert f"{first}: no pod of Lockgate runs here: it has the label {NOT_YET}" in status.stdout
+
     for number, node in enumerate((first, second), 1):
         moved = (first,) * (number - 1)
         assert configurations(cluster, node) == ["10-bridge.conflist"]

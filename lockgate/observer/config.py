@@ -22,7 +22,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     journal: str = "/var/lib/lockgate/journal.jsonl"  # the agent's; only read
     socket: str = "/run/lockgate/observer.sock"
     control: str = ""  # the agent's or supervisor's socket, for the nodes' addresses; "" = none
-    web: str = ""  # HOST:PORT of /healthz and /readyz; "" = none
+    web: str = ""  # HOST:PORT of /healthz, /readyz and /metrics; "" = none
 
     @property
     def pins(self) -> Path:

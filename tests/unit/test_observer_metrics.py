@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
+from lockgate.bpf.btf import Schema
 from lockgate.observer import tally as tally_module
+from lockgate.observer.config import Config
 from lockgate.observer.flows import FlowLog
 from lockgate.observer.journal import Journal
 from lockgate.observer.metrics import Metrics
+from lockgate.observer.server import Observer
 from lockgate.observer.tally import Kind, PolicyVerdict, Tally
+from lockgate.paths import bpf_object
 from tests.unit.test_observer import EVENT, LINES, NAMES, event, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,3 +114,19 @@ def test_hubbles_names_and_labels_are_kept(tally: Tally, tmp_path: Path) -> None
     rows = [line for line in page.partition("\n## ")[0].splitlines() if line.startswith("|")]
     documented = set(re.findall(r"(?:lockgate|hubble)_\w+", "".join(r.split("|")[1] for r in rows)))
     assert documented == set(re.findall(r"^# TYPE ((?:lockgate|hubble)_\w+)", text, re.M))
+
+
+async def test_the_page_is_there_before_the_rings_are(tmp_path: Path) -> None:
+    config = Config(
+        node="one",
+        bpffs=str(tmp_path),
+        journal=str(tmp_path / "journal"),
+        socket=str(tmp_path / "observer.sock"),
+    )
+    observer = Observer(config, Schema.from_object(bpf_object()))
+    async with TestClient(TestServer(observer.probes())) as client:
+        page = await client.get("/metrics")
+        text = await page.text()
+        assert page.status == 200 and page.headers["Content-Type"].startswith("text/plain")
+        assert "lockgate_observer_ready 0.0" in text and "process_cpu_seconds_total" in text
+        assert (await client.get("/readyz")).status == 503

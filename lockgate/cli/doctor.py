@@ -17,7 +17,7 @@ from lockgate.cli.render import heading, paint
 from lockgate.cli.status import gather, problems
 from lockgate.objects.model import Cluster, Pod
 
-__all__ = ["doctor", "examine"]
+__all__ = ["doctor", "examine", "of_ours"]
 
 Row = dict[str, Any]
 # Policies that only their own agents enforce: plural.group → the daemon (label k8s-app or app).
@@ -97,7 +97,8 @@ def examine(access: Access, outside: dict[int, tuple[str, int]]) -> list[Finding
     findings += _alike(told["nodes"])
     findings += daemons(cluster)
     findings += _policies(access, cluster)
-    tried = paths.plan(cluster, names, outside or _beyond(access, told["nodes"]))
+    ways = of_ours(cluster, told["nodes"])
+    tried = paths.plan(ways, names, outside or _beyond(access, told["nodes"]))
     paths.try_all(access, tried)
     return findings + [_of_path(path) for path in tried]
 
@@ -118,6 +119,18 @@ def _nodes(
         found = list(pool.map(ask, names))
     findings += [one for one in found if isinstance(one, Finding)]
     return [one for one in found if not isinstance(one, Finding)]
+
+
+def of_ours(cluster: Cluster, nodes: list[Row]) -> Cluster:
+    """Pure: the cluster without the pods that another CNI plugin wired on nodes of ours: to those
+    of ours there they have no way (docs/migrate.md)."""
+    foreign = {
+        tuple(name.split("/"))
+        for node in nodes
+        for name in node.get("facts", {}).get("foreign", ())
+    }
+    pods = {key: pod for key, pod in cluster.pods.items() if key not in foreign}
+    return msgspec.structs.replace(cluster, pods=pods)
 
 
 def _alike(nodes: list[Row]) -> list[Finding]:

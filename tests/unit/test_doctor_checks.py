@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from lockgate.agent.doctor import Facts, check
-from lockgate.cli.doctor import daemons
+from lockgate.cli.doctor import daemons, of_ours
 from lockgate.net.firewall import Chain, Drop, reached
 from lockgate.objects.model import Cluster, ObjectMeta, Pod, PodSpec, PodStatus
 
@@ -190,3 +190,14 @@ def test_other_data_planes_that_run_are_named() -> None:
         "Cilium runs on this cluster (2 pods)",
         "kube-proxy runs on this cluster (1 pod)",
     ]
+
+
+def test_ways_are_not_tried_from_pods_that_another_plugin_wired() -> None:
+    names = ("old", "new", "far")
+    pods = [Pod(metadata=ObjectMeta(name=name, namespace="shop")) for name in names]
+    cluster = Cluster(pods={pod.key: pod for pod in pods})
+    nodes: list[dict[str, Any]] = [
+        {"name": "moved", "facts": {"foreign": ["shop/old"]}},
+        {"name": "silent"},
+    ]
+    assert [name for _, name in of_ours(cluster, nodes).pods] == ["new", "far"]

@@ -284,7 +284,17 @@ def cluster(rng: Random, pods: int = 12, policies: int = 8, services: int = 2) -
         found.services[service.metadata.namespace, service.metadata.name] = service
         for slice_ in slices:
             found.slices[slice_.metadata.namespace, slice_.metadata.name] = slice_
+    if found.policies and rng.random() < 0.3:
+        key, policy = rng.choice(list(found.policies.items()))
+        found.policies[key] = _unreadable(policy)
     return found
+
+
+def _unreadable(policy: NetworkPolicy) -> NetworkPolicy:
+    """As it comes from the API server when its rules can't be read."""
+    types = policy.spec.policy_types or (["Ingress"] + ["Egress"] * bool(policy.spec.egress))
+    spec = NetworkPolicySpec(pod_selector=policy.spec.pod_selector, policy_types=types)
+    return NetworkPolicy(metadata=policy.metadata, spec=spec, unreadable=True)
 
 
 def packet(rng: Random, within: Cluster) -> Packet:

@@ -157,6 +157,9 @@ class KubernetesAccess:
                 found.append(msgspec.json.decode(raw, type=type_))
             except msgspec.MsgspecError as error:
                 self.skipped.append(f"{kind.name}: {error}")
+                if kind.rest is not None:
+                    with contextlib.suppress(msgspec.MsgspecError):
+                        found.append(kind.rest(msgspec.json.decode(raw)))
         return found
 
     # ---- Nodes -------------------------------------------------------------------

@@ -90,7 +90,7 @@ class WriteBack:
 
     def _tell_errors(self) -> None:
         agent = self._agent
-        current: dict[str, str] = dict.fromkeys(agent.object_errors, "ObjectSkipped")
+        current: dict[str, str] = dict.fromkeys(agent.object_errors, "ObjectUnreadable")
         current |= dict.fromkeys(agent.errors.get("objects", ()), "ObjectNotInForce")
         current |= dict.fromkeys(agent.errors.get("publish", ()), "ChangesNotInForce")
         current |= dict.fromkeys(agent.refused, "NoAddress")

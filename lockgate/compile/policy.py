@@ -27,7 +27,9 @@ from lockgate.compile.tables import (
     IMAGE_PORT_WORDS,
     ISOLATED_EGRESS,
     ISOLATED_INGRESS,
+    POLICY,
     PORT_TABLE,
+    UNREADABLE,
     Builder,
     Direction,
     Ids,
@@ -503,7 +505,7 @@ def compile_set(own: PolicySet, frame: Frame, ids: Ids) -> tuple[Half, Half, int
             isolated |= bit
             ingress = direction == "ingress"
             rules = [rule for p in policies for rule in (p.ingress if ingress else p.egress)]
-            deny = tuple((*p.policy.key, -1) for p in policies)
+            deny = tuple((*p.policy.key, _denial(p.policy)) for p in policies)
             halves.append(
                 _compile_half(
                     rules, deny, "ingress" if ingress else "egress", frame, own.numbers, reason
@@ -518,6 +520,10 @@ def compile_set(own: PolicySet, frame: Frame, ids: Ids) -> tuple[Half, Half, int
                 )
             )
     return halves[0], halves[1], isolated
+
+
+def _denial(policy: NetworkPolicy) -> int:
+    return UNREADABLE if policy.unreadable else POLICY
 
 
 def write_set(builder: Builder, halves: tuple[Half, Half]) -> tuple[int, int]:

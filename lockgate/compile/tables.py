@@ -66,8 +66,10 @@ PORT_TABLE_BY_NUMBER = {TCP: 0, UDP: 1, SCTP: 2}
 Verdict = Literal["allow", "deny"]
 Direction = Literal["ingress", "egress"]
 
-#: (namespace, policy name, index of the rule); index -1 names the policy itself.
+#: (namespace, policy name, index of the rule). These indices name the policy itself, and one
+#: whose rules can't be read.
 Rule = tuple[str, str, int]
+POLICY, UNREADABLE = -1, -2
 Words = NDArray[np.uint64]
 
 

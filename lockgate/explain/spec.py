@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lockgate.explain.names import Attempt, Names
 from lockgate.explain.question import Answer, Direction, Question, Side
@@ -56,20 +55,8 @@ class SpecEngine:
             ("ingress", found.ingress),
         )
         answer.sides = {
-            direction: Side(side.allowed, _policies(side))
+            direction: Side(side.allowed, side.named(not side.allowed))
             for direction, side in pairs
             if side is not None
         }
         return answer
-
-
-def _policies(side: Judgement) -> list[dict[str, Any]]:
-    matched: dict[tuple[str, str], list[str]] = {}
-    if not side.allowed:
-        matched = {policy: [] for policy in side.policies}
-    for namespace, name, direction, index in side.rules:
-        matched.setdefault((namespace, name), []).append(f"{direction}[{index}]")
-    return [
-        {"kind": "NetworkPolicy", "namespace": namespace, "name": name, "rules": rules}
-        for (namespace, name), rules in matched.items()
-    ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -80,7 +80,21 @@ class _Pod(_Wire, frozen=True, gc=False):
     status: _PodStatus = _PodStatus()
 
 
+class _PolicyHead(_Wire, frozen=True, gc=False):
+    pod_selector: model.LabelSelector = model.LabelSelector()
+    policy_types: list[str] = []
+    egress: Any = None
+
+
+class _Policy(_Wire, frozen=True, gc=False):
+    """Whom a policy isolates, whatever its rules are."""
+
+    metadata: model.ObjectMeta
+    spec: _PolicyHead = _PolicyHead()
+
+
 class _Meta(_Wire, frozen=True, gc=False):
+    uid: str = ""
     name: str = ""
     namespace: str = ""
     resource_version: str = ""
@@ -139,6 +153,19 @@ def _slice(item: model.EndpointSlice, parts: Parts) -> model.EndpointSlice:
     )
 
 
+def _isolation(plain: Any) -> model.NetworkPolicy:
+    """A policy whose rules can't be read: it isolates the pods that it selects, and allows
+    nothing. MsgspecError if not even that can be read."""
+    found = msgspec.convert(plain, _Policy)
+    given = found.spec.policy_types or (["Ingress", "Egress"] if found.spec.egress else ["Ingress"])
+    known: tuple[Literal["Ingress", "Egress"], ...] = ("Ingress", "Egress")
+    types = [one for one in known if one in given]
+    if not types:
+        raise msgspec.ValidationError(f"spec.policyTypes: {given}")
+    spec = model.NetworkPolicySpec(pod_selector=found.spec.pod_selector, policy_types=types)
+    return model.NetworkPolicy(metadata=found.metadata, spec=spec, unreadable=True)
+
+
 def _other(item: Any, parts: Parts) -> Any:
     return msgspec.structs.replace(item, metadata=_meta(item.metadata, parts))
 
@@ -159,6 +186,9 @@ class Kind:
     selectors: tuple[str, ...] = ("",)
     #: A server may be without it.
     optional: bool = False
+    #: What is made, of its JSON as plain values, of one that `struct` can't be made of.
+    #: MsgspecError if nothing.
+    rest: Callable[[Any], Any] | None = None
 
     @property
     def path(self) -> str:
@@ -209,6 +239,7 @@ KINDS: tuple[Kind, ...] = (
         "networking.k8s.io/v1",
         "networkpolicies",
         model.NetworkPolicy,
+        rest=_isolation,
     ),
     # Since Kubernetes 1.33. Without it the setting serviceCidrs says the same.
     Kind(

@@ -9,6 +9,7 @@ old (410 Gone). What is kept is a table of objects by key; who is told, is told 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -77,8 +78,8 @@ class Reflector:
     for each difference, and `look()` after a batch of them and when the state is another.
 
     `synced`: a list was read whole. `problem`: why nothing comes at present, "" if it does.
-    `errors`: by key the objects that can't be read; of one that could be before, what it was
-    then stays.
+    `errors`: by key the objects that can't be read. What one was before stays, also if that was
+    known to an agent before (`earlier`, of a key); else its kind may know what to make of it.
     """
 
     def __init__(
@@ -88,8 +89,10 @@ class Reflector:
         parts: Parts,
         emit: Callable[[Kind, Any, Change], None],
         look: Callable[[], None],
+        earlier: Callable[[Kind, Any], Any] = lambda _kind, _key: None,
     ) -> None:
         self._client, self.kind, self._parts = client, kind, parts
+        self._earlier = earlier
         self._emit, self._look = emit, look
         self.objects: dict[Any, Any] = {}
         self.errors: dict[Any, str] = {}
@@ -202,10 +205,9 @@ class Reflector:
             item = self._keep(raw)
             found[self._key(item.metadata)] = item
         except msgspec.MsgspecError as error:
-            key = self._name(raw)
-            errors[key] = self._complaint(key, error)
-            if key in self.objects:
-                found[key] = self.objects[key]
+            key, item, errors[key] = self._instead(raw, error)
+            if item is not None:
+                found[key] = item
 
     # ---- Watch -----------------------------------------------------------------------
 
@@ -262,12 +264,13 @@ class Reflector:
             if gone is not None:
                 self._emit(self.kind, key, Change("DELETED", gone))
             return
+        self.errors.pop(key, None)
         try:
             item = self._keep(raw)
         except msgspec.MsgspecError as error:
-            self.errors[key] = self._complaint(key, error)
-            return
-        self.errors.pop(key, None)
+            key, item, self.errors[key] = self._instead(raw, error)
+            if item is None:
+                return
         before = self.objects.get(key)
         if before is not None and before == item:
             self.counts.same += 1
@@ -303,16 +306,24 @@ class Reflector:
     def _key(self, meta: Any) -> Any:
         return self.kind.key(meta.namespace, meta.name)
 
-    def _name(self, raw: bytes) -> Any:
-        """The key of an object that can't be read otherwise."""
+    def _instead(self, raw: bytes, error: Exception) -> tuple[Any, Any, str]:
+        """Of an object that can't be read its key, what is in force in its place, if anything,
+        and what to say of it."""
         try:
-            return self._key(msgspec.json.decode(raw, type=Version).metadata)
+            meta = msgspec.json.decode(raw, type=Version).metadata
+            key, uid = self._key(meta), meta.uid
         except msgspec.MsgspecError:
-            return self.kind.key("?", "?")
-
-    def _complaint(self, key: Any, error: Exception) -> str:
-        kept = "as it was before" if key in self.objects else "skipped"
-        return f"{self.kind.title(key)} can't be read ({kept}): {error}"
+            key, uid = self.kind.key("?", "?"), ""
+        item = self.objects.get(key) or self._earlier(self.kind, key)
+        if item is not None and item.metadata.uid != uid:
+            item = None
+        kept = "skipped" if item is None else "as it was before"
+        if self.kind.rest is not None and (item is None or item.unreadable):
+            with contextlib.suppress(msgspec.MsgspecError):
+                plain = _without_nulls(msgspec.json.decode(raw))
+                item = self.kind.keep(self.kind.rest(plain), self._parts)
+                kept = "it isolates its pods and allows nothing"
+        return key, item, f"{self.kind.title(key)} can't be read ({kept}): {error}"
 
 
 def _without_nulls(value: Any) -> Any:

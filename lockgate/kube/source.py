@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,11 @@ class ApiSource:
         self._behind = saved.with_suffix(".behind") if saved is not None else None
         self._parts = Parts()
         self._reflectors = [
-            Reflector(client, kind, self._parts, self._take, self._look) for kind in KINDS
+            Reflector(client, kind, self._parts, self._take, self._look, self._earlier)
+            for kind in KINDS
         ]
+        self._fresh = not self._stale
+        self._loaded: tuple[float, Mapping[str, Mapping[Any, Any]]] | None = None
         #: What changed and was not told yet, by (kind, key).
         self._pending: dict[tuple[str, Any], Change] = {}
         self._woken = asyncio.Event()
@@ -84,7 +87,7 @@ class ApiSource:
             while True:
                 await self._wait(tasks)
                 if not self._synced and all(one.synced for one in self._reflectors):
-                    self._synced, self._snapshot_of = True, None
+                    self._synced, self._snapshot_of, self._loaded = True, None, None
                 if self._synced and first:
                     first = False
                     yield self._all()
@@ -192,6 +195,13 @@ class ApiSource:
             one.objects.update(tables[one.kind.name])
         log.warning("%s", self.problem())
         return True
+
+    def _earlier(self, kind: Kind, key: Any) -> Any:
+        """What an agent before knew of an object, if its snapshot has all that it knew."""
+        if self._synced or not self._fresh or self._saved is None:
+            return None
+        self._loaded = self._loaded or snapshot.load(self._saved) or (0.0, {})
+        return self._loaded[1].get(kind.name, {}).get(key)
 
     @property
     def _stale(self) -> bool:

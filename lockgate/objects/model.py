@@ -341,6 +341,8 @@ class NetworkPolicy(Base, frozen=True):
     spec: NetworkPolicySpec = NetworkPolicySpec()
     api_version: str = "networking.k8s.io/v1"
     kind: str = "NetworkPolicy"
+    #: Ours: its rules could not be read and are left out. It isolates, and allows nothing.
+    unreadable: bool = msgspec.field(name="lockgate.dev/unreadable", default=False)
 
     @property
     def key(self) -> tuple[str, str]:

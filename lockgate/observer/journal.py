@@ -18,6 +18,9 @@ import numpy.typing as npt
 
 __all__ = ["EndpointName", "Journal", "Reason", "ServiceName"]
 
+#: Of a policy whose rules can't be read (`lockgate.compile.tables`).
+_UNREADABLE = -2
+
 Codes = npt.NDArray[np.int32]
 _MAX_ID = 1 << 26  # beyond that a line is damaged, and a column would not fit in memory
 
@@ -223,6 +226,8 @@ def _reason(record: dict[str, Any]) -> Reason:
         rules = matched.setdefault((namespace, name), [])
         if index >= 0 and record["verdict"] == "allow":
             rules.append(f"{direction}[{index}]")
+        elif index == _UNREADABLE:
+            rules.append("unreadable")
     policies = [
         {"kind": "NetworkPolicy", "namespace": namespace, "name": name, "rules": rules}
         for (namespace, name), rules in matched.items()

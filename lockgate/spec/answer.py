@@ -30,6 +30,17 @@ class Judgement:
     allowed: bool
     rules: tuple[Rule, ...] = ()  # that match, sorted; none when not isolated
     policies: tuple[tuple[str, str], ...] = ()  # (namespace, name) of those that isolate, sorted
+    unreadable: tuple[tuple[str, str], ...] = ()  # of these, those whose rules can't be read
+
+    def named(self, denied: bool) -> list[dict[str, Any]]:
+        """Allowed: the policies that allow, with their matching rules. Denied: those that
+        isolate; of one whose rules can't be read it says that."""
+        matched: dict[tuple[str, str], list[str]] = {}
+        if denied:
+            matched = {p: ["unreadable"] if p in self.unreadable else [] for p in self.policies}
+        for namespace, name, direction, index in self.rules:
+            matched.setdefault((namespace, name), []).append(f"{direction}[{index}]")
+        return [{**_reference(*policy), "rules": rules} for policy, rules in matched.items()]
 
 
 @dataclass(frozen=True)
@@ -50,16 +61,9 @@ class Answer:
 
     @property
     def policies(self) -> list[dict[str, Any]]:
-        """Allowed: those that allow, with their matching rules. Denied: those that isolate."""
+        """Those that decided (`Judgement.named`)."""
         found = self.decisive
-        if found is None:
-            return []
-        matched: dict[tuple[str, str], list[str]] = {}
-        if self.verdict == "deny":
-            matched = {policy: [] for policy in found.policies}
-        for namespace, name, direction, index in found.rules:
-            matched.setdefault((namespace, name), []).append(f"{direction}[{index}]")
-        return [{**_reference(*policy), "rules": rules} for policy, rules in matched.items()]
+        return [] if found is None else found.named(self.verdict == "deny")
 
     @property
     def policy(self) -> dict[str, str] | None:
@@ -68,7 +72,8 @@ class Answer:
 
     @property
     def rule(self) -> str | None:
-        """The first rule that allows, such as "ingress[0]"; None for a deny: no rule denies."""
+        """The first rule that allows, such as "ingress[0]"; None for a deny: no rule denies,
+        but "unreadable" of a policy whose rules can't be read."""
         return next((rule for policy in self.policies for rule in policy["rules"]), None)
 
 

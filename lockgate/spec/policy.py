@@ -95,11 +95,15 @@ def _judge_pod(
 ) -> Judgement:
     """What the policies that select `subject` say about the packet; `peer` is its other end."""
     policies: list[tuple[str, str]] = []
+    unreadable: list[tuple[str, str]] = []
     rules: list[Rule] = []
     for key, policy in sorted(cluster.policies.items()):
         if not _isolates(policy, subject, direction):
             continue
         policies.append(key)
+        if policy.unreadable:  # it isolates; what it allows nobody knows
+            unreadable.append(key)
+            continue
         for index, (peers, ports) in enumerate(_rules(policy, direction)):
             # No peers: any peer. No ports: any port of any protocol.
             if peers and not any(_is_peer(cluster, policy, item, peer) for item in peers):
@@ -107,7 +111,8 @@ def _judge_pod(
             if ports and not any(_is_port(item, destination, packet) for item in ports):
                 continue
             rules.append((*key, direction, index))
-    return Judgement(bool(policies), bool(rules) or not policies, tuple(rules), tuple(policies))
+    allowed = bool(rules) or not policies
+    return Judgement(bool(policies), allowed, tuple(rules), tuple(policies), tuple(unreadable))
 
 
 def _isolates(policy: NetworkPolicy, pod: Pod, direction: Direction) -> bool:

@@ -21,7 +21,7 @@ import yaml
 from lockgate.agent.publish import EndpointRecord
 from lockgate.bpf import syscall
 from lockgate.compile import Tables, compile_node
-from lockgate.compile.tables import CELL_ALLOW, CELL_REASON
+from lockgate.compile.tables import CELL_ALLOW, CELL_REASON, POLICY, UNREADABLE
 from lockgate.objects.address import format_address, is_ipv4, parse_address
 from lockgate.objects.model import Cluster, Pod
 from lockgate.spec import policy as spec
@@ -262,7 +262,14 @@ def expected(judgement: Any, direction: str) -> tuple[Any, ...]:
     if judgement.allowed:
         rules = tuple((ns, name, index) for ns, name, _, index in judgement.rules)
         return ("allow", direction, rules)
-    return ("deny", direction, tuple((*policy, -1) for policy in judgement.policies))
+    return (
+        "deny",
+        direction,
+        tuple(
+            (*policy, UNREADABLE if policy in judgement.unreadable else POLICY)
+            for policy in judgement.policies
+        ),
+    )
 
 
 # ---- Packets -------------------------------------------------------------------------

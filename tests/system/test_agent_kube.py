@@ -184,7 +184,7 @@ async def test_what_is_written_back(node: Node) -> None:
     assert name == "one" and condition["type"] == "NetworkUnavailable"
     assert condition["status"] == "False" and condition["reason"] == "LockgateIsUp"
     event = node.server.created[0]
-    assert event["reason"] == "ObjectSkipped" and "operator" in event["note"]
+    assert event["reason"] == "ObjectUnreadable" and "operator" in event["note"]
     assert event["regarding"]["kind"] == "NetworkPolicy" and event["regarding"]["name"] == "odd"
 
 

@@ -25,6 +25,8 @@ from lockgate.compile.tables import (
     PEER_LOCAL,
     PEER_NODE,
     PEER_REMOTE,
+    POLICY,
+    UNREADABLE,
 )
 from lockgate.objects.address import parse_address
 from lockgate.objects.model import (
@@ -96,8 +98,9 @@ def ask(tables: Tables, ids: Ids, pod: Pod, direction, peer: str, port, protocol
     assert (verdict == "allow", of) == (cell.allow, direction)
     if cell.allow:
         return Judgement(True, True, tuple((n, p, direction, i) for n, p, i in rules))
-    assert all(index == -1 for _, _, index in rules)
-    return Judgement(True, False, (), tuple((n, p) for n, p, _ in rules))
+    assert all(index in (POLICY, UNREADABLE) for _, _, index in rules)
+    unreadable = tuple((n, p) for n, p, index in rules if index == UNREADABLE)
+    return Judgement(True, False, (), tuple((n, p) for n, p, _ in rules), unreadable)
 
 
 def agree(found: Judgement, wanted: Judgement) -> None:
@@ -105,6 +108,7 @@ def agree(found: Judgement, wanted: Judgement) -> None:
     assert found.rules == wanted.rules
     if wanted.isolated and not wanted.allowed:
         assert found.policies == wanted.policies
+        assert found.unreadable == wanted.unreadable
 
 
 def compare(cluster: Cluster, tables: dict[str, Tables], ids: dict[str, Ids], packets) -> None:

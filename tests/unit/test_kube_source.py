@@ -237,6 +237,100 @@ async def test_null_is_a_field_that_is_not_there(server: ApiServer) -> None:
         assert reader.errors == []
 
 
+def with_protocol(name: str, protocol: str, app: str = "a", **spec: Any) -> dict[str, Any]:
+    """A policy that selects the pods of an app; rules with another protocol can't be read."""
+    ports = [{"protocol": protocol, "port": 80}]
+    return {
+        "kind": "NetworkPolicy",
+        "metadata": {"name": name, "namespace": "shop", "uid": f"uid-{name}"},
+        "spec": {
+            "podSelector": {"matchLabels": {"app": app}},
+            "ingress": [{"ports": ports}],
+            **spec,
+        },
+    }
+
+
+ISOLATES = [
+    (
+        "as the API server fills it in",
+        {"policyTypes": ["Ingress", "Egress"]},
+        ["Ingress", "Egress"],
+    ),
+    ("without policyTypes", {}, ["Ingress"]),
+    ("without policyTypes, with egress", {"egress": [{}]}, ["Ingress", "Egress"]),
+    ("with a type of tomorrow", {"policyTypes": ["Egress", "Sideways"]}, ["Egress"]),
+]
+
+
+@pytest.mark.parametrize(("spec", "types"), [i[1:] for i in ISOLATES], ids=[i[0] for i in ISOLATES])
+async def test_a_policy_whose_rules_cant_be_read_isolates(
+    server: ApiServer, spec: dict[str, Any], types: list[str]
+) -> None:
+    server.put(with_protocol("odd", "DCCP", **spec))
+    async with reading(await server.start()) as reader:
+        await until(lambda: reader.cluster)
+        assert reader.cluster
+        found = reader.cluster.policies["shop", "odd"]
+        assert found.unreadable and found.spec.policy_types == types
+        assert found.spec.pod_selector.match_labels == {"app": "a"}
+        assert not found.spec.ingress and not found.spec.egress
+        assert "NetworkPolicy shop/odd" in reader.errors[0] and "isolates" in reader.errors[0]
+        # Another selector: it still can't be read, and selects others.
+        await until(lambda: server.watching() == len(KINDS))
+        server.put(with_protocol("odd", "DCCP", "b", **spec))
+        await until(lambda: policy_of(reader).spec.pod_selector.match_labels == {"app": "b"})
+        assert policy_of(reader).unreadable
+        server.put(with_protocol("odd", "UDP", policyTypes=types))
+        await until(lambda: not policy_of(reader).unreadable)
+        assert reader.errors == [] and policy_of(reader).spec.ingress
+        # What it was before stays, for as long as it is that object.
+        server.put(with_protocol("odd", "DCCP", "c", **spec))
+        await until(lambda: reader.errors)
+        assert "as it was before" in reader.errors[0]
+        assert not policy_of(reader).unreadable and policy_of(reader).spec.ingress
+        server.delete("NetworkPolicy", "shop", "odd")
+        await until(lambda: ("shop", "odd") not in reader.cluster.policies)
+        assert reader.errors == []
+
+
+def policy_of(reader: Reader) -> Any:
+    assert reader.cluster
+    return reader.cluster.policies["shop", "odd"]
+
+
+KNOWN = [
+    ("the same object", "uid-odd", False, False),
+    ("another of that name", "uid-new", False, True),
+    ("changes came after the snapshot", "uid-odd", True, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("uid", "behind", "unreadable"), [k[1:] for k in KNOWN], ids=[k[0] for k in KNOWN]
+)
+async def test_a_new_agent_goes_on_with_what_the_one_before_could_read(
+    server: ApiServer, tmp_path: Path, uid: str, behind: bool, unreadable: bool
+) -> None:
+    saved = tmp_path / "snapshot"
+    server.put(with_protocol("odd", "UDP"))
+    url = await server.start()
+    async with reading(url, saved) as reader:
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
+        server.put(with_protocol("odd", "DCCP"))
+        await until(lambda: reader.errors)
+        assert not policy_of(reader).unreadable
+    assert saved.exists() and not saved.with_suffix(".behind").exists()
+    if behind:
+        saved.with_suffix(".behind").touch()
+    other = with_protocol("odd", "DCCP")
+    other["metadata"]["uid"] = uid
+    server.put(other)
+    async with reading(url, saved) as reader:
+        await until(lambda: reader.cluster)
+        assert policy_of(reader).unreadable == unreadable
+
+
 async def test_lists_in_pages(server: ApiServer) -> None:
     server.paged = True
     server.put(*(pod(f"n{n}", f"10.2.{n // 250}.{n % 250}") for n in range(2500)))

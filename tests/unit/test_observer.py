@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lockgate.compile.tables import POLICY, UNREADABLE
 from lockgate.objects.address import parse_address
 from lockgate.observer.flows import Filter, FilterError, FlowLog, Names, parse_filter
 from lockgate.observer.journal import Journal
@@ -63,8 +64,18 @@ LINES: list[dict[str, Any]] = [
      "rules": [["pay", "db", 0], ["pay", "db", 2], ["pay", "more", 1]]},
     {"k": "reason", "id": 2, "verdict": "deny", "direction": "ingress",
      "rules": [["pay", "db", -1]]},
+    {"k": "reason", "id": 3, "verdict": "deny", "direction": "egress",
+     "rules": [["pay", "db", POLICY], ["pay", "odd", UNREADABLE]]},
     {"k": "service", "id": 5, "namespace": "pay", "name": "db", "port": 5432, "ip": "10.9.0.1"},
 ]  # fmt: skip
+
+
+def test_a_denial_names_policies_that_cant_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "journal", LINES)
+    journal = Journal(tmp_path / "journal")
+    journal.refresh()
+    found = [(one["name"], one["rules"]) for one in journal.reasons[3].policies]
+    assert found == [("db", []), ("odd", ["unreadable"])]
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -401,6 +401,20 @@ def test_point_30_deleting_the_policy_restores_the_default() -> None:
     )
 
 
+def test_a_policy_whose_rules_cant_be_read_isolates_and_says_so() -> None:
+    odd = msgspec.structs.replace(policy(ingress({}), "odd"), unreadable=True)
+    answer = judge(cluster(policy(ingress(), "b"), odd), Packet(B_WEB, WEB, "TCP", 80))
+    assert (answer.verdict, answer.direction) == ("deny", "ingress")
+    assert [(p["name"], p["rules"]) for p in answer.policies] == [
+        ("b", []),
+        ("odd", ["unreadable"]),
+    ]
+    # What another policy allows is allowed, as with every policy.
+    answer = judge(cluster(policy(ingress({}), "b"), odd), Packet(B_WEB, WEB, "TCP", 80))
+    assert answer.verdict == "allow" and answer.rule == "ingress[0]"
+    assert judge(cluster(odd), Packet(WEB, B_WEB, "TCP", 80)).verdict == "allow", "not egress"
+
+
 def test_an_allow_names_every_rule_that_matched_and_no_other() -> None:
     state = cluster(
         policy(ingress(), "z"),

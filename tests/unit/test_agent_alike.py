@@ -30,15 +30,14 @@ SLOTS = 128
 BEYOND = 0xFFFF_FFF0
 
 
-def view_of(tables: Tables, ids) -> View:
+def view_of(tables: Tables, ids, cluster) -> View:
     """As the publisher has it."""
     encoder = Encoder(SCHEMA, SLOTS)
     peers, services, backends = encoder.encode(tables)
-    uids = {slot: uid for uid, slot in ids.slots.items()}
+    pods = {ids.slot(pod.metadata.uid): pod for pod in cluster.pods.values()}
     records = {
-        slot: EndpointRecord(ids.endpoint(pod), bytes(6), bytes(6), 1500, own(pod))
+        slot: EndpointRecord(ids.endpoint(pods[slot]), bytes(6), bytes(6), 1500, own(pods[slot]))
         for slot in tables.endpoints
-        for pod in [ids.pods[uids[slot]]]
     }
     return View(
         tables.image.copy(),
@@ -86,16 +85,16 @@ def history(seed: int, steps) -> tuple[Tables, object, object]:
 def test_what_was_patched_says_what_a_cold_compilation_does(seed: int, steps) -> None:
     patched, ids, cluster = history(seed, steps)
     cold = compile_node(cluster, "a", ids)
-    assert alike(view_of(cold, ids), view_of(patched, ids))
+    assert alike(view_of(cold, ids, cluster), view_of(patched, ids, cluster))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32), STEPS, STEPS)
 def test_other_objects_are_told_apart(seed: int, steps, further) -> None:
-    before, ids, _ = history(seed, steps)
-    live = view_of(before, ids)
-    after, ids, _ = history(seed, steps + further)
-    wanted, found = view_of(after, ids), tables_of(live, before)
+    before, ids, cluster = history(seed, steps)
+    live = view_of(before, ids, cluster)
+    after, ids, cluster = history(seed, steps + further)
+    wanted, found = view_of(after, ids, cluster), tables_of(live, before)
     found.errors = after.errors
     try:
         same(found, after)
@@ -121,10 +120,10 @@ def test_what_is_damaged_is_never_taken_for_the_same(seed: int) -> None:
     rng = Random(seed)
     cluster, ids = begin(seed)
     tables = compile_node(cluster, "a", ids)
-    wanted = view_of(tables, ids)
+    wanted = view_of(tables, ids, cluster)
     words, found = read_words(wanted, tables), 0
     for _ in range(150):
-        live = view_of(tables, ids)
+        live = view_of(tables, ids, cluster)
         assert alike(wanted, live)
         damage(rng, live, words)
         if alike(wanted, live):
@@ -170,7 +169,7 @@ def test_what_lacks_something_is_not_the_same(damaged) -> None:
     for seed in range(50):
         cluster, ids = begin(seed)
         tables = compile_node(cluster, "a", ids)
-        wanted = view_of(tables, ids)
+        wanted = view_of(tables, ids, cluster)
         if all(map(len, (wanted.peers[0], tables.services, tables.backends, tables.endpoints))):
             # The last word that anything points at, so that one less is missed.
             end = max(v.backends + 3 * v.count for v in tables.services.values())
@@ -183,7 +182,7 @@ def test_what_lacks_something_is_not_the_same(damaged) -> None:
 def test_a_trie_that_leads_in_circles_ends() -> None:
     cluster, ids = begin(3)
     tables = compile_node(cluster, "a", ids)
-    wanted, live = view_of(tables, ids), view_of(tables, ids)
+    wanted, live = view_of(tables, ids, cluster), view_of(tables, ids, cluster)
     slots = live.image[IMAGE_CIDRS:].view("<u4")
     slots[:2] = CIDR_NEXT | 1 << 26
     assert not alike(wanted, live)

@@ -19,6 +19,7 @@ from bench import kernel, packet
 from bench.clusters import with_rules
 from bench.kernel import IFINDEX_BASE, SYN, World
 from lockgate.bpf import syscall
+from lockgate.observer.records import events_of
 
 
 def pin(core: int) -> None:
@@ -54,6 +55,7 @@ def main() -> None:
     while True:
         records = ring.read()
         if len(records):
+            records, _ = events_of(records)
             decoded += len(records)
             verdicts += np.bincount(records["verdict"], minlength=4)
             np.unique(records["reason"])

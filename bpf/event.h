@@ -7,12 +7,17 @@
 
 #include "limit.h"
 
-static __always_inline void count(__u32 counter)
+static __always_inline void count_many(__u32 counter, __u64 many)
 {
 	__u64 *n = bpf_map_lookup_elem(&counters, &counter);
 
 	if (n)
-		*n += 1;
+		*n += many;
+}
+
+static __always_inline void count(__u32 counter)
+{
+	count_many(counter, 1);
 }
 
 /* Send p->event, with the packet's first bytes when the node asks for them. */
@@ -23,17 +28,18 @@ static __noinline int event_send(struct __sk_buff *skb, struct packet *p)
 	__u32 want = config_capture && node ? node->capture : 0;
 
 	struct budget *budget = budget_of(p);
+	__u32 told = p->event.egress_cell ? 2 : 1;
 
 	p->event.captured = 0;
-	if (budget && !take(&budget->events, p->event.time, config_event_ns)) {
-		count(COUNT_EVENTS_CUT);
+	if (budget && !take(&budget->events, p->event.time, config_event_ns * told)) {
+		count_many(COUNT_EVENTS_CUT, told);
 		return 0;
 	}
 	if (want) {
 		struct event_raw *raw = bpf_ringbuf_reserve(&events_raw, sizeof(*raw), 0);
 
 		if (!raw) {
-			count(COUNT_EVENTS_LOST);
+			count_many(COUNT_EVENTS_LOST, told);
 			return 0;
 		}
 		if (want > EVENT_CAPTURE_MAX)
@@ -46,10 +52,10 @@ static __noinline int event_send(struct __sk_buff *skb, struct packet *p)
 		raw->event = p->event;
 		bpf_ringbuf_submit(raw, 0);
 	} else if (bpf_ringbuf_output(&events, &p->event, sizeof(p->event), 0)) {
-		count(COUNT_EVENTS_LOST);
+		count_many(COUNT_EVENTS_LOST, told);
 		return 0;
 	}
-	count(COUNT_EVENTS);
+	count_many(COUNT_EVENTS, told);
 	return 0;
 }
 
@@ -78,17 +84,20 @@ static __always_inline void event_fill(struct __sk_buff *skb, struct packet *p, 
 	e->length = p->length;
 	e->epoch = p->epoch;
 	e->class = e->reason = e->pending = 0;
+	e->egress_class = e->egress_cell = e->egress_pending = 0;
 	e->line = 0;
 	e->cause = CAUSE_NONE;
 }
 
-/* A verdict in one direction, of the last judgement. */
-static __noinline int event_verdict(struct __sk_buff *skb, struct packet *p, __u32 direction)
+/* What the last judgement said, in one direction or both. A denial ends it: where
+ * ingress was judged too, egress allowed. */
+static __noinline int tell_verdicts(struct __sk_buff *skb, struct packet *p)
 {
 	struct event *e = &p->event;
-	__u32 cell = direction == DIR_EGRESS ? p->egress_cell : p->ingress_cell;
+	bool ingress = p->judged & 1 << DIR_INGRESS, egress = p->judged & 1 << DIR_EGRESS;
+	__u32 cell = ingress ? p->ingress_cell : p->egress_cell;
 
-	if (p->dry)
+	if (p->dry || !p->judged)
 		return 0;
 	if (p->reply)	/* events speak of connections, from their originator */
 		reverse_of(&p->tuple, &p->now);
@@ -97,10 +106,15 @@ static __noinline int event_verdict(struct __sk_buff *skb, struct packet *p, __u
 	event_fill(skb, p, &p->tuple);
 	e->type = EVENT_VERDICT;
 	e->verdict = cell & CELL_ALLOW ? VERDICT_ALLOW : VERDICT_DENY;
-	e->direction = direction;
+	e->direction = ingress ? DIR_INGRESS : DIR_EGRESS;
 	e->reason = cell & CELL_REASON;
-	e->class = direction == DIR_EGRESS ? p->dst_class : p->src_class;
-	e->pending = direction == DIR_EGRESS ? p->egress_pending : p->ingress_pending;
+	e->class = ingress ? p->src_class : p->dst_class;
+	e->pending = ingress ? p->ingress_pending : p->egress_pending;
+	if (ingress && egress) {
+		e->egress_class = p->dst_class;
+		e->egress_cell = p->egress_cell;
+		e->egress_pending = p->egress_pending;
+	}
 	if (e->verdict == VERDICT_DENY)
 		e->cause = CAUSE_POLICY;
 	return event_send(skb, p);

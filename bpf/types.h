@@ -440,6 +440,12 @@ struct event {
 	__u32 epoch;
 	__u32 pending;		/* cell of the pending (audit) view */
 	__u32 line;		/* source line of a drop */
+	/* A connection within the node is judged in both directions, but one record
+	 * tells both: this is that of ingress, and these are class, reason and
+	 * pending cell of egress, which allowed it. Cell 0: no other verdict. */
+	__u32 egress_class;
+	__u32 egress_cell;	/* enforced: CELL_ALLOW and the reason */
+	__u32 egress_pending;
 };
 
 /* Second ring, for records that carry the first bytes of the packet. */
@@ -450,7 +456,7 @@ struct event_raw {
 
 /* Exact losses and totals, per CPU, array by enum counter. */
 enum counter {
-	COUNT_EVENTS       = 0,	/* records written to the rings */
+	COUNT_EVENTS       = 0,	/* written to the rings; a record may tell two */
 	COUNT_EVENTS_LOST  = 1,	/* no room in the ring */
 	COUNT_FORWARDED    = 2,	/* new connections forwarded */
 	COUNT_UNANSWERED   = 3,	/* ICMP errors and resets not sent: over the limit */

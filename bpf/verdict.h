@@ -223,13 +223,4 @@ static __noinline int judge(struct packet *p, const struct tuple *t)
 	return 1;
 }
 
-/* One event per direction judged; a denial ends the list. */
-static __always_inline void tell_verdicts(struct __sk_buff *skb, struct packet *p)
-{
-	if (p->judged & 1 << DIR_EGRESS)
-		event_verdict(skb, p, DIR_EGRESS);
-	if (p->judged & 1 << DIR_INGRESS)
-		event_verdict(skb, p, DIR_INGRESS);
-}
-
 #endif

@@ -20,7 +20,7 @@ class Limits(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=
     #: Connections that it begins. Absent: 20,000, or so many that it alone needs four seconds
     #: to fill the table of half-open ones
     connections: _PerSecond | None = None
-    #: Records about it; a connection within the node makes two
+    #: Verdicts and drops about it; a connection within the node has two verdicts
     events: _PerSecond = 50_000
     #: Packets in fragments that it sends or gets: the table of fragments has room for four seconds
     fragments: _PerSecond = 8_000

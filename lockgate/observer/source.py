@@ -19,6 +19,7 @@ from lockgate.bpf.pins import OtherPin, convert, other_pins, pin_names, ring_rec
 from lockgate.bpf.ring import Ring
 from lockgate.bpf.syscall import map_info, obj_get
 from lockgate.observer.flows import FlowLog
+from lockgate.observer.records import events_of
 from lockgate.observer.tally import Tally
 
 __all__ = ["Source"]
@@ -88,15 +89,14 @@ class Source:
                     break
                 # Ids are journalled before they go live: now every one can be resolved.
                 self._log.journal.refresh()
-                heads = None
                 if "head" in (records.dtype.names or ()):
                     raw = convert(records, self._raw)
-                    events, heads = raw["event"], raw["head"]
+                    events, heads = events_of(raw["event"], raw["head"])
                 else:
-                    events = convert(records, self._event)
+                    events, heads = events_of(convert(records, self._event))
                 self._log.add(events, heads)
                 self._tally.add(events)
-                self.decoded += len(records)
+                self.decoded += len(events)
             else:
                 more = True
         return more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lockgate.observer.records import events_of
 from tests.bytecode.goldens import (
     ADDRESSES,
     CLASS,
@@ -92,10 +93,11 @@ def test_the_first_bytes_ride_along(world, family, want, have):
     outcome = world.run("from_pod", frame, at_pod(A))
     assert outcome.events == []  # they are in the other ring
     records = world.ring_raw.read()
-    assert len(records) == 2
-    for record in records:
-        captured = int(record["event"]["captured"])
-        head = record["head"].tobytes()
+    events, heads = events_of(records["event"], records["head"])
+    assert events["direction"].tolist() == [EGRESS, INGRESS] and len(heads) == 2
+    for event, row in zip(events, heads, strict=True):
+        captured = int(event["captured"])
+        head = row.tobytes()
         assert captured == min(have, len(frame))
         assert head[:captured] == frame[:captured] and not any(head[captured:])
 
@@ -124,7 +126,8 @@ def test_losses_are_counted_exactly(world, capture):
         frame[34:36] = (1024 + n).to_bytes(2, "big")
         syscall.prog_test_run(fd, bytes(frame), context)
     ring = world.ring_raw if capture else world.ring
-    got = len(ring.read())
+    records = ring.read()
+    got = len(events_of(records["event"] if capture else records)[0])
     counters = world.counters()
     assert counters[LOST] > 0
     assert got == counters[EVENTS] and got + counters[LOST] == 2 * runs

@@ -37,6 +37,7 @@ from lockgate.compile.tables import (
 from lockgate.compile.trie import trie
 from lockgate.net import namespaces
 from lockgate.objects.address import format_address, parse_address
+from lockgate.observer.records import events_of
 
 OBJECT = Path(__file__).parents[2] / "build" / "lockgate.bpf.o"
 IFINDEX_BASE = 65536
@@ -372,12 +373,14 @@ class World:
         return Outcome(result.retval, result.data, result.cb, self.events())
 
     def events(self) -> list[dict[str, Any]]:
-        return [self.plain(record) for record in self.ring.read()]
+        return [self.plain(event) for event in events_of(self.ring.read())[0]]
 
     def plain(self, record: Any) -> dict[str, Any]:
         """An event as Python values, causes by name."""
         found: dict[str, Any] = {}
         for name in record.dtype.names:
+            if name.startswith("egress_"):
+                continue  # the other verdict of the record that this event was in
             value = record[name]
             if name in ("saddr", "daddr"):
                 found[name] = format_address(value.tobytes())

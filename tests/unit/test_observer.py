@@ -14,6 +14,7 @@ from lockgate.compile.tables import POLICY, UNREADABLE
 from lockgate.objects.address import parse_address
 from lockgate.observer.flows import Filter, FilterError, FlowLog, Names, parse_filter
 from lockgate.observer.journal import Journal
+from lockgate.observer.records import events_of
 
 EVENT = np.dtype(
     [
@@ -48,6 +49,9 @@ EVENT = np.dtype(
                 "epoch",
                 "pending",
                 "line",
+                "egress_class",
+                "egress_cell",
+                "egress_pending",
             )
         ],
     ]
@@ -136,6 +140,40 @@ def test_allowed_names_every_rule_and_both_ends(log: FlowLog) -> None:
         "interface": "lg3",
         "length": 60,
     }  # fmt: skip
+
+
+ONE_EACH = [
+    # what the record tells: its own verdict, and that of egress if it has one
+    ({"direction": 2, "reason": 7, "class": 3}, [(1, 2, 7, 3, 0)]),
+    ({"reason": 6, "class": 4, "pending": 9}, [(1, 1, 6, 4, 9)]),
+    (
+        {
+            "reason": 6,
+            "class": 4,
+            "egress_cell": 1 << 31 | 5,
+            "egress_class": 8,
+            "egress_pending": 2,
+        },
+        [(1, 2, 5, 8, 2), (1, 1, 6, 4, 0)],
+    ),
+    (
+        {"verdict": 0, "cause": 1, "reason": 6, "class": 4, "egress_cell": 1 << 31},
+        [(1, 2, 0, 0, 0), (0, 1, 6, 4, 0)],
+    ),
+    ({"type": 2, "verdict": 0, "cause": 3, "direction": 0, "reason": 0}, [(0, 0, 0, 0, 0)]),
+]
+
+
+def test_a_record_of_two_verdicts_becomes_two_events_egress_first() -> None:
+    records = np.concatenate([event(service=n, **fields) for n, (fields, _) in enumerate(ONE_EACH)])
+    heads = np.arange(len(records), dtype=np.uint8).reshape(-1, 1)
+    events, rows = events_of(records, heads)
+    wanted = [(n, one) for n, (_, ones) in enumerate(ONE_EACH) for one in ones]
+    fields = ("verdict", "direction", "reason", "class", "pending")
+    assert [(int(e["service"]), tuple(int(e[name]) for name in fields)) for e in events] == wanted
+    assert rows is not None and rows[:, 0].tolist() == [n for n, _ in wanted]
+    assert [int(e["cause"]) for e in events if e["verdict"]] == [0] * 5
+    assert (events["saddr"] == records["saddr"][0]).all()
 
 
 def test_denied_names_the_isolating_policies_and_no_rule(log: FlowLog) -> None:

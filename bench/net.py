@@ -156,6 +156,7 @@ def main() -> None:
         "--two-cpus", action="store_true", help="the client on a processor of its own, too"
     )
     parser.add_argument("--way", choices=("direct", "vxlan"), help="only these rows")
+    parser.add_argument("--one-node", action="store_true", help="only these rows of --way direct")
     options = parser.parse_args()
     rounds, seconds = (2, 0.3) if options.quick else (9, 1.0)
     with ExitStack() as stack:
@@ -169,6 +170,8 @@ def main() -> None:
             pairs += lockgate(stack)
         if not options.peers_only and options.way != "direct":
             pairs += lockgate(stack, "vxlan")
+        if options.one_node:
+            pairs = [pair for pair in pairs if pair.where == "one node"]
         for pair in pairs:
             start_servers(pair, stack)
         rows = compare(pairs, 0, rounds, seconds)
@@ -196,6 +199,7 @@ def main() -> None:
                 "notes": [
                     f"cubic; medians of {rounds} interleaved rounds; CPUs = 1: both ends on one",
                     f"bridge and lockgate with {SERVICES:,} services, lockgate with a policy too",
+                    "every pod in a network namespace and a cgroup of its own, of one depth",
                     "VXLAN: bare and bridge with the kernel's device as flannel sets it up",
                     f"bare on two nodes: kernel routes; bridge-nf-call-iptables {bridged}",
                 ],

@@ -199,6 +199,7 @@ static __always_inline void ct_begin(struct packet *p, const struct tuple *t)
 	if (ct_key_of(&p->key, t))
 		ct->flags |= CT_ORIGIN_HI;
 	ct->tag = ct_tag(&p->key);
+	ct->spare[0] = ct->spare[1] = 0;
 	ct->service = p->service;
 	count(COUNT_FORWARDED);
 	struct ct *past = bpf_map_lookup_elem(&connections, &p->key);

@@ -182,13 +182,14 @@ static __always_inline int leave_plain(struct __sk_buff *skb, __u32 epoch, __u32
 /* The program's answer for a plain packet of a known connection, or LONG_WAY. */
 static __always_inline int fast(struct __sk_buff *skb, const __u32 place)
 {
-	__u32 epoch = node_epoch(), now = now_seconds();
 	struct plain plain;
 	struct ct_key key;
 
-	if (!config_fast || skb->mark == DRY_MARK || skb->vlan_present || !epoch)
+	if (!config_fast || skb->mark == DRY_MARK || skb->vlan_present || !read_plain(skb, &plain))
 		return LONG_WAY;
-	if (!read_plain(skb, &plain))
+	__u32 epoch = node_epoch(), now = now_seconds();
+
+	if (!epoch)
 		return LONG_WAY;
 	if (place == PLACE_FROM_POD && !speaks_for_itself(skb, &plain.ends))
 		return LONG_WAY;

@@ -132,13 +132,12 @@ __noinline int remember_service(struct packet *p)
 /* A new connection to what may be a service. */
 static __noinline int service_begin(struct packet *p, __u8 *flags)
 {
+	/* Asked by address alone first, as most have an address that is no service's. */
+	if (!flags || !service_find(p, &p->wire, true))
+		return NOT_A_SERVICE;
 	struct service_view *view = service_find(p, &p->wire, false);
 
-	if (!flags)
-		return NOT_A_SERVICE;
 	if (!view) {
-		if (!service_find(p, &p->wire, true))
-			return NOT_A_SERVICE;
 		GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
 		return REFUSED;
 	}

@@ -337,6 +337,9 @@ struct ct {
 	__u32 dst_endpoint;
 	__u32 target[2];	/* [0] originator's packets, [1] replies */
 	__u32 service;		/* service id or 0 */
+	/* With its key and what the kernel puts before both, an element is two cache
+	 * lines, and never part of a third: a connection's first packet waits for each. */
+	__u32 spare[2];
 } __attribute__((aligned(8)));	/* two words are swapped whole: see ct_reopen() */
 
 /* NAT: a packet with the tuple of the key becomes a packet with tuple `to`.

@@ -24,6 +24,7 @@ what is installed on it cannot tell it from a machine.
         cluster.pod_exec("default", "a", "cat", "/proc/1/status")
         cluster.stop("kube-apiserver"); cluster.start("kube-apiserver")
         cluster.stop("kubelet", "node-1"); cluster.start("kubelet", "node-1")
+        cluster.leave(cluster.join())                    # a machine comes, and goes for good
 
 Networks, the same in each cluster (each is in network namespaces of its own):
 

@@ -42,10 +42,7 @@ class Cluster:
         self.nodes: list[str] = settings["nodes"]
         self.binaries = Binaries(Path(settings["binaries"]))
         self.control = ControlPlane(self.state, self.binaries, Authority(self.state.certificates))
-        self.kubelets = {
-            node: Kubelet(Machine(self.state, node), number, self.binaries)
-            for number, node in enumerate(self.nodes, 1)
-        }
+        self.kubelets = {node: self._kubelet_of(node) for node in self.nodes}
 
     @property
     def node_programs(self) -> tuple[str, ...]:
@@ -132,6 +129,41 @@ class Cluster:
             for node, networks in ranges.items()
         ]
         network.link_nodes_by_routes(self.state, nodes, machines)
+
+    def join(self) -> str:
+        """One more node, with what every node has; its name. Without a CNI it is registered but not
+        Ready. Raises Failed."""
+        name = f"node-{1 + max(kubelet.number for kubelet in self.kubelets.values())}"
+        self.nodes.append(name)
+        self._write_settings()
+        kubelet = self.kubelets[name] = self._kubelet_of(name)
+        network.build(self.state, [(node, each.number) for node, each in self.kubelets.items()])
+        self._boot(kubelet)
+        self._load(kubelet, images.build_all(self.binaries))
+        self.start("kubelet", name)
+        ranges = until(f"podCIDRs of {name}", self.pod_ranges, 60)
+        self._route(ranges, [CONTROL])
+        return name
+
+    def leave(self, node: str) -> None:
+        """Take a node away, as when a machine is switched off for good: it with all that is on it,
+        and its objects. Raises Failed."""
+        kubelet = self._kubelet(node)
+        kubelet.machine.remove()
+        network.disconnect(self.state, node, kubelet.number)
+        self.kubectl("delete", "node", node)
+        on_it = ("--field-selector", f"spec.nodeName={node}")
+        self.kubectl("delete", "pods", "-A", *on_it, "--force", "--grace-period=0")
+        self.nodes.remove(node)
+        del self.kubelets[node]
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        settings = json.loads(self.state.settings.read_text()) | {"nodes": self.nodes}
+        self.state.settings.write_text(json.dumps(settings))
+
+    def _kubelet_of(self, node: str) -> Kubelet:
+        return Kubelet(Machine(self.state, node), int(node.removeprefix("node-")), self.binaries)
 
     def down(self) -> list[str]:
         """Remove every trace; what was removed, one line each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,12 @@ class Machine:
             log = self.state.log_of(self.name, "machine").read_text()
             raise Failed(f"{error}\n{log.strip()}") from None
         self._leave_root(roots[-1])
+
+    def remove(self) -> None:
+        """End all that runs on it, and remove its files."""
+        remove_cgroups(self.state, self.name)
+        for folder in (self.folder, self.data):
+            shutil.rmtree(folder)
 
     def pid(self) -> int | None:
         """The node's first process, as this machine numbers it; None unless it is up."""
@@ -151,15 +158,16 @@ def _inherit_cpuset(folder: Path) -> None:
                 below.joinpath(name).write_text(above.joinpath(name).read_text())
 
 
-def remove_cgroups(state: State) -> int:
-    """End every process of the cluster and remove its cgroups in all hierarchies; the number of
-    processes that there were."""
+def remove_cgroups(state: State, machine: str = "") -> int:
+    """End every process of the cluster, or of one machine, and remove its cgroups in all
+    hierarchies; the number of processes that there were."""
     ended = 0
     if cgroup2_mount():
-        ended = len(processes.pids(state.cgroup_root()))
-        cgroup.remove(state.cgroup_root())
+        below = state.cgroup_root() / machine
+        ended = len(processes.pids(below))
+        cgroup.remove(below)
     for root in cgroup_v1_hierarchies():
-        tree = root / "lockgate-cluster" / state.cluster
+        tree = root / "lockgate-cluster" / state.cluster / machine
         for directory, _, _ in os.walk(tree, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)

@@ -12,7 +12,7 @@ from cluster.state import CONTROL, State
 from lockgate.net import namespaces
 from lockgate.standalone import underlay
 
-__all__ = ["build", "host_address", "interface", "link_nodes_by_routes", "remove"]
+__all__ = ["build", "disconnect", "host_address", "interface", "link_nodes_by_routes", "remove"]
 
 # For tests of networks (RFC 2544): nobody routes it.
 _HOST_LINKS = ipaddress.ip_network("198.18.0.0/15")
@@ -64,6 +64,13 @@ def link_nodes_by_routes(
             for network in ranges:
                 gateway = by_family[ipaddress.ip_network(network).version]
                 run("ip", "-n", state.netns(machine), "route", "replace", network, "via", gateway)
+
+
+def disconnect(state: State, node: str, number: int) -> None:
+    """Remove a node's links and network namespace. Raises Failed."""
+    for hub in (state.underlay_netns, state.outside_netns):
+        run("ip", "-n", hub, "link", "del", f"n{number}")
+    namespaces.delete(state.netns(node))
 
 
 def remove(state: State) -> list[str]:

@@ -165,8 +165,8 @@ class KubernetesAccess:
     # ---- Nodes -------------------------------------------------------------------
 
     def nodes(self) -> list[str]:
-        """Those with a pod of ours."""
-        return sorted(self._run(self._agents_now()))
+        """Those with a pod of ours, now."""
+        return sorted(self._run(self._agents_now(again=True)))
 
     def daemonset(self) -> dict[str, Any]:
         """That of ours, as the API server has it."""

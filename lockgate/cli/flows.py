@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -20,6 +21,8 @@ __all__ = ["flows", "recent"]
 _NODES_AT_ONCE = 32
 _AGAIN = 0.5  # seconds between attempts to reach an observer that went away
 _AGAIN_REMOTE = 3.0
+_LOOK = 1.0  # seconds between looks for nodes that joined
+_LOOK_REMOTE = 5.0
 
 
 def recent(access: Access, query: dict[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -98,7 +101,7 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
 
 
 def _follow(access: Access, query: dict[str, str], as_json: bool) -> None:
-    """One thread per node reads; this one prints."""
+    """One thread per node reads, one looks for nodes that join; this one prints."""
     arrived: queue.Queue[dict[str, Any] | Exception | str] = queue.Queue(10_000)
 
     def read(node: str) -> None:
@@ -125,11 +128,25 @@ def _follow(access: Access, query: dict[str, str], as_json: bool) -> None:
             reached = False
             time.sleep(_AGAIN if access.standalone else _AGAIN_REMOTE)
 
-    readers = [threading.Thread(target=read, args=(n,), daemon=True) for n in _nodes(access)]
-    for reader in readers:
-        reader.start()
+    readers: dict[str, threading.Thread] = {}
+
+    def read_all(nodes: list[str]) -> None:
+        for node in nodes:
+            if node not in readers or not readers[node].is_alive():
+                reader = threading.Thread(target=read, args=(node,), daemon=True)
+                reader.start()
+                readers[node] = reader
+
+    def look() -> None:
+        while True:
+            time.sleep(_LOOK if access.standalone else _LOOK_REMOTE)
+            with contextlib.suppress(OSError, Refused):
+                read_all(access.nodes())
+
+    read_all(_nodes(access))
+    threading.Thread(target=look, daemon=True).start()
     try:
-        while any(reader.is_alive() for reader in readers) or not arrived.empty():
+        while any(one.is_alive() for one in list(readers.values())) or not arrived.empty():
             try:
                 item = arrived.get(timeout=0.5)
             except queue.Empty:

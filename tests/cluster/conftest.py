@@ -16,12 +16,19 @@ from tests.cluster.containers import Containerd, containerd
 from tests.cluster.preparation import Preparation
 
 _FOLDER = Path(__file__).parent
+_PATIENCE = 400  # seconds for a test with all its clusters, on a machine that is busy
 _preparation = Preparation()
 _prepared = False
 
 
 def _is_ours(item: pytest.Item) -> bool:
     return item.path.is_relative_to(_FOLDER)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in filter(_is_ours, items):
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(_PATIENCE))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

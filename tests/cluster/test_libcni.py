@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,8 +17,6 @@ from lockgate.agent.install import CONFLIST, configuration
 from lockgate.net import dumps, namespaces
 from lockgate.paths import cni_plugin
 from tests.system.agents import Bed, make_bed, pod
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 #: cnitool keeps its cache where libcni has it, whoever else does: our network has its own name.
 VERSIONS = ("0.4.0", "1.0.0", "1.1.0")

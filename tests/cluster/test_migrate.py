@@ -67,7 +67,7 @@ spec:
     ports: [{port: PORT}, {port: 8080}]
 """.replace("PORT", str(PORT))
 OURS = "05-lockgate.conflist"
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 NOT_YET = "lockgate.dev/not-yet"
 
 
@@ -193,7 +193,7 @@ def test_a_cluster_moves_from_the_bridge_plugin_node_by_node(bridged: Cluster) -
         with talking(cluster, moved) as traffic:
             evict(cluster, node)
             cluster.kubectl("label", "node", node, f"{NOT_YET}-")
-            until("Lockgate", lambda n=number: daemonset_rolled_out(cluster, n), 90)
+            until("Lockgate", lambda n=number: daemonset_rolled_out(cluster, n), 180)
             until("its configuration", lambda n=node: OURS in configurations(cluster, n), 30)
             # Pods that stayed are the bridge's, and do not notice.
             traffic.more(20)

@@ -260,6 +260,20 @@ def memory(pid: int) -> tuple[float, float]:
     return int(found["VmRSS"].split()[0]) / 1024, int(found["VmHWM"].split()[0]) / 1024
 
 
+async def applied(socket: Path) -> bool:
+    """Is what the agent knows in force?"""
+    with contextlib.suppress(OSError, ValueError, asyncio.IncompleteReadError):
+        reader, writer = await asyncio.open_unix_connection(str(socket))
+        writer.write(b"GET /v1/status HTTP/1.0\r\nHost: agent\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+        status = json.loads(answer.partition(b"\r\n\r\n")[2])
+        return bool(
+            status["connected"] and status["applied"] and status["applied"] == status["revision"]
+        )
+    return False
+
+
 async def measure(big: Big, folder: Path, seconds: float, rate: float) -> dict[str, Any]:
     path = namespaces.create(f"lg-{CLUSTER}-node-0")
 
@@ -317,6 +331,25 @@ async def measure(big: Big, folder: Path, seconds: float, rate: float) -> dict[s
         while poller.waiting and time.monotonic() < until:
             await asyncio.sleep(0.05)
         now_mb, most_mb = memory(agent.pid)
+        # Another agent, from the maps of this one: nothing moves, and the next change is as ever.
+        agent.terminate()
+        agent.wait()
+        stood, began = int(epoch[0]), time.monotonic()
+        agent = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while not await applied(folder / "agent.sock"):
+            if time.monotonic() - began > PATIENCE or agent.poll() is not None:
+                raise TimeoutError((folder / "agent.log").read_text()[-2000:])
+            await asyncio.sleep(0.01)
+        again, moves = time.monotonic() - began, int(epoch[0]) - stood
+        late = Poller(pins)
+        late.start()
+        ip = ""
+        while not ip:
+            now, ip = time.monotonic(), next(steps)
+        late.waiting[ip] = now
+        while late.waiting and time.monotonic() < now + 10:
+            await asyncio.sleep(0.01)
+        late.stop = True
         cuts = statistics.quantiles(poller.times, n=100)
         return {
             "pods": len(big.live),
@@ -329,7 +362,10 @@ async def measure(big: Big, folder: Path, seconds: float, rate: float) -> dict[s
             "p99 ms": cuts[98],
             "max ms": max(poller.times),
             "epochs/s": (int(epoch[0]) - moved) / took,
-            "lost": len(poller.waiting),
+            "lost": len(poller.waiting) + len(late.waiting),
+            "restart s": again,
+            "restart epochs": moves,
+            "first change ms": late.times[0] if late.times else float("nan"),
         }
     finally:
         if poller is not None:

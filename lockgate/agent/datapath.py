@@ -40,15 +40,13 @@ class Sizes:
     sockets: int
 
     @classmethod
-    def from_memory(cls, share: float = 0.005) -> Sizes:
-        """So that connections take about `share` of the machine's memory, within bounds, and the
-        others as much together. An entry of an LRU hash takes about 160 bytes, allocated
-        beforehand. Larger tables cost more than memory: what entries are found by spreads over
-        more pages than a processor remembers."""
+    def from_memory(cls, share: float = 0.01) -> Sizes:
+        """So that the maps take about `share` of the machine's memory, within bounds. An entry
+        of an LRU hash takes about 160 bytes, allocated beforehand."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         units = int(memory * share) // 160
         connections = 1 << max(14, min(21, units.bit_length() - 1))
-        return cls(connections, connections // 4, connections // 2, connections // 2)
+        return cls(connections, connections // 8, connections // 4, connections // 4)
 
 
 class Datapath:

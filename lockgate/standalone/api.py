@@ -126,8 +126,8 @@ class _Api:
         store = supervisor.store
         pods = [pod for pod in store.objects["Pod"].values() if isinstance(pod, Pod)]
         nodes = []
-        for name in supervisor.nodes:
-            children = {c.role: c.status for c in supervisor.children if c.node == name}
+        for name in supervisor.machines.published:
+            children = {c.role: c.status for c in supervisor.machines.children if c.node == name}
             nodes.append(
                 {
                     "name": name,

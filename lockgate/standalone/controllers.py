@@ -23,9 +23,6 @@ from lockgate.objects.model import (
     Namespace,
     NetworkPolicy,
     Node,
-    NodeAddress,
-    NodeSpec,
-    NodeStatus,
     Object,
     ObjectMeta,
     ObjectReference,
@@ -42,10 +39,7 @@ __all__ = [
     "Plan",
     "endpoint_slices",
     "hosts_text",
-    "make_nodes",
-    "node_number",
     "plan",
-    "running_nodes",
 ]
 
 Key = tuple[str, str]
@@ -64,6 +58,8 @@ class Memory(msgspec.Struct):
     nodes: dict[Key, str] = {}
     #: Address of a service in each family, by (namespace, name, family).
     addresses: dict[tuple[str, str, str], str] = {}
+    #: IP families that were offered to services: they stay, whatever nodes go.
+    families: list[str] = []
     #: Pods that were there in the last plan, and how often each name was used anew.
     uids: dict[Key, tuple[bytes, str]] = {}
     incarnations: dict[Key, int] = {}
@@ -84,7 +80,7 @@ class Plan(msgspec.Struct):
 
 
 def plan(objects: Iterable[Object], nodes: Mapping[str, Node], memory: Memory) -> Plan:
-    """The whole cluster from its manifests. `nodes` comes from `make_nodes`."""
+    """The whole cluster from its manifests. `nodes` are those where pods may be (nodes.py)."""
     result = Plan(nodes=dict(nodes))
     objects = list(objects)
     workloads: list[Workload] = []
@@ -143,7 +139,7 @@ def _key(item: Object) -> Key:
     return item.metadata.namespace, item.metadata.name
 
 
-# ---- Namespaces and nodes ---------------------------------------------------
+# ---- Namespaces --------------------------------------------------------------
 
 
 def _namespaces(objects: Iterable[Object], result: Plan) -> None:
@@ -158,73 +154,6 @@ def _namespaces(objects: Iterable[Object], result: Plan) -> None:
                     f"Namespace {name}: no manifest defines it, so it is made without labels of"
                     " its own"
                 )
-
-
-def make_nodes(objects: Iterable[Object], count: int) -> dict[str, Node]:
-    """The nodes that manifests define, else node-1 … node-COUNT; each with addresses of its own.
-
-    The number of a node is its position: it gives the underlay addresses (172.30.0.10 + N) and
-    the pod CIDRs where the manifest has none.
-    """
-    given = [item for item in objects if isinstance(item, Node)]
-    if not given:
-        given = [Node(metadata=ObjectMeta(name=f"node-{n}")) for n in range(1, count + 1)]
-    result: dict[str, Node] = {}
-    for number, node in enumerate(given, 1):
-        name = node.metadata.name
-        cidrs = (
-            node.spec.pod_cidrs
-            or ([node.spec.pod_cidr] if node.spec.pod_cidr else [])
-            or [f"10.244.{number}.0/24", f"fd00:10:244:{number}::/64"]
-        )
-        labels = {
-            "kubernetes.io/hostname": name,
-            "kubernetes.io/os": "linux",
-            **node.metadata.labels,
-        }
-        result[name] = msgspec.structs.replace(
-            node,
-            metadata=msgspec.structs.replace(node.metadata, labels=labels, uid=f"node-{name}"),
-            spec=NodeSpec(pod_cidr=cidrs[0], pod_cidrs=cidrs),
-            status=NodeStatus(
-                addresses=[
-                    NodeAddress(type="InternalIP", address=f"172.30.0.{10 + number}"),
-                    NodeAddress(type="InternalIP", address=f"fd00:172:30::{10 + number}"),
-                    NodeAddress(type="Hostname", address=name),
-                ]
-            ),
-        )
-    return result
-
-
-def running_nodes(
-    objects: Iterable[Object], count: int, nodes: Mapping[str, Node]
-) -> tuple[dict[str, Node], list[str]]:
-    """The nodes that run, with the labels that the manifests give them now; and what else of the
-    manifests' nodes is not in force before the cluster is started again."""
-    again = "in force when the cluster is started again: `lockgate down`, `lockgate up`"
-    objects = list(objects)
-    wanted = make_nodes(objects, count)
-    cidrs = {
-        item.metadata.name: item.spec.pod_cidrs or [item.spec.pod_cidr]
-        for item in objects
-        if isinstance(item, Node) and (item.spec.pod_cidrs or item.spec.pod_cidr)
-    }
-    result, late = {}, []
-    for name, node in nodes.items():
-        if name not in wanted:
-            late.append(f"node {name}: its end is {again}")
-        elif cidrs.get(name, node.spec.pod_cidrs) != node.spec.pod_cidrs:
-            late.append(f"node {name}: its other podCIDRs are {again}")
-        metadata = wanted.get(name, node).metadata
-        result[name] = msgspec.structs.replace(node, metadata=metadata)
-    late += [f"node {name}: it is {again}" for name in wanted if name not in nodes]
-    return result, late
-
-
-def node_number(node: Node) -> int:
-    """The N of a node made by `make_nodes`."""
-    return int(node.status.addresses[0].address.rpartition(".")[2]) - 10
 
 
 # ---- Workloads to pods ------------------------------------------------------
@@ -332,6 +261,8 @@ def _candidates(pod: Pod, nodes: Mapping[str, Node]) -> list[str]:
 
 
 def _why_not(pod: Pod, nodes: Mapping[str, Node]) -> str:
+    if not nodes:
+        return "no node runs that could take it"
     if pod.spec.node_name:
         return f"spec.nodeName {pod.spec.node_name!r} is none of the nodes {', '.join(nodes)}"
     selector = ", ".join(f"{k}={v}" for k, v in pod.spec.node_selector.items())
@@ -382,7 +313,9 @@ def _cluster_ips(services: Sequence[Service], result: Plan, memory: Memory) -> N
             f"{namespace}/{service_name}"
         ):
             del memory.addresses[namespace, service_name, family]
-    offered = cluster_families(result.nodes.values()) or ["IPv4"]
+    now = cluster_families(result.nodes.values())
+    memory.families = list(dict.fromkeys([*memory.families, *now]))
+    offered = memory.families or ["IPv4"]
     for service in sorted(services, key=_key):
         made = result.services[_key(service)] = _addressed(service, memory, taken, offered)
         for family in made.spec.ip_families:

@@ -129,6 +129,11 @@ class Store:
         """The node's agent ended: what it had in force is known again when it answers."""
         self.applied.pop(node, None)
 
+    def remove(self, node: str) -> None:
+        """The node's agent is no more."""
+        self.applied.pop(node, None)
+        self.errors.pop(node, None)
+
     async def wait_applied(self, revision: int, timeout: float) -> bool:
         """Whether every node had `revision` in force, or answered with an error, in time."""
         try:

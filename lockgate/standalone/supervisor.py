@@ -23,19 +23,16 @@ import msgspec
 
 from lockgate.garbage import collect_between
 from lockgate.kube.folder import Folder, Update
-from lockgate.objects.model import EndpointSlice, NetworkPolicy, Node, Object, Pod
-from lockgate.standalone import underlay
-from lockgate.standalone.children import Child, write_config
+from lockgate.objects.model import EndpointSlice, NetworkPolicy, Object, Pod
+from lockgate.standalone.children import Child
 from lockgate.standalone.controllers import (
     Memory,
     Plan,
     endpoint_slices,
     hosts_text,
-    make_nodes,
-    node_number,
     plan,
-    running_nodes,
 )
+from lockgate.standalone.machines import Machines
 from lockgate.standalone.pods import AgentRefused, PodRunner
 from lockgate.standalone.state import State
 from lockgate.standalone.store import Store
@@ -60,22 +57,19 @@ class Supervisor:
 
     def __init__(self, state: State, folder: Path, nodes: int, routing: str = "auto") -> None:
         self.state = state
-        self._routing = routing
+        self.machines = Machines(state, nodes, routing, self)
         self.store = Store()
         self.folder = Folder(folder)
         self.update = Update(objects=[])
         self.plan = Plan()
-        self.nodes: dict[str, Node] = {}
-        self.children: list[Child] = []
         self.runners: dict[Key, PodRunner] = {}
         self.phase = "starting"
         self.problem = ""
         self.stop = asyncio.Event()
         self.moved = asyncio.Event()
-        self._node_count = nodes
         self._memory = Memory(seed=str(uuid.uuid4()))
         self._others: list[Object] = []
-        self._late: list[str] = []
+        self._objects: list[Object] = []
         self._slices: dict[Key, EndpointSlice] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._ending: set[PodRunner] = set()
@@ -87,17 +81,15 @@ class Supervisor:
     async def run(self, serve: Serve) -> None:
         """`serve` makes the cluster answer on control.sock."""
         first = self.folder.refresh(first=True)
-        if first.errors:
-            raise SystemExit("\n".join(first.errors))
-        self.nodes = make_nodes(first.objects, self._node_count)
+        if errors := first.errors or self.machines.refused(first.objects):
+            raise SystemExit("\n".join(errors))
         for folder in (self.state.hosts, self.state.logs):
             folder.mkdir(parents=True, exist_ok=True)
         stop_serving = await serve(self)
         try:
-            numbers = [(name, node_number(node)) for name, node in self.nodes.items()]
-            await asyncio.to_thread(underlay.build, self.state, numbers)
+            await self.machines.build(first.objects)
             self.take(first)
-            self._start_children()
+            self.machines.start_children(self.machines.published)
             await self._follow_until_stopped()
         finally:
             self.phase = "stopping"
@@ -124,7 +116,7 @@ class Supervisor:
         self.store.close()
         for runner in self.runners.values():
             runner.abandon()
-        await asyncio.gather(*(child.stop() for child in self.children), return_exceptions=True)
+        await self.machines.close()
         for session in self._sessions.values():
             await session.close()
         self.folder.close()
@@ -135,6 +127,8 @@ class Supervisor:
         """Puts a state of the folder into force; one that is known already changes nothing."""
         if update.number <= self.update.number:
             return
+        if not update.errors and (refused := self.machines.refused(update.objects)):
+            update = msgspec.structs.replace(update, errors=refused)
         for error in update.errors:
             if error not in self.update.errors:
                 log.error("%s", error)
@@ -143,6 +137,7 @@ class Supervisor:
         if update.errors:
             self.tell()
             return
+        self._objects = update.objects
         policies = {
             (item.metadata.namespace, item.metadata.name): item
             for item in update.objects
@@ -157,12 +152,18 @@ class Supervisor:
             self.tell()
             return
         self._others = others
-        self.nodes, self._late = running_nodes(update.objects, self._node_count, self.nodes)
-        self.plan = plan(update.objects, self.nodes, self._memory)
-        for warning in update.warnings + self.plan.warnings:
+        self.machines.try_again()
+        self._plan(known)
+
+    def _plan(self, known: set[str]) -> None:
+        """What should be there, from the manifests in force, on the nodes as they are now."""
+        nodes = self.machines.follow(self._objects)
+        self.plan = plan(self._objects, nodes, self._memory)
+        for warning in self.update.warnings + self.plan.warnings:
             if warning not in known:
                 log.warning("%s", warning)
         self._reconcile()
+        self._let_nodes_go()
         self._pods_changed = True
         self.publish()
 
@@ -200,6 +201,7 @@ class Supervisor:
                 del self.runners[key]
             self._pods_changed = True
             self._reconcile()
+            self._let_nodes_go()
             self.publish()
 
         task = asyncio.create_task(end())
@@ -218,7 +220,7 @@ class Supervisor:
         """Makes what is known now a revision, if it differs from the last one."""
         wanted: dict[str, Any] = {
             "Namespace": {("", name): item for name, item in self.plan.namespaces.items()},
-            "Node": {("", name): item for name, item in self.plan.nodes.items()},
+            "Node": {("", name): item for name, item in self.machines.published.items()},
             "Service": self.plan.services,
             "NetworkPolicy": self.plan.policies,
         }
@@ -260,27 +262,33 @@ class Supervisor:
     # ---- Nodes ----------------------------------------------------------------
 
     def node_addresses(self, node: str) -> list[str]:
-        addresses = self.nodes[node].status.addresses if node in self.nodes else []
+        found = self.machines.published.get(node)
+        addresses = found.status.addresses if found else []
         return [item.address for item in addresses if item.type == "InternalIP"]
 
-    def _start_children(self) -> None:
-        def died(child: Child) -> None:
-            log.error("%s of %s ended: %s", child.role, child.node, child.status.error)
-            if child.role == "agent":
-                self.store.forget(child.node)
-            self.tell()
+    def nodes_moved(self) -> None:
+        """A node is built, or wholly gone."""
+        self._plan(set(self.update.warnings + self.plan.warnings))
 
-        for role in ("agent", "observer"):
-            for node in self.nodes:
-                config = write_config(self.state, node, role, self._routing)
-                (self.state.cgroup(node) / "pods").mkdir(parents=True, exist_ok=True)
-                child = Child(self.state, node, role, config)
-                child.start(died)
-                self.children.append(child)
+    def _let_nodes_go(self) -> None:
+        self.machines.let_go({runner.node for runner in self.runners.values()})
+
+    def child_died(self, child: Child) -> None:
+        """An agent or observer ended without having been told to."""
+        log.error("%s of %s ended: %s", child.role, child.node, child.status.error)
+        if child.role == "agent":
+            self.store.forget(child.node)
+        self.tell()
+
+    async def forget_node(self, node: str) -> None:
+        """Its agent is no more."""
+        self.store.remove(node)
+        if session := self._sessions.pop(node, None):
+            await session.close()
 
     async def applied(self, node: str, revision: int, error: str | None) -> None:
         """An agent's answer to a bookmark."""
-        for child in self.children:
+        for child in self.machines.children:
             if (child.node, child.role) == (node, "agent"):
                 child.answered()
         await self.store.take_applied(node, revision, error)
@@ -303,15 +311,18 @@ class Supervisor:
             except (aiohttp.ClientConnectionError, FileNotFoundError):
                 if self.phase == "stopping":
                     raise AgentRefused(f"agent of {node}: it is being stopped") from None
+                if self.machines.is_going(node):
+                    # What its agent does not undo any more goes with the node.
+                    raise AgentRefused(f"agent of {node}: the node is being ended") from None
                 await asyncio.sleep(0.02)
 
     # ---- Being in force -------------------------------------------------------
 
     def reasons(self, revision: int) -> list[str]:
         """Why what was saved is not in force on all nodes; nothing when it is."""
-        reasons = [*self.update.errors, *self._late]
+        reasons = [*self.update.errors, *self.machines.reasons()]
         for node in self.store.behind(revision):
-            agents = [c for c in self.children if c.node == node and c.role == "agent"]
+            agents = [c for c in self.machines.children if c.node == node and c.role == "agent"]
             error = agents[0].last_error if agents else ""
             what = f"ended: {error}" if error else "has not answered yet"
             reasons.append(f"node {node}: its agent {what}")
@@ -349,7 +360,12 @@ class Supervisor:
             if self._pods_changed:
                 self.publish()
             reasons = self.reasons(self.store.revision)
-            final = self.update.errors or self._late or self.store.errors or self.plan.unscheduled
+            final = (
+                self.update.errors
+                or self.machines.failed
+                or self.store.errors
+                or self.plan.unscheduled
+            )
             left = end - loop.time()
             if not reasons or left <= 0 or (final and not self._under_way()):
                 return reasons
@@ -358,9 +374,13 @@ class Supervisor:
                     await self.moved.wait()
 
     def _under_way(self) -> bool:
-        return bool(self.store.behind(self.store.revision)) or any(
-            runner.stopping or runner in self._ending or not runner.settled
-            for runner in self.runners.values()
+        return (
+            self.machines.under_way
+            or bool(self.store.behind(self.store.revision))
+            or any(
+                runner.stopping or runner in self._ending or not runner.settled
+                for runner in self.runners.values()
+            )
         )
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 
 from lockgate.bpf.features import cgroup2_mount, mount_point
+from lockgate.bpf.pins import node_folder
 from lockgate.net import cgroup
 from lockgate.standalone import underlay
-from lockgate.standalone.state import RUN, State
+from lockgate.standalone.state import RUN, State, bpffs
 
-__all__ = ["remove", "supervisor_pid"]
+__all__ = ["remove", "remove_node", "supervisor_pid"]
 
 
 def supervisor_pid(state: State) -> int | None:
@@ -58,6 +59,16 @@ def remove(state: State) -> list[str]:
         _remove_empty(RUN)
         removed.append(str(state.root))
     return removed
+
+
+def remove_node(state: State, node: str, number: int) -> None:
+    """Everything of one node, whose agent has ended. Raises UnderlayError, OSError."""
+    cgroup.remove(state.cgroup(node))
+    pins = node_folder(bpffs(), state.cluster, node)
+    if pins.exists():
+        shutil.rmtree(pins)
+    underlay.remove(state, node, number)
+    _remove_folder(state.node(node))
 
 
 def _processes(tree: Path) -> int:

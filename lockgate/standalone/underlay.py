@@ -19,7 +19,7 @@ from pathlib import Path
 from lockgate.net import namespaces
 from lockgate.standalone.state import State
 
-__all__ = ["OUTSIDE4", "OUTSIDE6", "UnderlayError", "build", "teardown"]
+__all__ = ["OUTSIDE4", "OUTSIDE6", "UnderlayError", "build", "remove", "teardown"]
 
 OUTSIDE4 = "172.31.0.1"
 OUTSIDE6 = "fd00:172:31::1"
@@ -84,6 +84,16 @@ def _node_setup(number: int) -> list[str]:
     setup.append(f"route replace default via {OUTSIDE4} dev outside0")
     setup.append(f"route replace ::/0 via {OUTSIDE6} dev outside0")
     return setup
+
+
+def remove(state: State, name: str, number: int) -> None:
+    """One node less: its links at once, its namespace with its last process. Raises UnderlayError,
+    OSError; nothing there is success."""
+    for hub in (state.underlay_netns, state.outside_netns):
+        if f"n{number}" in _links(hub):
+            with namespaces.inside(namespaces.path_of(hub)):
+                _batch([f"link del n{number}"])
+    namespaces.delete(state.netns(name))
 
 
 def teardown(state: State) -> list[str]:

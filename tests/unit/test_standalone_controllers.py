@@ -7,17 +7,16 @@ from collections import Counter
 import msgspec
 import pytest
 
-from lockgate.objects.model import Condition, Object, Pod, PodIP, PodStatus
+from lockgate.objects.model import Condition, Pod, PodIP, PodStatus
 from lockgate.objects.parse import parse
 from lockgate.standalone.controllers import (
     Memory,
     Plan,
     endpoint_slices,
     hosts_text,
-    make_nodes,
-    running_nodes,
 )
 from lockgate.standalone.controllers import plan as make_plan
+from lockgate.standalone.nodes import make_nodes
 
 
 def workload(kind: str, name: str, replicas: int, extra: str = "", image: str = "x") -> str:
@@ -221,40 +220,6 @@ def test_missing_namespaces_are_made_with_a_warning_and_default_is_there() -> No
     assert set(plan.namespaces) == {"default", "x"}
     assert plan.namespaces["x"].metadata.labels == {"kubernetes.io/metadata.name": "x"}
     assert len(plan.warnings) == 1 and plan.warnings[0].startswith("Namespace x:")
-
-
-def test_nodes_have_addresses_and_pod_cidrs_of_both_families() -> None:
-    node = make_nodes([], 2)["node-2"]
-    assert node.spec.pod_cidrs == ["10.244.2.0/24", "fd00:10:244:2::/64"]
-    internal = [a.address for a in node.status.addresses if a.type == "InternalIP"]
-    assert internal == ["172.30.0.12", "fd00:172:30::12"]
-
-
-@pytest.mark.parametrize(
-    ("after", "labels", "late"),
-    [
-        (["{name: a, labels: {d: x}}", "{name: b}"], {"a": "x"}, []),
-        (["{name: b}", "{name: a}"], {}, []),
-        (["{name: a}"], {}, ["node b: its end"]),
-        (["{name: a}", "{name: b}", "{name: c}"], {}, ["node c: it is"]),
-        (["{name: a}\nspec: {podCIDR: 10.9.0.0/24}", "{name: b}"], {}, ["node a: its other"]),
-        ([], {}, ["node a: its end", "node b: its end", "node node-1: it", "node node-2: it"]),
-    ],
-)
-def test_labels_of_nodes_follow_the_manifests_the_rest_is_said_to_be_late(
-    after: list[str], labels: dict[str, str], late: list[str]
-) -> None:
-    def objects(nodes: list[str]) -> list[Object]:
-        text = "---\n".join(f"apiVersion: v1\nkind: Node\nmetadata: {n}\n" for n in nodes)
-        return parse(text, "test.yaml").objects
-
-    before = make_nodes(objects(["{name: a}", "{name: b}"]), 2)
-    nodes, sentences = running_nodes(objects(after), 2, before)
-    assert {n: v for n, node in nodes.items() if (v := node.metadata.labels.get("d"))} == labels
-    assert [node.status for node in nodes.values()] == [node.status for node in before.values()]
-    assert [node.spec for node in nodes.values()] == [node.spec for node in before.values()]
-    assert len(sentences) == len(late)
-    assert all(s.startswith(w) for s, w in zip(sentences, late, strict=True)), sentences
 
 
 @pytest.mark.parametrize(("ready", "publish"), [(True, False), (False, False), (False, True)])

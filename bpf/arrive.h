@@ -17,7 +17,7 @@ static __always_inline bool is_ours(__u32 target)
 }
 
 /* Can what this target leads to have sent by the card at this hook? Other nodes and their
- * pods send by that which leads to them: where that is the tunnel, a packet beside it is
+ * pods send by one that leads to them: where that is the tunnel, a packet beside it is
  * somebody else's. The world is wherever it is. */
 static __always_inline bool comes_by(struct __sk_buff *skb, struct packet *p, __u32 target)
 {
@@ -27,7 +27,10 @@ static __always_inline bool comes_by(struct __sk_buff *skb, struct packet *p, __
 		return true;
 	struct hop_view *hop = hop_of(p->epoch, index);
 
-	return hop && (hop->flags & HOP_MASQ || hop->ifindex == skb->ifindex);
+	if (!hop || hop->flags & (HOP_MASQ | HOP_TUNNEL))
+		return hop && (hop->flags & HOP_MASQ || hop->ifindex == skb->ifindex);
+	/* There may be a second such card, for the other family. */
+	return hop->ifindex && !(hop->flags & HOP_DROP) && p->role == LINK_UNDERLAY;
 }
 
 /* Is the sender of a packet of this connection on this node? Not the originator whose packets

@@ -168,6 +168,25 @@ def test_the_world_comes_by_any_card(card, family) -> None:
     assert card.run("from_net", frame, OUTSIDE).verdict == REDIRECT
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("source", ["remote", "node"])
+@pytest.mark.parametrize(
+    ("role", "answer"), [(LINK_UNDERLAY, REDIRECT), (LINK_OUTSIDE, DROP), (0, DROP)],
+    ids=["of the underlay too", "to the outside", "to nowhere that we know"],
+)  # fmt: skip
+def test_who_has_a_direct_way_comes_by_a_card_of_the_underlay(
+    world, role, answer, source, family
+) -> None:
+    """Another than that of the way, where each family has its own."""
+    world.publish(base())
+    world.link_roles.set(OUTSIDE, role)
+    frame = bytes(wire() / ip(family, source, "a") / syn())
+    try:
+        assert world.run("from_net", frame, OUTSIDE).verdict == answer
+    finally:
+        world.link_roles.set(OUTSIDE, LINK_OUTSIDE)
+
+
 # ---- Who may send to the tunnel's port -------------------------------------------------
 
 

@@ -153,15 +153,21 @@ def packed(address: str) -> bytes:
     return value.packed if value.version == 6 else b"\0" * 10 + b"\xff\xff" + value.packed
 
 
+#: struct bpf_spin_lock, behind the two views of a value.
+LOCK = bytes(4)
+
+
 def publish(bpf: Libbpf, epoch: int, services: dict[Frontend, Backends]) -> None:
     """Both views get these services; what SERVICES has beyond them is absent."""
     words, live = b"", dict[bytes, bool]()
     for number, (frontend, known) in enumerate(SERVICES.items(), 1):
         address, protocol, port = frontend
         backends = services.get(frontend, [])
-        view = struct.pack("=IIHH", number, len(words) // 8, len(backends), frontend in services)
+        view = struct.pack(
+            "=IIHHI", number, len(words) // 8, len(backends), frontend in services, 0
+        )
         key = packed(address) + struct.pack("!HBx", port, protocol)
-        bpf.update("services", key, view * 2)
+        bpf.update("services", key, view * 2 + LOCK)
         for one in {*known, *backends}:
             backend = (
                 packed(one[0]) + struct.pack("=I", number) + struct.pack("!HBx", one[1], protocol)
@@ -170,7 +176,7 @@ def publish(bpf: Libbpf, epoch: int, services: dict[Frontend, Backends]) -> None
         for ip, target in backends:
             words += packed(ip) + struct.pack("!H", target) + struct.pack("=HI", 0, 0)
     for backend, is_live in live.items():
-        bpf.update("service_backends", backend, bytes([is_live, is_live, 0, 0]))
+        bpf.update("service_backends", backend, bytes([is_live, is_live, 0, 0]) + LOCK)
     bpf.put_image(epoch & 1, words + b"\0" * 8)
     bpf.update("state", struct.pack("=I", 0), struct.pack("=4I", epoch, 0, 0, 0))
 

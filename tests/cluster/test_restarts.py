@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -88,8 +88,9 @@ def traffic(real: Cluster, pods: dict[str, tuple[Path, list[str]]]) -> Iterator[
 def agent(cluster: Cluster, node: str) -> int | None:
     """The agent's process of a node."""
     for pid in processes.pids(cluster.state.cgroup(node) / "kubepods"):
-        if b"lockgate.agent\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
+        with suppress(OSError):  # it may have ended since
+            if b"lockgate.agent\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
     return None
 
 

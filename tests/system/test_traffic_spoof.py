@@ -211,14 +211,15 @@ def test_a_pod_has_one_place_in_its_nodes_neighbour_table(traffic: Cluster) -> N
     Without link-local addresses of its own choice a pod can claim no more."""
     wire, node = Wire(traffic), traffic.node("node-1")
     before = drops(traffic, "spoofed-ndp")
-    for number in range(100):
-        packet = IPv6(src=f"fe80::{number + 0x100:x}", dst="fe80::1", hlim=255)
+    addresses = {f"fe80::{number:x}" for number in range(0x100, 0x100 + 100)}
+    for address in sorted(addresses):
+        packet = IPv6(src=address, dst="fe80::1", hlim=255)
         option = ICMPv6NDOptSrcLLAddr(lladdr=wire.mac)
         send(wire.pod, wire.frame(packet / ICMPv6ND_NS(tgt="fe80::1") / option))
 
     def claimed() -> list[str]:
         shown = node.run("ip", "-6", "neigh", "show").stdout
-        return [line for line in shown.splitlines() if line.startswith("fe80::1")]
+        return [line for line in shown.splitlines() if line.split()[0] in addresses]
 
     until(lambda: claimed() or drops(traffic, "spoofed-ndp") >= before + 100, "their end")
     assert claimed() == []

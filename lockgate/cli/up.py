@@ -212,11 +212,28 @@ def _until_ready(
             count = status["pods"]
             note = status["notReady"][0][:30] if status["notReady"] else ""
             progress.update(pods, total=count["total"], completed=count["ready"], note=note)
-            ready = wanted and not status["notReady"] and not status["reasons"]
-            if ready or time.monotonic() > end:
-                assert isinstance(status, dict)
+            assert isinstance(status, dict)
+            if wanted and not status["notReady"] and not status["reasons"]:
+                blind = _blind(state, status)
+                if not blind or time.monotonic() > end:
+                    return {**status, "reasons": blind}
+                progress.update(nodes, note=blind[0])
+            elif time.monotonic() > end:
                 return status
             time.sleep(0.05)
+
+
+def _blind(state: State, status: dict[str, Any]) -> list[str]:
+    """The nodes whose flows nobody reads yet, as sentences: what is denied there is not told."""
+    found = []
+    for node in status["nodes"]:
+        try:
+            told = call(state.observer(node["name"]), "GET", "/v1/status", timeout=5)
+        except (OSError, Refused):
+            told = {"ready": False}
+        if not told["ready"]:
+            found.append(f"node {node['name']}: the observer does not read events yet")
+    return found
 
 
 def _greet(status: dict[str, Any], cluster: str, late: list[str]) -> None:

@@ -29,7 +29,8 @@ from lockgate.observer.tally import Tally
 __all__ = ["Observer", "run"]
 
 _log = logging.getLogger("lockgate.observer")
-_CHECK = 0.5  # seconds between looks for pins that came or were replaced
+_CHECK = 0.5  # seconds between looks for pins that were replaced
+_FIRST = 0.05  # seconds between looks for pins, while there are none
 _GATHER = 0.01  # seconds that events gather before they are read
 _CHUNK = 1000  # records a write
 
@@ -63,14 +64,15 @@ class Observer:
         """Opens the rings when they are there, again when they were replaced; never ends."""
         try:
             while True:
-                self._check()
-                await asyncio.sleep(_CHECK)
+                waiting = self._check() and not self.source.ready
+                await asyncio.sleep(_FIRST if waiting else _CHECK)
         finally:
             self._unwatch()
             self.source.close()
             self.journal.close()
 
-    def _check(self) -> None:
+    def _check(self) -> bool:
+        """Opens and reads what is pinned; False when that failed."""
         try:
             self.journal.refresh()
             if self.source.open():
@@ -86,6 +88,8 @@ class Observer:
             _log.error("%s", error)
             self.source.close()
             self._unwatch()
+            return False
+        return True
 
     def _readable(self) -> None:
         # Readiness is a level: stop listening while events gather, or we would spin.

@@ -22,14 +22,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     for path in (ROOT / "examples" / "shop").glob("*.yaml"):
         shutil.copy(path, folder)
     with Cluster(folder, unique_name("td")) as cluster:
-        until(lambda: reads(cluster), "the observers' first look at the rings")
         yield cluster
-
-
-def reads(cluster: Cluster) -> bool:
-    """Do the observers read? `up` waits for agents and pods, not for them."""
-    told = json.loads(cluster.lockgate("status", "--json", check=False).stdout)
-    return all(node["observerStatus"].get("ready") for node in told["nodes"])
 
 
 def examine(cluster: Cluster) -> tuple[int, list[dict[str, Any]]]:

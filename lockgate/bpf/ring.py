@@ -71,9 +71,19 @@ class Ring(Map):
         return cls(os.dup(obj.map_fd(name)), record, name)
 
     @property
+    def written(self) -> int:
+        """Bytes that programs wrote since the ring was made, headers included."""
+        return int(self._producer[0])
+
+    @property
+    def taken(self) -> int:
+        """Bytes of these that were read."""
+        return int(self._consumer[0])
+
+    @property
     def pending(self) -> int:
-        """Bytes written and not yet read, headers included."""
-        return int(self._producer[0]) - int(self._consumer[0])
+        """Bytes written and not yet read."""
+        return self.written - self.taken
 
     def read(self, max_records: int = 65536) -> npt.NDArray[Any]:
         """Up to `max_records` finished records, oldest first, as a copy; perhaps none.

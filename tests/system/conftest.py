@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 from tests.system.harness import ROOT, Cluster, manifest, need_root, unique_name
 
 NEAR, FAR = "node-1", "node-2"
+
+# What a shell starts in the background is born deaf to Ctrl-C, and so would be all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _pod(name: str, node: str, *ports: int, namespace: str = "traffic") -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from lockgate.bpf import features, grace, links, maps, ring, syscall
 from lockgate.bpf.object import LoadError, Object
+from tests.compilers import clang
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -128,13 +128,10 @@ PACKET = bytes(range(64))
 def build(folder: Path, name: str, source: str) -> Path:
     file = folder / f"{name}.bpf.c"
     file.write_text(source)
-    clang = shutil.which("clang-19") or shutil.which("clang")
-    if clang is None:
-        pytest.skip("needs clang")
     target = folder / f"{name}.o"
     multiarch = [f"-I/usr/include/{os.uname().machine}-linux-gnu"]
     subprocess.run(
-        [clang, "-O2", "-g", "-target", "bpf", *multiarch, "-c", file, "-o", target], check=True
+        [clang(), "-O2", "-g", "-target", "bpf", *multiarch, "-c", file, "-o", target], check=True
     )
     return target
 

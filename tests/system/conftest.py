@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.compilers import clang
 from tests.system.harness import ROOT, Cluster, manifest, need_root, unique_name
 
 NEAR, FAR = "node-1", "node-2"
 
-# What a shell starts in the background is born deaf to Ctrl-C, and so would be all that tests start.
+# What a shell starts in the background is born deaf to Ctrl-C, and so would be what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -93,11 +94,18 @@ def other_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert text.count(f"\n{head}\n") == 1, head
         text = text.replace(f"\n{head}\n", f"\n{head}\n\t{field}\n")
     (sources / "types.h").write_text(text)
-    clang = next(c for c in ("clang-19", "clang-18", "clang-17", "clang-16") if shutil.which(c))
     made = folder / "other.bpf.o"
     flags = f"-target bpf -mcpu=v3 -O2 -g -std=gnu11 -I/usr/include/{platform.machine()}-linux-gnu"
     subprocess.run(
-        [clang, *flags.split(), f"-I{sources}", "-c", str(sources / "lockgate.bpf.c"), "-o", made],
+        [
+            clang(),
+            *flags.split(),
+            f"-I{sources}",
+            "-c",
+            str(sources / "lockgate.bpf.c"),
+            "-o",
+            made,
+        ],
         check=True,
     )
     return made

@@ -22,6 +22,7 @@ from lockgate.standalone.runtime import (
     Status,
     Target,
 )
+from tests.compilers import clang
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The runtime of this tree, whatever build/ holds."""
     binary = tmp_path_factory.mktemp("runtime") / "lockgate-pod"
     subprocess.run(
-        ["clang-19", "-O2", "-Wall", "-Wextra", "-Werror", ROOT / "runtime/pod.c", "-o", binary],
+        [clang(), "-O2", "-Wall", "-Wextra", "-Werror", ROOT / "runtime/pod.c", "-o", binary],
         check=True,
     )
     before = os.environ.get("LOCKGATE_POD")

@@ -21,6 +21,7 @@ import pytest
 
 from lockgate.standalone import runtime
 from lockgate.standalone.runtime import Container, PodProcess, PodSpec
+from tests.compilers import clang
 
 ROOT = Path(__file__).parents[2]
 ENTRY = 'char _license[] SEC("license") = "Dual BSD/GPL";\n'
@@ -204,7 +205,7 @@ def bpf(cgroup: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libb
     triplet = sysconfig.get_config_var("MULTIARCH") or ""
     subprocess.run(
         [
-            "clang-19",
+            clang(),
             "-O2",
             "-g",
             "-Wall",
@@ -232,7 +233,7 @@ def bpf(cgroup: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libb
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runtime") / "lockgate-pod"
-    subprocess.run(["clang-19", "-O2", ROOT / "runtime/pod.c", "-o", path], check=True)
+    subprocess.run([clang(), "-O2", ROOT / "runtime/pod.c", "-o", path], check=True)
     return path
 
 

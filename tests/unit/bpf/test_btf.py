@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 
 from lockgate.bpf.btf import BtfError, Schema
+from tests.compilers import clang
 
 TYPES = Path(__file__).parents[3] / "bpf" / "types.h"
-CLANG = shutil.which("clang-19") or shutil.which("clang")
-pytestmark = pytest.mark.skipif(CLANG is None, reason="needs clang")
 
 
 def compile_c(target: Path, source: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +21,7 @@ def compile_c(target: Path, source: str) -> subprocess.CompletedProcess[str]:
     file.write_text(source)
     include = f"-I/usr/include/{os.uname().machine}-linux-gnu"
     return subprocess.run(
-        [str(CLANG), "-O2", "-g", "-target", "bpf", include, "-c", str(file), "-o", str(target)],
+        [clang(), "-O2", "-g", "-target", "bpf", include, "-c", str(file), "-o", str(target)],
         capture_output=True,
         text=True,
     )

@@ -109,6 +109,8 @@ class Agent:
             limits=config.limits,
             tunnels=config.routing != "direct",
         )
+        # From here on also where programs of the agent before run: they read it with each event.
+        self.dp.state.view["capture"][0] = config.capture
         self.journal = Journal(self._state / "journal.jsonl", self.dp.ids.view[0])
         self.ipam = Ipam(self._state / "ipam.json", len(self.dp.endpoints))
         self.publisher = Publisher(self.dp)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from lockgate.agent.cards import AUTO
-from lockgate.agent.limits import Limits
+from lockgate.agent.limits import CAPTURE_MAX, Limits
 from lockgate.agent.ways import Routing
 from lockgate.bpf.pins import node_folder
 from lockgate.kube.client import Settings
@@ -50,6 +50,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     cni_conf: str = ""  # the host's /etc/cni/net.d, likewise
     cni_chain: list[dict[str, Any]] = []  # CNI plugins to run after ours
     limits: Limits = Limits()
+    capture: int = 0  # first bytes of the packet that each flow record keeps; 0 = none
 
     @property
     def socket(self) -> Path:
@@ -100,6 +101,10 @@ def read(path: Path) -> Config:
         config.web = ":9781" if config.kubernetes is not None else ""
     if not 0 < config.vxlan_port < 65536:
         raise ValueError(f"{path}, field vxlanPort: expected 1 to 65535, got {config.vxlan_port}")
+    if not 0 <= config.capture <= CAPTURE_MAX:
+        raise ValueError(
+            f"{path}, field capture: expected 0 to {CAPTURE_MAX} bytes, got {config.capture}"
+        )
     if config.web:
         listen(config.web, f"{path}, field web")
     return config

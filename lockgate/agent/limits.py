@@ -1,4 +1,4 @@
-"""How much of what all pods share one pod may use up (bpf/limit.h)."""
+"""How much of what all pods share one pod may use up (bpf/limit.h), and an event may carry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Annotated
 
 import msgspec
 
-__all__ = ["Limits"]
+__all__ = ["CAPTURE_MAX", "Limits"]
+
+#: Bytes of its packet that an event can carry: EVENT_CAPTURE_MAX of bpf/types.h.
+CAPTURE_MAX = 128
 
 _PerSecond = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from lockgate.agent.limits import CAPTURE_MAX
 from lockgate.cli.common import (
     NO_FEATURE,
     Refused,
@@ -42,6 +43,14 @@ INTERRUPTED = 130
     type=click.Choice(["auto", "direct", "vxlan"]),
     help="How packets reach other nodes: over the link, or in a tunnel.",
 )
+@click.option(
+    "--capture",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, CAPTURE_MAX),
+    metavar="BYTES",
+    help="First bytes of its packet that a flow record keeps, 128 at most.",
+)
 @click.option("--detach", is_flag=True, help="Return when the pods are ready; the cluster stays.")
 @click.option("--once", is_flag=True, help="Check everything, clean up, leave with 0 or 1.")
 @click.option(
@@ -53,6 +62,7 @@ def up(
     folder: Path,
     nodes: int,
     routing: str,
+    capture: int,
     detach: bool,
     once: bool,
     timeout: float,
@@ -72,7 +82,7 @@ def up(
     state = State(cluster)
     _check_manifests(folder, state)
     _clear(state, quiet=as_json)
-    supervisor = _start(state, folder, nodes, routing, detach)
+    supervisor = _start(state, folder, nodes, routing, capture, detach)
     code = 0
     try:
         status = _until_ready(state, supervisor, timeout, quiet=as_json)
@@ -152,11 +162,11 @@ def _clear(state: State, quiet: bool) -> None:
 
 
 def _start(
-    state: State, folder: Path, nodes: int, routing: str, detach: bool
+    state: State, folder: Path, nodes: int, routing: str, capture: int, detach: bool
 ) -> subprocess.Popen[bytes]:
     state.root.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "lockgate.standalone.main", "--cluster", state.cluster]
-    argv += ["--nodes", str(nodes), "--routing", routing]
+    argv += ["--nodes", str(nodes), "--routing", routing, "--capture", str(capture)]
     argv += [*(["--detached"] if detach else []), str(folder.absolute())]
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))

@@ -14,12 +14,19 @@ import msgspec
 
 from lockgate.standalone.state import State, bpffs
 
-__all__ = ["Child", "ChildStatus", "write_config"]
+__all__ = ["Child", "ChildStatus", "Settings", "write_config"]
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 #: A process that lived so long starts the back-off anew.
 _HEALTHY = 10.0
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What every agent of a cluster is told, as in lockgate/agent/config.py."""
+
+    routing: str = "auto"
+    capture: int = 0
 
 
 class ChildStatus(msgspec.Struct, rename="camel"):
@@ -29,7 +36,7 @@ class ChildStatus(msgspec.Struct, rename="camel"):
     error: str = ""
 
 
-def write_config(state: State, node: str, role: str, routing: str = "auto") -> Path:
+def write_config(state: State, node: str, role: str, settings: Settings) -> Path:
     """The settings of a node's agent or observer (lockgate/agent/config.py, observer/server.py)."""
     folder = state.node(node)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +49,8 @@ def write_config(state: State, node: str, role: str, routing: str = "auto") -> P
             "cgroup": str(state.cgroup(node)),
             "underlay": "underlay0",
             "outside": "outside0",
-            "routing": routing,
+            "routing": settings.routing,
+            "capture": settings.capture,
             "serviceCidrs": ["10.96.0.0/16", "fd00:10:96::/112"],
             "bpffs": str(bpffs()),
         }

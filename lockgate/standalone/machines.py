@@ -15,7 +15,7 @@ from typing import Protocol
 
 from lockgate.objects.model import Node, Object
 from lockgate.standalone import teardown, underlay
-from lockgate.standalone.children import Child, write_config
+from lockgate.standalone.children import Child, Settings, write_config
 from lockgate.standalone.nodes import make_nodes, node_number, overlap, refused
 from lockgate.standalone.state import State
 
@@ -42,12 +42,12 @@ class Cluster(Protocol):
 class Machines:
     """Nodes, their namespaces, agents and observers. `published` are the nodes that all know."""
 
-    def __init__(self, state: State, count: int, routing: str, cluster: Cluster) -> None:
+    def __init__(self, state: State, count: int, settings: Settings, cluster: Cluster) -> None:
         self.published: dict[str, Node] = {}
         self.children: list[Child] = []
         self._state = state
         self._count = count
-        self._routing = routing
+        self._settings = settings
         self._cluster = cluster
         self._coming: dict[str, Node] = {}
         self._late: list[str] = []
@@ -71,7 +71,7 @@ class Machines:
         nodes = list(nodes)
         for role in ("agent", "observer"):
             for node in nodes:
-                config = write_config(self._state, node, role, self._routing)
+                config = write_config(self._state, node, role, self._settings)
                 (self._state.cgroup(node) / "pods").mkdir(parents=True, exist_ok=True)
                 child = Child(self._state, node, role, config)
                 child.start(self._cluster.child_died)

@@ -1,6 +1,7 @@
 """The process of one cluster: the supervisor and its API in one asyncio loop.
 
-python -m lockgate.standalone.main --cluster NAME --nodes N [--routing WAY] [--detached] FOLDER
+python -m lockgate.standalone.main --cluster NAME --nodes N [--routing WAY] [--capture BYTES]
+    [--detached] FOLDER
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 
 from lockgate.standalone import teardown
 from lockgate.standalone.api import serve
+from lockgate.standalone.children import Settings
 from lockgate.standalone.state import State
 from lockgate.standalone.supervisor import Supervisor
 
@@ -25,7 +27,8 @@ __all__ = ["main"]
 
 async def _main(arguments: argparse.Namespace) -> None:
     state = State(arguments.cluster)
-    supervisor = Supervisor(state, arguments.folder, arguments.nodes, arguments.routing)
+    settings = Settings(routing=arguments.routing, capture=arguments.capture)
+    supervisor = Supervisor(state, arguments.folder, arguments.nodes, settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop.set)
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--cluster", required=True)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--routing", choices=("auto", "direct", "vxlan"), default="auto")
+    parser.add_argument("--capture", type=int, default=0)
     parser.add_argument("--detached", action="store_true")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()

@@ -24,7 +24,7 @@ import msgspec
 from lockgate.garbage import collect_between
 from lockgate.kube.folder import Folder, Update
 from lockgate.objects.model import EndpointSlice, NetworkPolicy, Object, Pod
-from lockgate.standalone.children import Child
+from lockgate.standalone.children import Child, Settings
 from lockgate.standalone.controllers import (
     Memory,
     Plan,
@@ -55,9 +55,9 @@ PARALLEL_STARTS = 8
 class Supervisor:
     """Everything of one cluster. `run` returns when it was told to stop, and has cleaned up."""
 
-    def __init__(self, state: State, folder: Path, nodes: int, routing: str = "auto") -> None:
+    def __init__(self, state: State, folder: Path, nodes: int, settings: Settings) -> None:
         self.state = state
-        self.machines = Machines(state, nodes, routing, self)
+        self.machines = Machines(state, nodes, settings, self)
         self.store = Store()
         self.folder = Folder(folder)
         self.update = Update(objects=[])

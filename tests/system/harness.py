@@ -169,12 +169,18 @@ class Cluster:
     """A cluster of its own, from manifests that are saved with `save`; `down` removes it all."""
 
     def __init__(
-        self, folder: Path, name: str | None = None, nodes: int = 2, routing: str = "auto"
+        self,
+        folder: Path,
+        name: str | None = None,
+        nodes: int = 2,
+        routing: str = "auto",
+        capture: int = 0,
     ) -> None:
         self.name = name or unique_name()
         self.folder = folder
         self.nodes = nodes
         self.routing = routing
+        self.capture = capture
         self.state = State(self.name)
         self._places: dict[str, Place] = {}
         self._root_cgroup = cgroup2()
@@ -204,7 +210,7 @@ class Cluster:
 
     def up(self, timeout: float = 60) -> Cluster:
         arguments = ["up", str(self.folder), "--nodes", str(self.nodes), "--detach"]
-        arguments += ["--routing", self.routing]
+        arguments += ["--routing", self.routing, "--capture", str(self.capture)]
         self.lockgate(*arguments, "--timeout", str(timeout))
         return self
 

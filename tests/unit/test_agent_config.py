@@ -1,0 +1,54 @@
+"""The agent's settings: what is refused, and how it is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockgate.agent.config import read
+from lockgate.agent.limits import CAPTURE_MAX
+from lockgate.bpf.btf import Schema
+from lockgate.paths import bpf_object
+
+LEAST = {"node": "n", "control": "/run/control.sock"}
+
+
+def write(folder: Path, settings: dict[str, Any]) -> Path:
+    path = folder / "agent.json"
+    path.write_text(json.dumps(LEAST | settings))
+    return path
+
+
+@pytest.mark.parametrize("bytes_", [0, 54, CAPTURE_MAX])
+def test_so_many_bytes_of_a_packet_can_be_kept(tmp_path: Path, bytes_: int) -> None:
+    assert read(write(tmp_path, {"capture": bytes_})).capture == bytes_
+
+
+def test_as_many_as_a_record_has_room_for() -> None:
+    head = Schema.from_object(str(bpf_object())).dtype("event_raw")["head"]
+    assert head.itemsize == CAPTURE_MAX
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"capture": -1}, "field capture: expected 0 to 128 bytes, got -1"),
+        ({"capture": 129}, "field capture: expected 0 to 128 bytes, got 129"),
+        ({"capture": "all"}, r"Expected `int`, got `str` - at `\$.capture`"),
+        ({"vxlanPort": 0}, "field vxlanPort: expected 1 to 65535, got 0"),
+        ({"kubernetes": {}}, "expected one of control and kubernetes"),
+        ({"web": "9781"}, "field web"),
+        ({"node": ""}, "field node: expected the node's name"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_is_told_by_file_and_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
+) -> None:
+    monkeypatch.delenv("NODE_NAME", raising=False)
+    path = write(tmp_path, settings)
+    with pytest.raises(ValueError, match=f"^{path}.*{told}"):
+        read(path)

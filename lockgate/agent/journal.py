@@ -2,8 +2,9 @@
 
 One JSON object a line. The agent writes a line, and syncs it to disk, before the id in it can
 reach a packet; so whoever sees an id finds its line. Ids are never reused; a later line with the
-same id replaces what is known of it (a pod's labels or addresses changed). The observer reads it
-(`lockgate.observer.journal`).
+same id says what holds from its time on (a pod's labels or addresses changed). That time is in
+`since`: the boot, and nanoseconds of its clock, which is the one of events and is never set. The
+observer reads it (`lockgate.observer.journal`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, get_args
 
+from lockgate.boot import Moment, now, this_boot
 from lockgate.compile.tables import Direction, Rule, Verdict
 from lockgate.objects.model import Cluster, Pod
 
@@ -51,7 +53,7 @@ class Journal:
         self.path = path
         # With the object that was asked for last, which is there anyway; what the file says of a
         # pod that was not asked for yet.
-        self._endpoints: dict[str, tuple[int, Pod | dict[str, Any]]] = {}
+        self._endpoints: dict[str, tuple[int, Pod | dict[str, Any], Moment]] = {}
         self._reasons: dict[tuple[str, str, tuple[Rule, ...]], int] = {}
         self._services: dict[tuple[str, str, str, str, int], tuple[int, str]] = {}
         self._last: dict[Kind, int] = dict.fromkeys(_KINDS, 0)
@@ -61,6 +63,7 @@ class Journal:
         self._asked: set[tuple[Kind, int]] | None = None
         self._before: set[tuple[Kind, int]] | None = None
         self._lines = self._kept = 0
+        self._boot = this_boot()
         self._rested = time.monotonic()
         self.cluster = Cluster()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
@@ -90,11 +93,14 @@ class Journal:
         if known is not None and known[1] is pod:
             number = known[0]
         else:
-            number = self._next("endpoint") if known is None else known[0]
-            self._endpoints[uid] = number, pod
             facts = _endpoint_facts(pod)
             if known is None or _endpoint_facts(known[1]) != facts:
-                self._write("endpoint", number, facts)
+                number = self._next("endpoint") if known is None else known[0]
+                since = self._boot, now()
+                self._write("endpoint", number, facts | {"since": since})
+            else:
+                number, _, since = known
+            self._endpoints[uid] = number, pod, since
         if self._asked is not None:
             self._asked.add(("endpoint", number))
         return number
@@ -183,7 +189,10 @@ class Journal:
         services = {k: v for k, v in self._services.items() if ("service", v[0]) in wanted}
         lasts = {str(kind): number for kind, number in self._last.items()}
         lines = [_line({"k": "last", **lasts})]
-        lines += [_record("endpoint", n, _endpoint_facts(of)) for n, of in endpoints.values()]
+        lines += [
+            _record("endpoint", n, _endpoint_facts(of) | {"since": since})
+            for n, of, since in endpoints.values()
+        ]
         lines += [_record("reason", n, _reason_facts(*key)) for key, n in reasons.items()]
         lines += [_record("service", n, _service_facts(k, ip)) for k, (n, ip) in services.items()]
         fd = _replace(self.path, lines)
@@ -211,7 +220,7 @@ class Journal:
                 self._lines += 1
                 line = _decode(raw)
                 if line is not None:
-                    with contextlib.suppress(KeyError, IndexError, TypeError):
+                    with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):
                         self._learn(line)
         os.ftruncate(self._fd, end)
 
@@ -225,7 +234,8 @@ class Journal:
         self._last[kind] = max(self._last[kind], number)
         if kind == "endpoint":
             facts = {k: line.get(k) for k in ("uid", "namespace", "name", "node", "ips", "labels")}
-            self._endpoints[str(line.get("uid"))] = number, facts
+            boot, since = line.get("since", ("", 0))
+            self._endpoints[str(line.get("uid"))] = number, facts, (str(boot), int(since))
         elif kind == "reason":
             rules = tuple((r[0], r[1], r[2]) for r in line["rules"])
             self._reasons[line["verdict"], line["direction"], rules] = number

@@ -241,6 +241,7 @@ class FlowLog:
                 event[address].tobytes(),
                 None if icmp else int(event[port]),
                 int(event[endpoint]),
+                int(event["time"]),
             )
         record["protocol"] = _PROTOCOL_NAMES.get(proto, str(proto))
         record["tcpFlags"] = None
@@ -272,10 +273,10 @@ class FlowLog:
             return {"policy": None, "rule": None, "policies": []}
         return {"policy": known.policy, "rule": known.rule, "policies": known.policies}
 
-    def _end(self, address: bytes, port: int | None, endpoint: int) -> dict[str, Any]:
+    def _end(self, address: bytes, port: int | None, endpoint: int, when: int) -> dict[str, Any]:
         ip = format_address(address)
         end: dict[str, Any] = {}
-        pod = self.journal.endpoints.get(endpoint)
+        pod = self.journal.endpoint(endpoint, when)
         if pod is not None:
             end |= {"namespace": pod.namespace, "pod": pod.name, "labels": pod.labels}
         elif ip in self.nodes:

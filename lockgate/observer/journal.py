@@ -7,6 +7,7 @@ of events is matched with one look-up, and strings are made only for records tha
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from lockgate.boot import this_boot
+
 __all__ = ["EndpointName", "Journal", "Reason", "ServiceName"]
 
 #: Of a policy whose rules can't be read (`lockgate.compile.tables`).
 _UNREADABLE = -2
+
+#: Changes of pods that are remembered, of all pods together; less than 1 KB each.
+EARLIER = 16384
 
 Codes = npt.NDArray[np.int32]
 _MAX_ID = 1 << 26  # beyond that a line is damaged, and a column would not fit in memory
@@ -27,10 +33,13 @@ _MAX_ID = 1 << 26  # beyond that a line is damaged, and a column would not fit i
 
 @dataclass(frozen=True, slots=True)
 class EndpointName:
+    """A pod as it was from `since` on, nanoseconds of the clock of events."""
+
     namespace: str
     name: str
     node: str
     labels: dict[str, str]
+    since: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +108,16 @@ class Journal:
     """Follows one journal file; it may not exist yet, and may be replaced by another.
 
     What neither that file nor the one before it says, and no event kept (`in_use`) speaks of, is
-    forgotten. Of the one before: events about its ids may be in the ring still.
+    forgotten. Of the one before: events about its ids may be in the ring still. What a pod was
+    before its labels changed is kept for the last EARLIER changes, of all pods together.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.endpoints: dict[int, EndpointName] = {}
+        self.endpoints: dict[int, EndpointName] = {}  # as of now
+        self._earlier: dict[int, list[EndpointName]] = {}  # oldest first
+        self._changes: deque[int] = deque()  # the id of each in `_earlier`, oldest first
+        self._boot = this_boot()
         self.reasons: dict[int, Reason] = {}
         self.services: dict[int, ServiceName] = {}
         self.namespace = _Column()
@@ -148,6 +161,7 @@ class Journal:
         endpoints = gone("endpoint", self.endpoints)
         for id_ in endpoints:
             del self.endpoints[id_]
+            self._earlier.pop(id_, None)
         if endpoints:
             self.namespace.forget(endpoints)
             self.name.forget(endpoints)
@@ -160,6 +174,15 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def endpoint(self, id_: int, time: int) -> EndpointName | None:
+        """The pod as it was at a time of an event; where that is not known any more, as it was
+        first after it."""
+        latest = self.endpoints.get(id_)
+        if latest is None or latest.since <= time or id_ not in self._earlier:
+            return latest
+        earlier = self._earlier[id_]
+        return next((one for one in reversed(earlier) if one.since <= time), earlier[0])
 
     def in_namespace(self, ids: npt.NDArray[Any], namespace: str) -> npt.NDArray[np.bool_]:
         """Which endpoint ids are of pods of the namespace."""
@@ -196,15 +219,15 @@ class Journal:
                 self._said[record["k"]].add(id_)
             match record["k"]:
                 case "endpoint":
+                    boot, since = record.get("since", ("", 0))
                     endpoint = EndpointName(
                         record["namespace"],
                         record["name"],
                         record.get("node", ""),
                         record.get("labels") or {},
+                        int(since) if boot == self._boot else 0,  # all events are of this boot
                     )
-                    self.endpoints[id_] = endpoint
-                    self.namespace.set(id_, endpoint.namespace)
-                    self.name.set(id_, endpoint.name)
+                    self._set(id_, endpoint)
                 case "reason":
                     self.reasons[id_] = _reason(record)
                 case "service":
@@ -213,6 +236,24 @@ class Journal:
                     )
         except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
             self.damaged += 1
+
+    def _set(self, id_: int, endpoint: EndpointName) -> None:
+        before = self.endpoints.get(id_)
+        if before is not None and 0 < endpoint.since < before.since:
+            return  # a line that is read again
+        if before is not None and endpoint.since and endpoint != before:
+            self._earlier.setdefault(id_, []).append(before)
+            self._changes.append(id_)
+            if (
+                len(self._changes) > EARLIER
+                and (oldest := self._changes.popleft()) in self._earlier
+            ):
+                del self._earlier[oldest][0]
+                if not self._earlier[oldest]:
+                    del self._earlier[oldest]
+        self.endpoints[id_] = endpoint
+        self.namespace.set(id_, endpoint.namespace)
+        self.name.set(id_, endpoint.name)
 
 
 def _none() -> dict[str, set[int]]:

@@ -14,6 +14,7 @@ from lockgate.agent.ids import NodeIds
 from lockgate.agent.journal import Journal, LastIds
 from lockgate.compile import compile_node
 from lockgate.objects.model import ObjectMeta, Pod
+from lockgate.observer import journal as reader_module
 from lockgate.observer.journal import Journal as Reader
 from tests import generate
 
@@ -52,6 +53,85 @@ def test_new_labels_are_told_under_the_same_id(tmp_path: Path) -> None:
         assert journal.endpoint(pod("a", app="y")) == number
         journal.commit()
     assert read(path).endpoints[number].labels == {"app": "y"}
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, boot: str = "") -> list[int]:
+    """The clock of events, and the boot, for writers made from now on."""
+    time = [1000]
+    monkeypatch.setattr(journal_module, "now", lambda: time[0])
+    if boot:
+        monkeypatch.setattr(journal_module, "this_boot", lambda: boot)
+    return time
+
+
+def app(reader: Reader, number: int, time: int) -> str:
+    found = reader.endpoint(number, time)
+    assert found is not None
+    return found.labels["app"]
+
+
+@pytest.mark.parametrize("shortened", [False, True])
+def test_what_a_pod_was_before_is_known_by_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shortened: bool
+) -> None:
+    path, time = tmp_path / "journal.jsonl", clock(monkeypatch)
+    with Journal(path) as journal:
+        number = journal.endpoint(pod("a", app="x"))
+        journal.commit()
+        reader = read(path)
+        for time[0], name in ((2000, "y"), (3000, "x")):
+            journal.endpoint(pod("a", app=name))
+        journal.endpoint(pod("a", app="x"))
+        journal.commit()
+        if shortened:
+            reader.refresh()
+            for _ in range(2):
+                with journal.asking():
+                    journal.endpoint(pod("a", app="x"))
+                time[0] += 1000
+                journal.shorten()
+        reader.refresh()
+        times = (1, 1000, 1999, 2000, 2999, 3000, 1 << 62)
+        assert [app(reader, number, t) for t in times] == ["x", "x", "x", "y", "y", "x", "x"]
+        assert reader.endpoint(number + 1, 5000) is None
+
+
+def test_what_was_before_a_boot_is_of_no_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    for boot, name in (("another", "x"), ("another", "y"), ("", "y"), ("", "z")):
+        with monkeypatch.context() as patch:
+            time = clock(patch, boot)
+            time[0] = 9000 if boot else 500 + 100 * (name == "z")
+            with Journal(path) as journal:
+                number = journal.endpoint(pod("a", app=name))
+                journal.commit()
+    reader = read(path)
+    assert [app(reader, number, t) for t in (1, 599, 600, 9999)] == ["y", "y", "z", "z"]
+
+
+def test_lines_without_a_time_replace_what_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    line = '{{"k":"endpoint","id":1,"namespace":"shop","name":"a","labels":{{"app":"{}"}}}}\n'
+    path.write_text(line.format("x") + line.format("y"))
+    assert app(read(path), 1, 5) == "y"
+
+
+def test_changes_that_are_remembered_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "EARLIER", 3)
+    path, time = tmp_path / "journal.jsonl", clock(monkeypatch)
+    with Journal(path) as journal:
+        numbers = {name: journal.endpoint(pod(name, app="0")) for name in "ab"}
+        for change, name in enumerate("aabbb", start=1):
+            time[0] += 10
+            journal.endpoint(pod(name, app=str(change)))
+        journal.commit()
+    reader = read(path)
+    assert [app(reader, numbers["a"], t) for t in (1005, 1015, 1025)] == ["2", "2", "2"]
+    assert [app(reader, numbers["b"], t) for t in (1025, 1035, 1045, 1055)] == list("0345")
 
 
 @pytest.mark.parametrize("torn", [b'{"k":"endpoint","id":9', b"\xff\xfe", b'{"k"'])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lockgate.boot import this_boot
 from lockgate.compile.tables import POLICY, UNREADABLE
 from lockgate.objects.address import parse_address
 from lockgate.observer.flows import Filter, FilterError, FlowLog, Names, parse_filter
@@ -206,6 +207,17 @@ def test_icmp_has_type_and_code_instead_of_ports(log: FlowLog) -> None:
     assert (record["protocol"], record["icmpType"], record["icmpCode"]) == ("ICMPv6", 128, 3)
     assert "port" not in record["source"] and record["tcpFlags"] is None
     assert log.select(Filter(port=3)) == []
+
+
+def test_a_record_has_the_labels_of_its_time(log: FlowLog) -> None:
+    log.add(event())
+    log.add(event(time=event()["time"][0] + 10**12))
+    then = int(event()["time"][0])
+    changed = {**LINES[0], "labels": {"a": "c"}, "since": [this_boot(), then]}
+    write(log.journal.path, [changed])
+    log.journal.refresh()
+    labels = [record["source"]["labels"] for record in log.select(Filter())]
+    assert labels == [{"a": "b"}, {"a": "c"}]
 
 
 def test_unknown_ends_have_addresses_and_nodes_their_names(log: FlowLog) -> None:

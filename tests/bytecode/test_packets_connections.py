@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 from scapy.layers.inet import TCP as Tcp
 
-from lockgate.bpf.grace import wait_grace
-from lockgate.compile.tables import CELL_ALLOW
 from tests.bytecode.goldens import (
     ADDRESSES,
     CLASS,
@@ -36,7 +32,6 @@ from tests.bytecode.goldens import (
 from tests.bytecode.world import (
     DROP,
     EGRESS,
-    HOP_MAC,
     INGRESS,
     LOCAL,
     NEXT,
@@ -44,10 +39,8 @@ from tests.bytecode.world import (
     TCP,
     UDP,
     UNDERLAY,
-    Hop,
     Peer,
     Service,
-    mac_bytes,
     set_seen,
 )
 
@@ -438,113 +431,3 @@ def test_a_hairpin_of_a_reused_address_goes_to_the_new_pod(world):
     frame = from_pod(5) / ip(4, "a", "svc") / tcp(40000, 81, "A")
     outcome = pass_(world, bytes(frame), 5)
     assert outcome.packet == bytes(to_pod(5) / ip(4, "svc", "a") / tcp(40000, 8081, "A"))
-
-
-# ---- No mixture of views ----------------------------------------------------------------
-
-
-def test_no_packet_sees_a_mixture_of_two_views(world):
-    """Two states that both deny a → b, and whose halves put together allow, in every way:
-    classes, rows and cells of one with those of the other. And two that both allow."""
-    for verdict in (DROP, REDIRECT):
-        cells = {}
-        for cls in (CLASS["a"], CLASS["c"]):
-            other = CLASS["c"] if cls == CLASS["a"] else CLASS["a"]
-            # In the state where a has class `cls`, the other class has the other verdict.
-            allow = {(cls, WEB): 1} if verdict == REDIRECT else {(other, WEB): 1}
-            cells[cls] = allow
-        scenes = []
-        for cls, ids in ((CLASS["a"], 1), (CLASS["c"], 2)):
-            peers = dict(base().peers)
-            for family in FAMILIES:
-                peers[ADDRESSES[family]["a"]] = Peer(LOCAL, A, IDS["a"], cls)
-            allow = dict.fromkeys(cells[cls], ids)
-            scene = base().but(peers=peers, reason=70 + ids).isolate(B, INGRESS, allow)
-            scenes.append(scene)
-        tables = [(s.tables(), s.records(), world.hop_table(s)) for s in scenes]
-        world.publish(scenes[0])
-        flips = 40
-        finished = threading.Event()
-
-        def flip(tables=tables, flips=flips, finished=finished) -> None:
-            try:
-                for n in range(1, flips + 1):
-                    world.publisher.publish(*tables[n % 2])
-            finally:
-                finished.set()
-
-        writer = threading.Thread(target=flip)
-        before = world.publisher.epoch
-        writer.start()
-        seen = set()
-        runs = 0
-        try:
-            while not finished.is_set() or runs < 1000:
-                # Always a new connection: one port after the other.
-                runs += 1
-                port = (1024 + runs % 60000).to_bytes(2, "big")
-                outcome = world.run("from_pod", RAW_SYN[:34] + port + RAW_SYN[36:], at_pod(A))
-                assert outcome.verdict == verdict
-                event = outcome.events[-1]
-                # Class, reason and epoch of one event belong to one state.
-                seen.add((event["epoch"] - before & 1, event["class"], event["reason"]))
-        finally:
-            writer.join()
-        assert world.publisher.epoch == before + flips
-        reasons = (1, 2) if verdict == REDIRECT else (71, 72)
-        assert seen == {(0, CLASS["a"], reasons[0]), (1, CLASS["c"], reasons[1])}
-
-
-def test_no_packet_leaves_by_half_a_hop(world):
-    """Two hops to the same node, each with MACs of its own: never one of each."""
-    macs = (("02:00:00:00:01:01", "02:00:00:00:01:02"), ("02:00:00:00:02:01", "02:00:00:00:02:02"))
-    scenes = [base().but(hops={1: Hop(UNDERLAY, HOP_MAC, *pair)}) for pair in macs]
-    states = [(s.tables(), s.records(), world.hop_table(s)) for s in scenes]
-    world.publish(scenes[0])
-    finished = threading.Event()
-
-    def flip() -> None:
-        try:
-            for n in range(1, 41):
-                world.publisher.publish(*states[n % 2])
-        finally:
-            finished.set()
-
-    writer = threading.Thread(target=flip)
-    writer.start()
-    packet = bytes(from_pod(A) / ip(4, "a", "remote") / syn())
-    seen = set()
-    try:
-        while not finished.is_set():
-            seen.add(world.run("from_pod", packet, at_pod(A)).packet[:12])
-    finally:
-        writer.join()
-    assert seen == {b"".join(mac_bytes(mac) for mac in pair) for pair in macs}
-
-
-RAW_SYN = bytes(from_pod(A) / ip(4, "a", "b") / syn())
-
-
-def test_a_mixture_would_show(world):
-    """The check above can fail: the class of one state with the cells of the other."""
-    peers = {**base().peers, ADDRESSES[4]["a"]: Peer(LOCAL, A, IDS["a"], CLASS["a"])}
-    world.publish(base().but(peers=peers).isolate(B, INGRESS, {(CLASS["c"], WEB): 1}))
-    pass_(world, RAW_SYN, A, verdict=DROP)
-    world.endpoints.view["view"]["class4"][A, world.publisher.epoch & 1] = CLASS["c"]
-    pass_(world, RAW_SYN, A, verdict=REDIRECT)
-    world.publisher.read_back()
-
-
-def test_writing_the_idle_view_changes_nothing(world):
-    """Step 2 of publishing, by hand: everything but the epoch is written."""
-    world.publish(base().isolate(B, INGRESS))
-    view = world.publisher.epoch & 1
-    wait_grace()
-    idle = 1 - view
-    inner = world.images.inner(idle)
-    if inner is not None:
-        inner.view[:] |= CELL_ALLOW  # every cell of the idle image allows
-    world.endpoints.view["view"]["isolated"][:, idle] = 0
-    outcome = pass_(world, RAW_SYN, A, verdict=DROP)
-    assert outcome.events[-1]["cause"] == "policy"
-    world.publisher.read_back()

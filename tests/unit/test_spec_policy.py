@@ -393,12 +393,37 @@ def test_point_27_a_reused_address_is_the_new_pod() -> None:
     assert pod_at(cluster(pods=[old]), WEB) is None
 
 
-def test_point_30_deleting_the_policy_restores_the_default() -> None:
-    state = cluster(policy(ingress()))
-    state.policies.clear()
-    assert judge(state, Packet(OUTSIDE, WEB, "TCP", 80)) == Answer(
-        "allow", None, None, Judgement(isolated=False, allowed=True)
-    )
+IN_A, IN_B = policy(ingress({"ports": [port(80)]}), "a"), policy(ingress({}), "b")
+SHUT = policy(ingress(), "shut")
+
+# point and behaviour, policies before, policies after, (verdict, direction, rule) before and after,
+# all for one packet, b/web → a/web 80/TCP
+CHANGES: list[tuple[str, list[NetworkPolicy], list[NetworkPolicy], Any, Any]]
+CHANGES = [
+    ("30 the only policy is deleted: open", [SHUT], [], DENY_IN, OPEN),
+    ("30 the first policy is made: isolated", [], [SHUT], OPEN, DENY_IN),
+    ("30 one of two is deleted: the other isolates on", [SHUT, IN_A], [SHUT], IN(), DENY_IN),
+    ("30 the one that denies is deleted: the other allows on", [SHUT, IN_A], [IN_A], IN(), IN()),
+    ("30 replaced by another that allows: allowed", [IN_A], [IN_B], IN(), IN()),
+    ("30 egress takes the place of ingress", [IN_A], [policy(egress(), "a")], IN(), OPEN),
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "then", "now"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES]
+)
+def test_point_30_what_was_before_counts_no_more(
+    before: list[NetworkPolicy], after: list[NetworkPolicy], then: Any, now: Any
+) -> None:
+    state = cluster(*before)
+    answer = judge(state, Packet(B_WEB, WEB, "TCP", 80))
+    assert (answer.verdict, answer.direction, answer.rule) == then
+    for gone in before:
+        if gone not in after:
+            del state.policies[gone.key]
+    state.policies.update({one.key: one for one in after})
+    answer = judge(state, Packet(B_WEB, WEB, "TCP", 80))
+    assert (answer.verdict, answer.direction, answer.rule) == now
 
 
 def test_a_policy_whose_rules_cant_be_read_isolates_and_says_so() -> None:

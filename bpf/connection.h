@@ -81,14 +81,6 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 	__u8 flags = found;
 
 	p->reply = 0;
-	if (p->place == PLACE_FROM_POD && !p->service && !p->dry && has_ports(p->wire.proto) && may_have_asked(skb)) {
-		struct socket_peer *asked = service_asked(skb, p);
-
-		if (asked) {
-			p->service = asked->service;
-			flags |= CT_SERVICE;
-		}
-	}
 	if (!admit(skb, p, &flags))
 		return p->cause ? drop(skb, p) : deny(skb, p);
 	if (!may_begin(p) || (flags & CT_NAT_REPLY && !remember_service(p)))
@@ -140,12 +132,12 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 
 	p->service = ct->service;
 	if (!reply && p->place == PLACE_FROM_POD && ct->flags & CT_SERVICE) {
-		int moved = service_again(skb, p, ct->service, flags);
+		int moved = service_again(p, service_asked(skb, p), ct->service, flags);
 
-		if (moved == TRANSLATED)
-			return BEGINS;
-		if (moved == REFUSED)
-			return UNSERVED;
+		if (moved != NOT_A_SERVICE) {
+			ct_forget(p);
+			return moved == TRANSLATED ? BEGINS : UNSERVED;
+		}
 	}
 	if (reply)
 		reverse_of(&p->tuple, &p->now);
@@ -254,11 +246,19 @@ static __noinline struct ct *find_untranslated(struct packet *p, const struct tu
 	return p->twin ? NULL : ct;
 }
 
+/* Can what goes to a pod's address be translated? Datagrams to a backend that went
+ * are, until their socket ends (service_again()); and so errors about the answers. */
+static __always_inline bool may_have_moved(struct __sk_buff *skb, struct packet *p)
+{
+	return p->place == PLACE_FROM_POD &&
+	       (p->icmp_error || (p->wire.proto == IPPROTO_UDP && may_have_asked(skb)));
+}
+
 /* The connection of tuple `t` as seen on the wire, and in p->now the tuple it
  * is known by. On the wire another than its own only stands towards a service's
- * address or a node's, or of a twin, so what else goes to a pod is spared the
- * look-up in `nat`. */
-static __always_inline struct ct *find_connection(struct packet *p, const struct tuple *t)
+ * address or a node's, or of a twin, or for a backend that went, so what else goes
+ * to a pod is spared the look-up in `nat`. */
+static __always_inline struct ct *find_connection(struct __sk_buff *skb, struct packet *p, const struct tuple *t)
 {
 	struct ct *ct = find_untranslated(p, t);
 
@@ -266,11 +266,13 @@ static __always_inline struct ct *find_connection(struct packet *p, const struct
 		p->now = *t;
 		return ct;
 	}
-	struct nat *translated = !p->twin && is_pod(p, &t->daddr) ? NULL : nat_find(p, t);
+	if (p->twin || may_have_moved(skb, p) || !is_pod(p, &t->daddr)) {
+		struct nat *translated = nat_find(p, t);
 
-	if (translated) {
-		p->now = translated->to;
-		ct = ct_find(p, &p->now);
+		if (translated) {
+			p->now = translated->to;
+			ct = ct_find(p, &p->now);
+		}
 	}
 	if (!ct)
 		p->now = *t;
@@ -308,7 +310,7 @@ static __noinline int related(struct __sk_buff *skb, struct packet *p)
 	reverse_of(t, &p->inner);
 	if (same_addr(&p->wire.daddr, &t->daddr) &&
 	    (p->place != PLACE_FROM_POD || same_addr(&p->wire.saddr, &t->saddr)))
-		ct = find_connection(p, t);
+		ct = find_connection(skb, p, t);
 	if (!ct || !stands(p, ct)) {
 		p->now = p->wire;
 		p->icmp_error = 0;
@@ -376,7 +378,7 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 		GIVE_UP(p, CAUSE_UNRELATED_ERROR);
 		return drop(skb, p);
 	}
-	struct ct *ct = find_connection(p, &p->wire);
+	struct ct *ct = find_connection(skb, p, &p->wire);
 
 	if (!ct && p->place == PLACE_FROM_NET) {
 		if (!for_a_pod(p))
@@ -397,7 +399,7 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 	if (p->place == PLACE_FROM_POD) {
 		__u8 flags = 0;
 
-		if (service_begin(p, &flags) == REFUSED)
+		if (service_begin(skb, p, &flags) == REFUSED)
 			return drop_and_tell(skb, p, refuse(skb, p));
 		if (p->twin)
 			flags |= CT_NAT_REPLY;

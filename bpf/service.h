@@ -64,14 +64,26 @@ static __always_inline bool backend_for_packet(struct packet *p, struct service_
 	return true;
 }
 
-/* The packet is to be translated p->wire → p->now. A pod that is its own
- * backend sees the service's address as its peer: a packet from itself would be
+/* Send the packet to a backend of the service: p->wire → p->now. A pod that is its
+ * own backend sees the service's address as its peer: a packet from itself would be
  * refused by its stack. */
-static __always_inline void to_backend(struct packet *p, __u8 *flags)
+static __noinline int to_backend(struct packet *p, struct service_view *view, __u8 *flags)
 {
-	if (same_addr(&p->now.daddr, &p->wire.saddr))
-		p->now.saddr = p->wire.daddr;
+	if (!view || !flags)
+		return NOT_A_SERVICE;
+	p->service = view->id;
+	if (!backend_for_packet(p, view)) {
+		GIVE_UP(p, CAUSE_NO_BACKEND);
+		return REFUSED;
+	}
+	if (p->wire.proto == IPPROTO_SCTP && p->now.dport != p->wire.dport) {
+		GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
+		return REFUSED;
+	}
+	p->now.saddr = same_addr(&p->now.daddr, &p->wire.saddr) ? p->wire.daddr : p->wire.saddr;
+	p->now.sport = p->wire.sport;
 	*flags |= CT_NAT_REPLY | CT_SERVICE;
+	return TRANSLATED;
 }
 
 /* Does another connection of the pod have the ends of p->now? A pod may use one
@@ -129,31 +141,6 @@ __noinline int remember_service(struct packet *p)
 	return 1;
 }
 
-/* A new connection to what may be a service. */
-static __noinline int service_begin(struct packet *p, __u8 *flags)
-{
-	/* Asked by address alone first, as most have an address that is no service's. */
-	if (!flags || !service_find(p, &p->wire, true))
-		return NOT_A_SERVICE;
-	struct service_view *view = service_find(p, &p->wire, false);
-
-	if (!view) {
-		GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
-		return REFUSED;
-	}
-	p->service = view->id;
-	if (!backend_for_packet(p, view)) {
-		GIVE_UP(p, CAUSE_NO_BACKEND);
-		return REFUSED;
-	}
-	if (p->wire.proto == IPPROTO_SCTP && p->now.dport != p->wire.dport) {
-		GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
-		return REFUSED;
-	}
-	to_backend(p, flags);
-	return TRANSLATED;
-}
-
 /* Did the sender's socket ever ask for a service? A full socket knows; of what
  * stands in for one (a request, TIME_WAIT) it is not known. */
 static __always_inline bool may_have_asked(struct __sk_buff *skb)
@@ -180,14 +167,12 @@ static __always_inline struct socket_peer *service_asked(struct __sk_buff *skb, 
 	return bpf_map_lookup_elem(&sockets, &key);
 }
 
-/* The connection in hand is judged again: if it is UDP to a backend of a
- * service that went, choose another for it. A connected socket goes on seeing
- * the address it was given. */
-static __noinline int service_again(struct __sk_buff *skb, struct packet *p, __u32 service, __u8 *flags)
+/* UDP to a backend of a service that went: choose another. `asked` is what the
+ * sender's socket asked for, or NULL. A connected socket goes on seeing the
+ * address it was given. */
+static __noinline int service_again(struct packet *p, struct socket_peer *asked, __u32 service, __u8 *flags)
 {
-	struct socket_peer *asked = service_asked(skb, p);
-
-	if (!flags || p->now.proto != IPPROTO_UDP)
+	if (p->now.proto != IPPROTO_UDP)
 		return NOT_A_SERVICE;
 	p->tuple = p->wire;
 	if (asked) {
@@ -197,20 +182,38 @@ static __noinline int service_again(struct __sk_buff *skb, struct packet *p, __u
 	}
 	if (!service || backend_live(p->epoch, service, &p->now.daddr, p->now.dport, p->now.proto))
 		return NOT_A_SERVICE;
-	struct service_view *view = service_find(p, &p->tuple, false);
+	return to_backend(p, service_find(p, &p->tuple, false), flags);
+}
 
-	if (!view)
+/* A new connection of a socket that was given a backend when it asked for a
+ * service. Before its first datagram, or while it was silent for so long that its
+ * connection was forgotten, that may have gone. */
+static __noinline int service_of_socket(struct __sk_buff *skb, struct packet *p, __u8 *flags)
+{
+	struct socket_peer *asked;
+
+	if (!flags || p->dry || !has_ports(p->wire.proto) || !may_have_asked(skb))
 		return NOT_A_SERVICE;
-	ct_forget(p);
-	p->service = view->id;
-	if (!backend_for_packet(p, view)) {
-		GIVE_UP(p, CAUSE_NO_BACKEND);
-		return REFUSED;
-	}
-	p->now.saddr = p->wire.saddr;
-	p->now.sport = p->wire.sport;
-	to_backend(p, flags);
-	return TRANSLATED;
+	asked = service_asked(skb, p);
+	if (!asked)
+		return NOT_A_SERVICE;
+	p->service = asked->service;
+	*flags |= CT_SERVICE;
+	return service_again(p, asked, asked->service, flags);
+}
+
+/* A new connection to what may be a service. */
+static __noinline int service_begin(struct __sk_buff *skb, struct packet *p, __u8 *flags)
+{
+	/* Asked by address alone first, as most have an address that is no service's. */
+	if (!service_find(p, &p->wire, true))
+		return service_of_socket(skb, p, flags);
+	struct service_view *view = service_find(p, &p->wire, false);
+
+	if (view)
+		return to_backend(p, view, flags);
+	GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
+	return REFUSED;
 }
 
 #endif

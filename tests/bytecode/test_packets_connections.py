@@ -359,10 +359,11 @@ def test_udp_moves_to_another_backend_when_its_own_goes(world, family):
     pass_(world, b_to_a(family, udp(5353, 40000)), B)
     services = {**base().services, (svc, 53, UDP): Service(22, ((ADDRESSES[family]["c"], 54),))}
     world.publish(base().but(services=services))
-    outcome = pass_(world, question, A)
-    assert outcome.packet == bytes(to_pod(C) / ip(family, "a", "c") / udp(dport=54))
-    answer = pass_(world, bytes(from_pod(C) / ip(family, "c", "a") / udp(54, 40000)), C)
-    assert answer.packet == bytes(to_pod(A) / ip(family, "svc", "a") / udp(53, 40000))
+    for _ in range(3):
+        outcome = pass_(world, question, A)
+        assert outcome.packet == bytes(to_pod(C) / ip(family, "a", "c") / udp(dport=54))
+        answer = pass_(world, bytes(from_pod(C) / ip(family, "c", "a") / udp(54, 40000)), C)
+        assert answer.packet == bytes(to_pod(A) / ip(family, "svc", "a") / udp(53, 40000))
     world.publish(base().but(services={**services, (svc, 53, UDP): Service(22)}))
     outcome = pass_(world, question, A)
     assert [e["cause"] for e in outcome.events] == ["no-backend"]

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from lockgate.bpf.btf import Schema
+from lockgate.bpf.maps import HashMap
+from lockgate.bpf.pins import pin_names
+from lockgate.paths import bpf_object
 from tests.system.harness import Cluster, Place, manifest, until
 from tests.system.test_traffic import echo, echo_reply, echo_socket, family_number, udp
 
@@ -229,9 +233,24 @@ def backends(cluster: Cluster) -> list[str]:
     )
 
 
+def forget_connections(cluster: Cluster, node: str) -> None:
+    """As if the LRU had evicted all, or nobody had said anything for too long."""
+    schema = Schema.from_object(bpf_object())
+    for name, key, value in (
+        ("connections", "ct_key", "ct"),
+        ("half_open", "ct_key", "ct"),
+        ("nat", "tuple", "nat"),
+    ):
+        path = cluster.state.pins() / node / pin_names(schema)[name]
+        with HashMap.open(str(path), schema.dtype(key), schema.dtype(value)) as table:
+            table.delete_many(table.keys())
+
+
+@pytest.mark.parametrize("entries", ["kept", "forgotten"])
 @pytest.mark.parametrize("end", ["relabelled", "deleted"])
-def test_udp_clients_follow_when_their_backend_goes(moved: Cluster, end: str) -> None:
-    """Connected and unconnected ones, at the socket and per packet, of both families."""
+def test_udp_clients_follow_when_their_backend_goes(moved: Cluster, end: str, entries: str) -> None:
+    """Connected and unconnected ones, at the socket and per packet, of both families; whether
+    their connection is still known then or not. With the last backend they are refused."""
     clients = []
     for family in (4, 6):
         address = moved.service_ip("traffic/moving", family), 80
@@ -248,21 +267,38 @@ def test_udp_clients_follow_when_their_backend_goes(moved: Cluster, end: str) ->
         answer, sender = near.recvfrom(1000)
         return answer.split()[0], sender[:2]
 
+    def serve(*names: str, deleted: int = 0) -> None:
+        moved.save("moving.yaml", *moving(*names)[deleted:])
+        until(lambda: backends(moved) == list(names), f"{names} serve")
+        moved.wait()
+        if entries == "forgotten":
+            forget_connections(moved, "node-1")
+
     assert [asked(near, address) for near, address, _ in clients] == [
         (b"m1", address) for _, address, _ in clients
     ]
-    documents = moving("m2")
-    moved.save("moving.yaml", *(documents if end == "relabelled" else documents[1:]))
-    until(lambda: backends(moved) == ["m2"], "m2 serves")
-    moved.wait()
-    wrong = []
+    wrong: list[Any] = []
+    for name in ("m2", "m1") if end == "relabelled" else ("m2",):
+        serve(name, deleted=end == "deleted")
+        for near, address, what in clients:
+            near.settimeout(1)
+            try:
+                for _ in range(4):
+                    if (got := asked(near, address)) != (name.encode(), address):
+                        wrong.append((what, got))
+            except OSError as error:
+                wrong.append((what, name, error))
+    serve(deleted=end == "deleted")
     for near, address, what in clients:
-        near.settimeout(1)
-        try:
-            if (got := asked(near, address)) != (b"m2", address):
-                wrong.append((what, got))
-        except OSError as error:
-            wrong.append((what, error))
+        for _ in range(2):
+            if "bare" in what and not has_peer(near):
+                break  # no stack tells an ICMP error to a socket without a peer
+            try:
+                wrong.append((what, asked(near, address)))
+            except ConnectionRefusedError:
+                pass
+            except OSError as error:
+                wrong.append((what, error))
         near.close()
     assert not wrong
 

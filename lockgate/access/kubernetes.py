@@ -144,12 +144,8 @@ class KubernetesAccess:
         return cluster
 
     async def _list(self, kind: Kind) -> list[Any]:
-        try:
-            body = await self._get(kind.path, resourceVersion="0")
-        except ApiError as error:
-            if error.status == 404 and kind.optional:
-                return []
-            raise
+        absent = b"{}" if kind.optional else None
+        body = await self._get(kind.path, absent=absent, resourceVersion="0")
         type_ = _WHOLE.get(kind.name, kind.struct)
         found = []
         for raw in msgspec.json.decode(body, type=_List).items or ():
@@ -358,12 +354,15 @@ class KubernetesAccess:
 
     # ---- Inside --------------------------------------------------------------------
 
-    async def _get(self, path: str, **params: str) -> bytes:
+    async def _get(self, path: str, *, absent: bytes | None = None, **params: str) -> bytes:
+        """`absent`, if given, stands for what the server does not know (404)."""
         try:
             return await self._client.call("GET", path, params=params)
         except CredentialError as error:
             raise Refused(str(error)) from error
         except ApiError as error:
+            if error.status == 404 and absent is not None:
+                return absent
             raise Refused(f"the API server says: {error}") from error
         except AWAY as error:
             raise Unreachable(f"the API server does not answer: {error or 'no answer'}") from error

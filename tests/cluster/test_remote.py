@@ -167,6 +167,46 @@ def test_who_may_not_is_told_what_is_missing(real: Cluster, tmp_path: Path) -> N
     assert 'User "system:serviceaccount:default:default" cannot list resource' in done.stderr
 
 
+@pytest.fixture(scope="module")
+def user(real: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kubeconfig of somebody who has the roles that docs/operate.md shows, and no more."""
+    text = (ROOT / "docs/operate.md").read_text()
+    real.apply(text.partition("```yaml\n")[2].partition("```")[0])
+    real.kubectl("create", "serviceaccount", "somebody")
+    name, whom = "lockgate-user", "--serviceaccount=default:somebody"
+    real.kubectl("create", "clusterrolebinding", name, f"--clusterrole={name}", whom)
+    real.kubectl("-n", "kube-system", "create", "rolebinding", name, f"--role={name}", whom)
+    token = real.kubectl("create", "token", "somebody").strip()
+    config = yaml.safe_load(kubeconfig(real).read_text())
+    config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
+    path = tmp_path_factory.mktemp("user") / "config"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status",),
+        ("get", "policies"),
+        ("explain", "visitors/customer", "svc/shop/web", "80"),
+        ("probe", "-n", "visitors"),
+        ("flows", "--limit", "1"),
+        ("doctor",),
+        ("bugreport", "report.tar.gz"),
+        ("uninstall", "--manifest"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_documented_roles_are_enough(
+    real: Cluster, user: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    words = (sys.executable, "-m", "lockgate.cli.main", *words, "--kubeconfig", str(user))
+    done = command(real, *words, cwd=tmp_path)
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout and "forbidden" not in done.stdout + done.stderr
+
+
 def faults(cluster: Cluster, text: str) -> list[str]:
     found = ask(cluster, "status")["problems"]
     return [one["text"] for one in found if text in one["text"]]

@@ -46,7 +46,7 @@ class Kubelet:
         """Write /etc/kubernetes and /etc/containerd of the node, before it is up."""
         etc, name = self.machine.etc, self.machine.name
         kubernetes = etc / "kubernetes"
-        kubernetes.mkdir(parents=True, exist_ok=True)
+        (kubernetes / "manifests").mkdir(parents=True, exist_ok=True)
         addresses = [f"IP:{address}" for address in node_addresses(self.number)]
         certificate, key = authority.sign(
             name, f"system:node:{name}", "system:nodes", [*addresses, f"DNS:{name}"]
@@ -117,6 +117,7 @@ def _configuration() -> dict[str, object]:
         "tlsCertFile": "/etc/kubernetes/kubelet.crt",
         "tlsPrivateKeyFile": "/etc/kubernetes/kubelet.key",
         "containerRuntimeEndpoint": f"unix://{SOCKET}",
+        "staticPodPath": "/etc/kubernetes/manifests",
         "clusterDNS": [DNS4],
         "clusterDomain": "cluster.local",
         # The root of the node's cgroup namespace is the node's own cgroup.

@@ -23,7 +23,7 @@ from lockgate.access.exec import exec_stream
 from lockgate.access.standalone import agent_probe
 from lockgate.kube.client import AWAY, ApiError, Client, Settings
 from lockgate.kube.exec_plugin import CredentialError
-from lockgate.kube.kinds import KINDS, Kind
+from lockgate.kube.kinds import KINDS, Kind, uid_on_node
 from lockgate.objects import model
 from lockgate.objects.model import Cluster
 
@@ -150,7 +150,11 @@ class KubernetesAccess:
         found = []
         for raw in msgspec.json.decode(body, type=_List).items or ():
             try:
-                found.append(msgspec.json.decode(raw, type=type_))
+                item = msgspec.json.decode(raw, type=type_)
+                if isinstance(item, model.Pod):
+                    meta = msgspec.structs.replace(item.metadata, uid=uid_on_node(item.metadata))
+                    item = msgspec.structs.replace(item, metadata=meta)
+                found.append(item)
             except msgspec.MsgspecError as error:
                 self.skipped.append(f"{kind.name}: {error}")
                 if kind.rest is not None:

@@ -24,7 +24,6 @@ __all__ = ["EndpointError", "Requests"]
 
 log = logging.getLogger(__name__)
 _FEW = 16
-_MIRROR = "kubernetes.io/config.mirror"
 _Answer = dict[str, Any] | Exception
 
 
@@ -110,13 +109,10 @@ class Requests:
         if who.uid in self._agent.uids:
             return who.uid
         cluster = self._agent.cluster
-        pod = None if cluster is None else cluster.pods.get(who.name)
-        if pod is None:
+        if who.uid or cluster is None:
             return None
-        # The kubelet's uid of a static pod is not the one that the API server gave the object
-        # which mirrors it; and some runtimes tell no uid.
-        mirrored = pod.metadata.annotations.get(_MIRROR)
-        return pod.metadata.uid if who.uid in ("", mirrored) else None
+        pod = cluster.pods.get(who.name)  # some runtimes tell no uid
+        return None if pod is None else pod.metadata.uid
 
     async def _add_waiting(self) -> None:
         """All that wait when their turn comes, with one change of the tables."""

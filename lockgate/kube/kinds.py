@@ -16,9 +16,10 @@ import msgspec
 
 from lockgate.objects import model
 
-__all__ = ["KINDS", "Kind", "Parts", "Version"]
+__all__ = ["KINDS", "Kind", "Parts", "Version", "uid_on_node"]
 
 _OURS = "lockgate.dev/"
+_MIRROR = "kubernetes.io/config.mirror"
 #: What most objects have: one for all of them, for nobody changes an object.
 _NO_LIST: list[Any] = []
 _NO_DICT: dict[str, str] = {}
@@ -119,11 +120,19 @@ def _meta(meta: model.ObjectMeta, parts: Parts) -> model.ObjectMeta:
     )
 
 
+def uid_on_node(meta: model.ObjectMeta) -> str:
+    """The uid by which its kubelet and the container runtime know a pod. That of a static pod is
+    made of its file; the object that mirrors it names it, and has another, new whenever somebody
+    deletes the object, which the pod outlives."""
+    return meta.annotations.get(_MIRROR) or meta.uid
+
+
 def _pod(pod: _Pod, parts: Parts) -> model.Pod:
     status = pod.status
     ips = status.pod_ips or ([model.PodIP(status.pod_ip)] if status.pod_ip else [])
+    meta = msgspec.structs.replace(pod.metadata, uid=uid_on_node(pod.metadata))
     return model.Pod(
-        metadata=_meta(pod.metadata, parts),
+        metadata=_meta(meta, parts),
         spec=model.PodSpec(
             containers=parts.containers(pod.spec.containers),
             node_name=sys.intern(pod.spec.node_name),

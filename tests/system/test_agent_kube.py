@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 60.0  # includes back-off
+MIRROR = "kubernetes.io/config.mirror"
 
 
 async def until(condition: Callable[[], Awaitable[Any]]) -> Any:
@@ -76,14 +77,18 @@ class Node:
             self.process.send_signal(signal.SIGTERM)
             await self.process.wait()
 
+    async def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """(status, answer) of the agent's socket."""
+        connector = aiohttp.UnixConnector(str(self.folder / "run" / "agent.sock"))
+        async with aiohttp.ClientSession(connector=connector) as session:
+            async with session.request(method, f"http://agent{path}", json=body) as response:
+                return response.status, await response.json()
+
     async def status(self) -> Any:
         assert self.process is not None
         assert self.process.returncode is None, (self.folder / "agent.log").read_text()
-        connector = aiohttp.UnixConnector(str(self.folder / "run" / "agent.sock"))
         try:
-            async with aiohttp.ClientSession(connector=connector) as session:
-                async with session.get("http://agent/v1/status") as response:
-                    return await response.json()
+            return (await self.call("GET", "/v1/status"))[1]
         except (OSError, aiohttp.ClientError):
             return None
 
@@ -125,6 +130,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     def up() -> None:
         with namespaces.inside(made.path), Net() as net:
             net._ip.link("set", index=1, state="up")
+            net._ip.addr("add", index=1, address="192.168.78.1", prefixlen=32)
 
     await asyncio.to_thread(up)
     spec = {"podCIDRs": ["10.78.1.0/24"]}
@@ -223,6 +229,38 @@ async def test_an_api_server_that_is_away(node: Node) -> None:
     await until(caught_up)
     assert (await node.status())["epoch"] == epoch + 1, "one change, and no flap"
     assert (await node.status())["errors"] == []
+
+
+async def test_a_static_pod_outlives_the_object_that_mirrors_it(node: Node) -> None:
+    """As `kubectl delete pod` leaves it: the kubelet makes another object, and no other pod."""
+
+    def mirror(uid: str) -> dict[str, Any]:
+        static = pod("static", "", "one")
+        static["metadata"] |= {"uid": uid, "annotations": {MIRROR: "of-the-file"}}
+        static["status"] = {"phase": "Pending"}
+        return static
+
+    await node.start()
+    inside = f"lg-{node.cluster}-static"
+    netns = namespaces.create(inside)
+    try:
+        node.server.put(mirror("first"))
+        body = {"uid": "of-the-file", "netns": str(netns)}
+        status, wired = await node.call("POST", "/v1/endpoints", body)
+        assert status == 200, wired
+        node.server.delete("Pod", "shop", "static")
+        node.server.put(mirror("second"), pod("later", "10.78.2.4"))
+
+        async def seen() -> bool:
+            return (await node.status())["counts"]["peers"] == 4
+
+        await until(seen)
+        (lease,) = (await node.status())["endpoints"]
+        assert lease["uid"] == "of-the-file"
+        assert (await node.call("POST", "/v1/endpoints", body))[1] == wired
+        assert (await node.call("DELETE", "/v1/endpoints/of-the-file"))[0] == 200
+    finally:
+        namespaces.delete(inside)
 
 
 async def test_metrics_are_those_of_the_docs(node: Node) -> None:

@@ -348,19 +348,13 @@ async def test_an_interface_of_another_name(runtime: Runtime) -> None:
     assert checked == (0, {})
 
 
-async def test_a_pod_is_found_by_its_name_and_a_static_pod_by_its_mirror(runtime: Runtime) -> None:
-    static = pod("static", "one")
-    static["metadata"]["uid"] = "uid-of-the-object"
-    static["metadata"]["annotations"] = {"kubernetes.io/config.mirror": "uid-of-the-file"}
-    runtime.bed.supervisor.put(pod("a", "one"), static)
-    for uid in ("a", "static"):
-        namespaces.create(runtime.netns(uid).name)
-    args = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME="
-    assert (await runtime.of("ADD", "a", CNI_ARGS=f"{args}a"))[0] == 0
-    known = f"{args}static;K8S_POD_UID=uid-of-the-file"
-    assert (await runtime.of("ADD", "static", CNI_ARGS=known))[0] == 0
+async def test_a_pod_is_found_by_its_name(runtime: Runtime) -> None:
+    runtime.bed.supervisor.put(pod("a", "one"))
+    namespaces.create(runtime.netns("a").name)
+    args = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=a"
+    assert (await runtime.of("ADD", "a", CNI_ARGS=args))[0] == 0
     leases = (await runtime.node.call("GET", "/v1/status"))[1]["endpoints"]
-    assert {one["uid"] for one in leases} == {"a", "uid-of-the-object"}
+    assert {one["uid"] for one in leases} == {"a"}
 
 
 async def test_an_add_waits_for_its_object_and_a_del_ends_the_wait(runtime: Runtime) -> None:

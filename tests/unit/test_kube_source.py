@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lockgate.kube import stream
 from lockgate.kube.client import Client, Settings
-from lockgate.kube.kinds import KINDS
+from lockgate.kube.kinds import KINDS, Parts
 from lockgate.kube.lists import Splitter
 from lockgate.kube.source import ApiSource
 from lockgate.objects.model import Cluster
@@ -143,6 +144,20 @@ async def test_changes_come_and_those_of_fields_not_used_do_not(server: ApiServe
         told = [c.object.metadata.name for t in reader.transactions[1:] for c in t.changes]
         assert "a" not in told
         assert reader.source.status()["kinds"]["pods"]["same"] == 1
+
+
+STATIC = {
+    "a pod of the API server's": ({}, "of-the-object"),
+    "a static pod": ({"kubernetes.io/config.mirror": "of-the-file"}, "of-the-file"),
+}
+
+
+@pytest.mark.parametrize(("annotations", "uid"), STATIC.values(), ids=STATIC.keys())
+def test_pods_have_the_uid_that_their_node_knows(annotations: dict[str, str], uid: str) -> None:
+    (kind,) = (one for one in KINDS if one.name == "Pod")
+    meta = {"name": "a", "namespace": "shop", "uid": "of-the-object", "annotations": annotations}
+    wire = msgspec.json.decode(json.dumps({"metadata": meta}), type=kind.struct)
+    assert kind.keep(wire, Parts()).metadata.uid == uid
 
 
 async def test_a_watch_that_ends_goes_on_where_it_was(server: ApiServer) -> None:

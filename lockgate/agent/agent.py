@@ -171,7 +171,7 @@ class Agent:
                 group.create_task(self.patrol.run())
                 group.create_task(collect_between(self.turn.locked, lambda: self.revision))
                 if isinstance(self.source, ApiSource):
-                    group.create_task(WriteBack(self, self.source.client).run())
+                    group.create_task(WriteBack(self, self.source).run())
         finally:
             stop()
 

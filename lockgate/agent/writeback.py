@@ -9,14 +9,15 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from lockgate.kube.client import AWAY, ApiError, Client
+from lockgate.kube.client import AWAY, ApiError
 from lockgate.kube.events import Events, Regarding
 from lockgate.kube.kinds import KINDS
+from lockgate.kube.source import ApiSource
 
 if TYPE_CHECKING:
     from lockgate.agent.agent import Agent
 
-__all__ = ["RBAC", "WriteBack"]
+__all__ = ["RBAC", "REASONS", "WriteBack"]
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,23 @@ RBAC: dict[tuple[str, str], frozenset[str]] = {
     ("events.k8s.io", "events"): frozenset({"create"}),
 }
 
+#: The reason that an event has, by where the fault was noted: `Agent.errors` and a few besides.
+#: docs/operate.md tells what each means; a test compares.
+REASONS = {
+    "unreadable": "ObjectUnreadable",
+    "objects": "ObjectNotInForce",
+    "publish": "ChangesNotInForce",
+    "hops": "NoWay",
+    "cni": "PluginNotInUse",
+    "refused": "NoAddress",
+    "attach": "ProgramNotAttached",
+    "programs": "ProgramNotAttached",
+    "others": "ForeignProgram",
+    "repaired": "ProgramPutBack",
+    "endpoints": "StateRebuilt",
+}
+
+_KINDS = {kind.name for kind in KINDS}
 _LOOK_EVERY = 2.0
 #: "Pod shop/web: …", "Node one: …": how errors name their object.
 _TITLE = re.compile(r"([A-Z]\w+) (?:([^/\s:]+)/)?([^/\s:]+)(?=[:,\s])")
@@ -36,12 +54,11 @@ _TITLE = re.compile(r"([A-Z]\w+) (?:([^/\s:]+)/)?([^/\s:]+)(?=[:,\s])")
 class WriteBack:
     """Follows an agent's state and writes what others must know."""
 
-    def __init__(self, agent: Agent, client: Client) -> None:
-        self._agent, self._client = agent, client
-        self.events = Events(client, "lockgate.dev/agent", agent.config.node)
+    def __init__(self, agent: Agent, source: ApiSource) -> None:
+        self._agent, self._source, self._client = agent, source, source.client
+        self.events = Events(source.client, "lockgate.dev/agent", agent.config.node)
         self._told: str | None = None
         self._retry = 0.0
-        self._seen: set[str] = set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -53,7 +70,7 @@ class WriteBack:
         while True:
             if self._agent.applied:
                 await self._tell_node()
-                self._tell_errors()
+                self._tell_faults()
             await asyncio.sleep(_LOOK_EVERY)
 
     # ---- The node ----------------------------------------------------------------------
@@ -88,25 +105,29 @@ class WriteBack:
 
     # ---- Events ------------------------------------------------------------------------
 
-    def _tell_errors(self) -> None:
+    def _tell_faults(self) -> None:
+        """All that are there now: each is told once an hour, and when there is room for it."""
         agent = self._agent
-        current: dict[str, str] = dict.fromkeys(agent.object_errors, "ObjectUnreadable")
-        current |= dict.fromkeys(agent.errors.get("objects", ()), "ObjectNotInForce")
-        current |= dict.fromkeys(agent.errors.get("publish", ()), "ChangesNotInForce")
-        current |= dict.fromkeys(agent.refused, "NoAddress")
-        agent.refused.clear()
-        current |= dict.fromkeys(agent.patrol.others.values(), "ForeignProgram")
-        told, agent.patrol.told = agent.patrol.told, []
-        current |= dict.fromkeys(told, "ProgramPutBack")
-        for text in current.keys() - self._seen:
-            self.events.tell(self._regarding(text), current[text], text, "Enforcing")
-        self._seen = set(current)
+        refused, agent.refused = agent.refused, []
+        repaired, agent.patrol.told = agent.patrol.told, []
+        faults = {
+            **agent.errors,
+            "unreadable": agent.object_errors,
+            "refused": refused,
+            "others": list(agent.patrol.others.values()),
+            "repaired": repaired,
+        }
+        for source, reason in REASONS.items():
+            for text in faults.get(source, ()):
+                self.events.tell(self._regarding(text), reason, text, "Enforcing")
 
     def _regarding(self, text: str) -> Regarding:
-        """The object that an error names; the node if it names none."""
+        """The object that an error names; the node if it names none. kubectl describe shows the
+        events that have the object's uid; those of a node have its name for one, as the kubelet's
+        own do."""
         match = _TITLE.match(text)
-        if match is None or match[1] not in {kind.name for kind in KINDS}:
-            name = self._agent.config.node
-            # The kubelet's own events of a node have its name for a uid: kubectl looks for it.
+        if match is None or match[1] not in _KINDS or match[1] == "Node":
+            name = self._agent.config.node if match is None or match[1] != "Node" else match[3]
             return Regarding("Node", "", name, name)
-        return Regarding(match[1], match[2] or "", match[3])
+        kind, namespace, name = match[1], match[2] or "", match[3]
+        return Regarding(kind, namespace, name, self._source.uid(kind, namespace, name))

@@ -1,7 +1,7 @@
 """Kubernetes Events (events.k8s.io/v1): what a user must know, where `kubectl describe` shows it.
 
-An event's name is made of what it says, so that of all nodes that find the same fault the first
-one makes the event and the others find it made.
+An event's name is made of what it says and of the hour, so that of all nodes that find the same
+fault the first one makes the event and the others find it made, and that it can be told again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ __all__ = ["Events", "Regarding"]
 
 log = logging.getLogger(__name__)
 
-#: The API server keeps events for an hour; what still holds then is told again.
-_AGAIN = 3600.0
+#: The API server keeps events for an hour; what still holds then is told again, not by all nodes at
+#: once.
+_AGAIN, _LATER = 3600.0, 1.05
 #: Tokens: so many at once, then one in so many seconds.
 _BURST, _EVERY = 25, 10.0
 _REMEMBERED = 4096
@@ -42,6 +43,7 @@ class Regarding(NamedTuple):
 _VERSIONS = {
     "EndpointSlice": "discovery.k8s.io/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
+    "ServiceCIDR": "networking.k8s.io/v1",
 }
 
 
@@ -51,23 +53,33 @@ class _Event(NamedTuple):
     note: str
     action: str
     type: str
+    hour: int
 
 
 class Events:
-    """Tells events, each once an hour at most, 25 at once and 6 a minute in the long run."""
+    """Tells events, each once an hour at most, 25 at once and 6 a minute in the long run. Who has
+    one to tell that lasts, tells it again and again: one that was too many has its turn later."""
 
     def __init__(
-        self, client: Client, component: str, instance: str, spread: float = _SPREAD
+        self,
+        client: Client,
+        component: str,
+        instance: str,
+        spread: float = _SPREAD,
+        again: float = _AGAIN,
+        every: float = _EVERY,
     ) -> None:
-        """`component` and `instance` say who tells; `spread` is the time in seconds over which
-        nodes that find the same at once are spread."""
+        """`component` and `instance` say who tells. In seconds: `spread`, over which nodes that
+        find the same at once are spread; `again`, after which the same is told once more; `every`,
+        in which one more may be told."""
         self._client, self._component, self._instance = client, component, instance
-        self._spread = spread
-        self._told: dict[tuple[object, ...], float] = {}
+        self._spread, self._again, self._every = spread, again, every
+        #: When each is told again.
+        self._due: dict[tuple[object, ...], float] = {}
         self._waiting: asyncio.Queue[_Event] = asyncio.Queue(100)
         self._tokens, self._filled = float(_BURST), time.monotonic()
         self.sent = 0
-        #: Those that were not told because too many were.
+        #: How often one was not told because too many were.
         self.dropped = 0
 
     def tell(
@@ -76,18 +88,19 @@ class Events:
         """Returns at once. `reason` and `action` are in CamelCase, `note` is a sentence."""
         key = (*regarding, reason, note)
         now = time.monotonic()
-        if now - self._told.get(key, -_AGAIN) < _AGAIN:
+        if now < self._due.get(key, now):
             return
-        if len(self._told) >= _REMEMBERED:
-            self._told = {k: t for k, t in self._told.items() if now - t < _AGAIN}
-        self._tokens = min(_BURST, self._tokens + (now - self._filled) / _EVERY)
+        self._tokens = min(_BURST, self._tokens + (now - self._filled) / self._every)
         self._filled = now
-        if self._tokens < 1 or len(self._told) >= _REMEMBERED or self._waiting.full():
+        if self._tokens < 1 or self._waiting.full():
             self.dropped += 1
             return
+        if len(self._due) >= _REMEMBERED:
+            self._due = {k: due for k, due in self._due.items() if now < due}
         self._tokens -= 1
-        self._told[key] = now
-        self._waiting.put_nowait(_Event(regarding, reason, note, action, kind))
+        self._due[key] = now + self._again * random.uniform(1.0, _LATER)
+        hour = int(time.time() / self._again)
+        self._waiting.put_nowait(_Event(regarding, reason, note, action, kind, hour))
 
     async def run(self) -> None:
         """Until cancelled. An event that the server refuses is let go, one for which it is away
@@ -102,9 +115,9 @@ class Events:
 
     async def _send(self, event: _Event) -> bool:
         """False if it is to be told again."""
-        regarding, reason, note, action, kind = event
+        regarding, reason, note, action, kind, hour = event
         namespace = regarding.namespace or "default"
-        text = "\0".join((*regarding, reason, note))
+        text = "\0".join((*regarding, reason, note, str(hour)))
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         reference = {
             "apiVersion": regarding.api_version or _VERSIONS.get(regarding.kind, "v1"),

@@ -96,6 +96,7 @@ class Reflector:
         self._emit, self._look = emit, look
         self.objects: dict[Any, Any] = {}
         self.errors: dict[Any, str] = {}
+        self._odd: dict[Any, str] = {}
         self.counts = Counts()
         self.synced = False
         self.problem = ""
@@ -103,6 +104,13 @@ class Reflector:
         self._wait = _WAIT_FIRST
         self._version = ""
         self._decoder = msgspec.json.Decoder(kind.struct)
+
+    def uid(self, key: Any) -> str:
+        """Of an object, also of one that can't be read; "" if there is none."""
+        item = self.objects.get(key)
+        if item is not None:
+            return str(item.metadata.uid)
+        return self._odd.get(key, "") if key in self.errors else ""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -172,6 +180,7 @@ class Reflector:
     def _found(self, found: dict[Any, Any], errors: dict[Any, str]) -> None:
         """Take what a whole list has, and tell the difference."""
         self.errors = errors
+        self._odd = {key: uid for key, uid in self._odd.items() if key in errors}
         known = self.objects
         for key in [key for key in known if key not in found]:
             self._emit(self.kind, key, Change("DELETED", known.pop(key)))
@@ -314,6 +323,7 @@ class Reflector:
             key, uid = self._key(meta), meta.uid
         except msgspec.MsgspecError:
             key, uid = self.kind.key("?", "?"), ""
+        self._odd[key] = uid
         item = self.objects.get(key) or self._earlier(self.kind, key)
         if item is not None and item.metadata.uid != uid:
             item = None

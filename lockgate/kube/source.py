@@ -147,6 +147,13 @@ class ApiSource:
             for key, text in one.errors.items()
         }
 
+    def uid(self, kind: str, namespace: str, name: str) -> str:
+        """Of an object as its kind is named ("Pod"); "" if it is not known."""
+        for one in self._reflectors:
+            if one.kind.name == kind:
+                return one.uid(one.kind.key(namespace, name))
+        return ""
+
     # ---- Inside --------------------------------------------------------------------------
 
     def _take(self, kind: Kind, key: Any, change: Change) -> None:

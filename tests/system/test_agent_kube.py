@@ -48,7 +48,7 @@ class Node:
         self.server = ApiServer()
         self.process: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
+    async def start(self, **settings: Any) -> None:
         config = {
             "cluster": self.cluster,
             "netns": self.netns,
@@ -58,6 +58,7 @@ class Node:
             "web": "127.0.0.1:9781",
             "underlay": "",
             "outside": "",
+            **settings,
         }
         path = self.folder / "agent.json"
         path.write_text(json.dumps(config))
@@ -164,7 +165,7 @@ async def test_what_is_written_back(node: Node) -> None:
     node.server.put(
         {
             "kind": "NetworkPolicy",
-            "metadata": {"name": "odd", "namespace": "shop"},
+            "metadata": {"name": "odd", "namespace": "shop", "uid": "uid-odd"},
             "spec": bad,
         }
     )
@@ -192,6 +193,34 @@ async def test_what_is_written_back(node: Node) -> None:
     event = node.server.created[0]
     assert event["reason"] == "ObjectUnreadable" and "operator" in event["note"]
     assert event["regarding"]["kind"] == "NetworkPolicy" and event["regarding"]["name"] == "odd"
+    assert event["regarding"]["uid"] == "uid-odd"
+
+
+async def test_events_are_of_the_objects_that_kubectl_describes(node: Node) -> None:
+    """It looks for an object's uid, and for a node's name."""
+    service = {"kind": "Service", "metadata": {"name": "s", "namespace": "shop", "uid": "uid-s"}}
+    service["spec"] = {"clusterIPs": ["10.96.0.7"], "ports": [{"port": "eighty"}]}
+    me = node.server.objects["Node"]["", "one"]
+    node.server.put(me | {"spec": {}}, pod("full", "", "one"), service)
+    await node.start(underlay="nothing0")
+    inside = f"lg-{node.cluster}-full"
+    netns = namespaces.create(inside)
+    try:
+        body = {"uid": "uid-full", "netns": str(netns)}
+        assert (await node.call("POST", "/v1/endpoints", body))[0] >= 400
+    finally:
+        namespaces.delete(inside)
+    expected = {
+        ("NoAddress", "Pod", "full", "uid-full"),
+        ("ObjectUnreadable", "Service", "s", "uid-s"),
+        ("NoWay", "Node", "one", "one"),
+    }
+
+    async def told() -> bool:
+        about = [(one["reason"], one["regarding"]) for one in node.server.created]
+        return expected <= {(why, who["kind"], who["name"], who["uid"]) for why, who in about}
+
+    await until(told)
 
 
 async def test_an_api_server_that_is_away(node: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 import lockgate
 from lockgate.agent import config as agent
-from lockgate.agent.writeback import RBAC
+from lockgate.agent.writeback import RBAC, REASONS
 from lockgate.observer import config as observer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,13 @@ def test_the_role_allows_what_is_read_and_written_and_nothing_else() -> None:
         for resource in rule["resources"]
     }
     assert allowed == RBAC
+
+
+def test_every_fault_has_a_reason_that_the_docs_explain() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "lockgate/agent").glob("*.py"))
+    assert set(re.findall(r'errors\["(\w+)"\] = ', code)) <= REASONS.keys()
+    page = (ROOT / "docs/operate.md").read_text().partition("## Events")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` ", page, re.M)) == set(REASONS.values())
 
 
 @pytest.mark.parametrize("module", [agent, observer], ids=["agent", "observer"])

@@ -16,9 +16,9 @@ POD = Regarding("Pod", "shop", "web", "uid-1")
 
 
 @asynccontextmanager
-async def telling(server: ApiServer) -> AsyncIterator[Events]:
+async def telling(server: ApiServer, **times: float) -> AsyncIterator[Events]:
     client = Client(Settings(api_server=await server.start()))
-    events = Events(client, "lockgate.dev/agent", "one", spread=0)
+    events = Events(client, "lockgate.dev/agent", "one", spread=0, **times)
     task = asyncio.create_task(events.run())
     try:
         yield events
@@ -63,6 +63,33 @@ async def test_too_many_are_counted_and_dropped() -> None:
             events.tell(POD, "NoAddress", f"reason {number}", "Adding")
         await until(lambda: len(server.created) == 25)
         assert events.dropped == 15
+
+
+async def test_what_was_too_much_has_its_turn_as_long_as_it_is_told() -> None:
+    server = ApiServer()
+    async with telling(server, every=0.05) as events:
+        notes = {f"reason {number}" for number in range(40)}
+
+        def all_told() -> bool:
+            for note in notes:
+                events.tell(POD, "NoAddress", note, "Adding")
+            return {event["note"] for event in server.created} == notes
+
+        await until(all_told)
+        assert events.dropped > 0 and len(server.created) == len(notes)
+
+
+async def test_what_lasts_is_told_again_under_another_name_when_the_first_is_over() -> None:
+    server = ApiServer()
+    async with telling(server, again=0.1) as events:
+
+        def told_twice() -> bool:
+            events.tell(POD, "NoAddress", "the pool is exhausted", "Adding")
+            return len(server.created) == 2
+
+        await until(told_twice)
+        first, second = (event["metadata"]["name"] for event in server.created)
+        assert first != second
 
 
 @pytest.mark.parametrize("status, again", [(503, True), (429, True), (403, False), (409, False)])

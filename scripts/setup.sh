@@ -70,6 +70,20 @@ mount_bpffs() {
         fail "the BPF file system could not be mounted on /sys/fs/bpf: the kernel lacks it or this container may not mount."
 }
 
+# What agents and `lockgate up` ask, asked before anything is built.
+check_features() {
+    local said
+    said=$(.venv/bin/python -c '
+import sys
+from lockgate.agent.needs import require
+from lockgate.bpf.features import MissingFeature
+try:
+    require()
+except MissingFeature as error:
+    sys.exit(str(error))
+' 2>&1) || fail "$said"
+}
+
 # ---- packages ----------------------------------------------------------------------
 
 install_missing() {
@@ -160,3 +174,4 @@ fi
 install_missing "${packages[@]}"
 install_clang
 make_venv
+[ "$purpose" = build ] || check_features

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockgate.bpf import links, syscall
-from lockgate.bpf.features import Feature, MissingFeature, passing_program
 from lockgate.bpf.object import Object
-from lockgate.net import filters, namespaces
+from lockgate.net import filters
 from lockgate.net.filters import Direction, Programs
 
-__all__ = ["Guard", "Place", "require_filters"]
+__all__ = ["Guard", "Place"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +149,6 @@ class Guard:
             # Somebody made the clsact an `ingress` qdisc, which shows its filters for both.
             program = 0
         return Place(tuple(links.tcx_programs(ifindex, direction)), program, first)
-
-
-def require_filters() -> Feature:
-    """Can programs be filters here? Tried on a link of its own. Raises MissingFeature."""
-    fd = passing_program()
-    advice = "the kernel needs CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF"
-    try:
-        namespaces.in_a_new_one(lambda: filters.put(1, {"ingress": ("probe", fd)}))
-    except OSError as error:
-        missing = "clsact filters"
-        if error.errno == errno.EPERM:
-            missing = "permission for clsact filters"
-            advice = "run as root, or with CAP_SYS_ADMIN and CAP_NET_ADMIN"
-        raise MissingFeature(f"This machine has no {missing} ({error}): {advice}.") from error
-    finally:
-        os.close(fd)
-    return Feature("clsact filters", True, advice)
 
 
 def _name(program: int) -> str:

@@ -16,9 +16,9 @@ from lockgate.agent.agent import Agent
 from lockgate.agent.api import application
 from lockgate.agent.cni import CniServer
 from lockgate.agent.config import Config, listen, read
-from lockgate.agent.guard import require_filters
+from lockgate.agent.needs import require
 from lockgate.agent.web import application as pages_of
-from lockgate.bpf.features import Feature, MissingFeature, require
+from lockgate.bpf.features import Feature, MissingFeature
 from lockgate.bpf.object import LoadError
 from lockgate.net.namespaces import enter
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         config = read(options.config)
-        features = [*require(), require_filters()]
+        features = require()
         path = config.netns_path
         if path is not None:
             # Before any thread is made: threads inherit the namespace of their maker.

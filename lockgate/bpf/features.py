@@ -75,6 +75,18 @@ def _try(test: Callable[[], bool]) -> bool:
         return False
 
 
+def _permitted() -> bool:
+    if not _capabilities():
+        return False
+    try:
+        os.close(passing_program())
+    except OSError as error:
+        # In a user namespace of its own a process has all capabilities, and they are good for
+        # nothing here.
+        return error.errno != errno.EPERM
+    return True
+
+
 def _capabilities() -> bool:
     net_admin, sys_admin, bpf = 12, 21, 39
     with open("/proc/self/status") as file:
@@ -133,8 +145,8 @@ def _grace() -> bool:
 _PROBES: list[tuple[str, Callable[[], bool], str]] = [
     (
         "permission to use BPF",
-        _capabilities,
-        "run as root, or with CAP_BPF and CAP_NET_ADMIN",
+        _permitted,
+        "run as root, or with CAP_BPF and CAP_NET_ADMIN, outside of user namespaces",
     ),
     (
         "bpf file system",

@@ -116,7 +116,8 @@ def up(
 
 
 def _need_features() -> None:
-    from lockgate.bpf.features import MissingFeature, require
+    from lockgate.agent.needs import require
+    from lockgate.bpf.features import MissingFeature
     from lockgate.paths import bpf_object, pod_binary
 
     try:

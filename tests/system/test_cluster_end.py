@@ -283,23 +283,6 @@ def test_without_root_is_one_sentence(arguments: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
-    [("bpf", "mount -t bpf bpf /sys/fs/bpf"), ("cgroup2", "mount -t cgroup2")],
-)
-def test_a_missing_file_system_is_one_sentence(tmp_path: Path, kind: str, words: str) -> None:
-    name = unique_name("tm")
-    script = (
-        f'while m=$(awk \'$3 == "{kind}" {{ print $2; exit }}\' /proc/mounts) && [ "$m" ]; '
-        'do umount -l "$m" || exit 9; done; exec "$@"'
-    )
-    hidden = ("unshare", "--mount", "--propagation", "private", "bash", "-c", script, "hidden")
-    folder = str(manifests(tmp_path / "m"))
-    done = run("up", folder, "--cluster", name, code=77, prefix=hidden)
-    assert words in sentence(done)
-    assert traces(name) == []
-
-
-@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("up", "Missing argument 'DIR'"),

@@ -243,7 +243,7 @@ class Encoder:
             self._endpoint_view,
         )
         # Another array only if it is another: what was handed out stays as it is.
-        if not np.array_equal(views, self._views):
+        if not np.array_equal(words(views), words(self._views)):
             self._views = views
         self._addresses = {a for record in endpoints.values() for a in record.by_family}
 
@@ -273,6 +273,12 @@ def _before(key: K, changed: Mapping[K, V | None], now: Mapping[K, V]) -> V | No
 def rows(array: NDArray[Any], size: int) -> Bytes:
     """Structured elements as rows of `size` bytes."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, size)
+
+
+def words(array: NDArray[Any]) -> NDArray[np.uint64]:
+    """Structured elements of a multiple of eight bytes, in one stretch of memory, as rows of
+    words that share it. Many times faster to compare than field by field."""
+    return array.view(np.uint64).reshape(len(array), -1)
 
 
 def structured(records: Iterable[tuple[int, ...]], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -1,10 +1,11 @@
 """The journal: what ids mean, kept for late readers (docs/architecture.md, The journal).
 
-One JSON object a line. The agent writes a line, and syncs it to disk, before the id in it can
-reach a packet; so whoever sees an id finds its line. Ids are never reused; a later line with the
-same id says what holds from its time on (a pod's labels or addresses changed). That time is in
-`since`: the boot, and nanoseconds of its clock, which is the one of events and is never set. The
-observer reads it (`lockgate.observer.journal`).
+One JSON object a line. The agent writes a line before the id in it can reach a packet; so whoever
+sees an id finds its line. It is not synced to disk: maps, programs and records that bear the id do
+not outlive the machine's power either, and every ADD would wait. Ids are never reused; a later
+line with the same id says what holds from its time on (a pod's labels or addresses changed). That
+time is in `since`: the boot, and nanoseconds of its clock, which is the one of events and is never
+set. The observer reads it (`lockgate.observer.journal`).
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class LastIds(Protocol):
 class Journal:
     """The writer, and the interner of endpoints, reasons and services for the compiler.
 
-    `endpoint`, `reason` and `service` hand out ids at once; `commit` makes them durable and
-    must return before they go live.
+    `endpoint`, `reason` and `service` hand out ids at once; `commit` writes them and must return
+    before they go live.
     """
 
     def __init__(self, path: Path, last: LastIds | None = None) -> None:
@@ -133,7 +134,7 @@ class Journal:
         return number
 
     def commit(self) -> int:
-        """Write and sync what is new; returns the number of lines. On OSError nothing is lost:
+        """Write what is new; returns the number of lines. On OSError nothing is lost:
         the lines stay for the next commit."""
         if not self._pending:
             return 0
@@ -146,7 +147,6 @@ class Journal:
             view = memoryview(data)
             while view:
                 view = view[os.write(self._fd, view) :]
-            os.fsync(self._fd)
         except OSError:
             os.ftruncate(self._fd, start)
             raise

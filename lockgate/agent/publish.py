@@ -25,6 +25,7 @@ from lockgate.agent.encode import (
     EndpointRecord,
     Wanted,
     rows,
+    words,
 )
 from lockgate.agent.two_views import TwoViews
 from lockgate.bpf.grace import wait_grace
@@ -46,7 +47,10 @@ class Publisher:
         schema = datapath.object.schema
         self._encoder = Encoder(schema, len(datapath.endpoints))
         self._endpoint = schema.dtype("endpoint")
-        self._static = [name for name in self._endpoint.names or () if name != "view"]
+        # Rows of words: what a pod is, then what it is in one view and in the other.
+        self._endpoints = words(datapath.endpoints.view)
+        self._static = _offset(self._endpoint, "view") // 8
+        self._view_words = schema.dtype("endpoint_view").itemsize // 8
         self._peer_view, self._service_view = map(schema.dtype, ("peer_view", "service_view"))
         # The grace period after each move of the epoch passes beside other work; the first is
         # for a predecessor's last move.
@@ -223,15 +227,14 @@ class Publisher:
 
     def _has_views(self, view: int, views: NDArray[Any]) -> bool:
         if self._views[view] is not views:
-            if not np.array_equal(self._dp.endpoints.view["view"][:, view], views):
+            if not np.array_equal(self._endpoint_views(view), words(views)):
                 return False
             self._views[view] = views
         return True
 
     def _has_slots(self, slots: NDArray[Any]) -> bool:
-        mine = self._dp.endpoints.view
-        return slots is self._slots or all(
-            np.array_equal(mine[name], slots[name]) for name in self._static
+        return slots is self._slots or np.array_equal(
+            self._endpoints[:, : self._static], words(slots)[:, : self._static]
         )
 
     def _has_hops(self, view: int, hops: NDArray[Any]) -> bool:
@@ -274,26 +277,33 @@ class Publisher:
             inner.close()
         self._inner[view] = larger
 
+    def _endpoint_views(self, view: int) -> Words:
+        """What the pods are in one view, as rows of words that share the map's memory."""
+        first = self._static + view * self._view_words
+        return self._endpoints[:, first : first + self._view_words]
+
     def _write_endpoints(self, view: int, slots: NDArray[Any], views: NDArray[Any]) -> None:
-        mine = self._dp.endpoints.view
         if slots is not self._slots:
+            mine, wanted = self._endpoints[:, : self._static], words(slots)[:, : self._static]
             live = (slots["flags"] & EP_LIVE) != 0
-            for name in self._static:
-                different = mine[name] != slots[name]
-                if different.ndim > 1:
-                    different = different.any(axis=1)
-                at = np.flatnonzero(different & live)
-                if len(at):
-                    mine[name][at] = slots[name][at]
+            at = np.flatnonzero((mine != wanted).any(axis=1) & live)
+            mine[at] = wanted[at]
         if self._views[view] is not views:
-            different = np.flatnonzero(mine["view"][:, view] != views)
-            mine["view"][different, view] = views[different]
+            mine, wanted = self._endpoint_views(view), words(views)
+            at = np.flatnonzero((mine != wanted).any(axis=1))
+            mine[at] = wanted[at]
             self._views[view] = views
 
 
 def _by_view(records: NDArray[Any]) -> Bytes:
     """Records of two views as bytes: [number, view, byte]."""
     return records.view(np.uint8).reshape(len(records), 2, -1)
+
+
+def _offset(struct: np.dtype[Any], field: str) -> int:
+    """Of a field, in bytes."""
+    assert struct.fields is not None
+    return int(struct.fields[field][1])
 
 
 def _as_rows(records: NDArray[Any]) -> Bytes:

@@ -124,7 +124,23 @@ def test_leases_that_are_made_together_are_saved_once_or_not_at_all(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError), ipam.together():
         ipam.acquire("c")
     assert set(ipam.leases) == {"a", "b"}
+
+
+def test_a_crash_between_removing_the_old_file_and_naming_the_new_one_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    lease = ipam(tmp_path, "10.1.0.0/24").acquire("a")
+    (tmp_path / "ipam.json").rename(tmp_path / "ipam.new")
+    pools = ipam(tmp_path, "10.1.0.0/24")
+    assert pools.leases == {"a": lease} and not pools.damaged
+    assert [path.name for path in tmp_path.iterdir()] == ["ipam.json"]
+
+
+def test_a_first_file_that_was_cut_short_is_none(tmp_path: Path) -> None:
+    (tmp_path / "ipam.new").write_text('{"next": {}, "endpo')
+    pools = ipam(tmp_path, "10.1.0.0/24")
+    assert pools.leases == {} and not pools.damaged

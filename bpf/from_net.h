@@ -44,10 +44,10 @@ static __noinline int spoofed(struct __sk_buff *skb, struct packet *p)
 }
 
 /* What is no business of ours is the stack's; from the tunnel nothing is that
- * was not looked at. */
-static __always_inline int pass(struct packet *p)
+ * was not looked at: that is dropped for p->cause. */
+static __always_inline int pass(struct __sk_buff *skb, struct packet *p)
 {
-	return p->role == LINK_TUNNEL ? TCX_DROP : TCX_NEXT;
+	return p->role == LINK_TUNNEL ? drop(skb, p) : TCX_NEXT;
 }
 
 SEC("tc")
@@ -62,25 +62,26 @@ int from_net(struct __sk_buff *skb)
 	if (!p)
 		return TCX_DROP;
 	p->role = role_of(skb);
-	if (skb->vlan_present && skb->vlan_tci & 0xfff)
-		return pass(p);	/* of another network, for a VLAN interface above */
-	if (!p->epoch ||
-	    (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)))
-		return pass(p);
+	/* A VLAN is another network, for an interface above. */
+	if (!p->epoch || !is_ip(skb) || (skb->vlan_present && skb->vlan_tci & 0xfff)) {
+		parse_nothing(skb, p);
+		GIVE_UP(p, p->epoch ? CAUSE_UNKNOWN_ETHERTYPE : CAUSE_NOT_READY);
+		return pass(skb, p);
+	}
 	switch (parse(skb, p)) {
 	case 0:
 		break;
 	case CAUSE_FRAGMENT_UNTRACKED:
 		if (for_a_pod(p))
 			return drop(skb, p);
-		return pass(p);
+		return pass(skb, p);
 	case CAUSE_EXTENSION_HEADER:
 		/* The stack may follow it, and find that it is for our VXLAN device. */
 		if (config_tunnel && tunnel_port() && kind_of(p, &p->wire.daddr) == PEER_HOST)
 			return drop(skb, p);
-		return pass(p);
+		return pass(skb, p);
 	default:
-		return pass(p);	/* nothing a pod would get; the stack knows what to do */
+		return pass(skb, p);	/* nothing a pod would get; the stack knows what to do */
 	}
 	if (spoofed(skb, p)) {
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);

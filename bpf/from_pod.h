@@ -5,6 +5,24 @@
 
 #include "fast.h"
 
+/* No pod is published here: the record says who wanted what all the same. */
+static __noinline int not_ready(struct __sk_buff *skb, struct packet *p)
+{
+	if (is_ip(skb))
+		parse(skb, p);
+	else
+		parse_nothing(skb, p);
+	GIVE_UP(p, CAUSE_NOT_READY);
+	return drop(skb, p);
+}
+
+static __always_inline int unknown_ethertype(struct __sk_buff *skb, struct packet *p)
+{
+	parse_nothing(skb, p);
+	GIVE_UP(p, CAUSE_UNKNOWN_ETHERTYPE);
+	return drop(skb, p);
+}
+
 SEC("tc")
 int from_pod(struct __sk_buff *skb)
 {
@@ -19,35 +37,27 @@ int from_pod(struct __sk_buff *skb)
 
 	if (!p)
 		return TCX_DROP;
-	if (!ep || !(ep->flags & EP_LIVE) || !p->epoch) {
-		GIVE_UP(p, CAUSE_NOT_READY);
-		if (p->dry)
-			return drop(skb, p);
-		count(COUNT_CAUSE + CAUSE_NOT_READY);
-		return TCX_DROP;
-	}
+	if (!ep || !(ep->flags & EP_LIVE))
+		return not_ready(skb, p);
 	p->slot = slot;
 	p->src_endpoint = ep->id;
-	if (load_header(skb, 6, mac, sizeof(mac)))
-		return TCX_DROP;
-	/* The stack took a VLAN tag off the frame and would put it back on the way
-	 * out: into a network that is none of the pod's. */
-	if (skb->vlan_present) {
-		__builtin_memset(&p->wire, 0, sizeof(p->wire));
-		p->length = skb->len - ETH_HLEN;
-		GIVE_UP(p, CAUSE_UNKNOWN_ETHERTYPE);
+	if (!p->epoch)
+		return not_ready(skb, p);
+	if (load_header(skb, 6, mac, sizeof(mac))) {
+		parse_nothing(skb, p);
+		GIVE_UP(p, CAUSE_MALFORMED);
 		return drop(skb, p);
 	}
+	/* The stack took a VLAN tag off the frame and would put it back on the way
+	 * out: into a network that is none of the pod's. */
+	if (skb->vlan_present)
+		return unknown_ethertype(skb, p);
 	if (skb->protocol == bpf_htons(ETH_P_ARP)) {
 		p->length = skb->len - ETH_HLEN;
 		return check_arp(skb, p, ep) ? drop(skb, p) : TCX_NEXT;
 	}
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)) {
-		__builtin_memset(&p->wire, 0, sizeof(p->wire));
-		p->length = skb->len - ETH_HLEN;
-		GIVE_UP(p, CAUSE_UNKNOWN_ETHERTYPE);
-		return drop(skb, p);
-	}
+	if (!is_ip(skb))
+		return unknown_ethertype(skb, p);
 	if (parse(skb, p))
 		return drop(skb, p);
 	if (!same_mac(mac, ep->mac)) {

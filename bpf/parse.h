@@ -299,17 +299,27 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 	return proto;
 }
 
+/* What is not, or cannot be, read must not show in the record of the drop as what
+ * the last packet had. */
+static __always_inline void parse_nothing(struct __sk_buff *skb, struct packet *p)
+{
+	for (__u32 i = 0; i < sizeof(p->wire) / 8; i++)
+		((__u64 *)&p->wire)[i] = 0;
+	p->length = skb->len - ETH_HLEN;
+}
+
+static __always_inline bool is_ip(struct __sk_buff *skb)
+{
+	return skb->protocol == bpf_htons(ETH_P_IP) || skb->protocol == bpf_htons(ETH_P_IPV6);
+}
+
 /* The IP packet in the frame. 0, or a cause: the packet is to be dropped. */
 static __noinline int parse(struct __sk_buff *skb, struct packet *p)
 {
 	int cause = 0, proto;
 
 	p->l3 = ETH_HLEN;
-	/* What cannot be read must not show in the record of the drop as what the
-	 * last packet had. */
-	for (__u32 i = 0; i < sizeof(p->wire) / 8; i++)
-		((__u64 *)&p->wire)[i] = 0;
-	p->length = skb->len - ETH_HLEN;
+	parse_nothing(skb, p);
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		p->family = 4;
 		proto = parse_ipv4(skb, p);

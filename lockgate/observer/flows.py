@@ -37,8 +37,10 @@ class FilterError(Exception):
 class Names:
     """Enumerators of the schema as users see them."""
 
-    def __init__(self, causes: Mapping[str, int], types: Mapping[str, int]) -> None:
-        """`causes` and `types`: `enum cause` and `enum event_type` as in C."""
+    def __init__(
+        self, causes: Mapping[str, int], types: Mapping[str, int], places: Mapping[str, int]
+    ) -> None:
+        """`enum cause`, `enum event_type` and `enum place` as in C."""
         self.causes = {
             number: name.removeprefix("CAUSE_").lower().replace("_", "-")
             for name, number in causes.items()
@@ -46,6 +48,10 @@ class Names:
         }
         self.cause_numbers = {name: number for number, name in self.causes.items()}
         self.types = {number: name.removeprefix("EVENT_").lower() for name, number in types.items()}
+        # As the programs are called (docs/architecture.md, Hooks).
+        self.places = {
+            number: name.removeprefix("PLACE_").lower() for name, number in places.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +235,7 @@ class FlowLog:
             "verdict": "allow" if event["verdict"] else "deny",
             "direction": (None, "ingress", "egress")[min(2, int(event["direction"]))],
             "cause": None if cause == "none" else cause,
+            "place": self.names.places.get(int(event["place"])),
         }
         record |= self._decided(int(event["reason"]), record)
         icmp = proto in (1, 58)

@@ -42,7 +42,7 @@ class Observer:
         self.config = config
         self.journal = Journal(Path(config.journal))
         head = schema.dtype("event_raw")["head"]
-        names = Names(schema.enum("cause"), schema.enum("event_type"))
+        names = Names(schema.enum("cause"), schema.enum("event_type"), schema.enum("place"))
         self.log = FlowLog(
             schema.dtype("event"),
             head.itemsize,

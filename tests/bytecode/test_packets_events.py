@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from scapy.layers.l2 import ARP
 
 from lockgate.observer.records import events_of
 from tests.bytecode.goldens import (
@@ -222,6 +223,27 @@ def test_other_marks_are_no_dry_runs(world):
     assert len(world.tracked()) == 1
 
 
+NOT_READY = 22  # enum cause
+WITHOUT_STATE = [
+    pytest.param(ip(4, "a", "b") / syn(), (ADDRESSES[4]["a"], 40000), id="IPv4"),
+    pytest.param(ip(6, "a", "b") / udp(), (ADDRESSES[6]["a"], 40000), id="IPv6"),
+    pytest.param(ARP(psrc=ADDRESSES[4]["a"]), ("::", 0), id="ARP"),
+    pytest.param(ip(4, "a", "b", ihl=4) / syn(), ("::", 0), id="malformed"),
+]
+
+
+@pytest.mark.parametrize(("packet", "source"), WITHOUT_STATE)
+def test_a_pod_that_is_not_published_is_refused_and_the_record_says_so(world, packet, source):
+    world.publish(base())
+    outcome = world.run("from_pod", bytes(from_pod(A) / packet), at_pod(9))
+    assert outcome.verdict == DROP
+    [event] = outcome.events
+    assert (event["type"], event["cause"], event["place"]) == (2, "not-ready", 1)
+    assert event["ifindex"] == at_pod(9) and event["src_endpoint"] == 0 and event["line"] > 0
+    assert (event["saddr"], event["sport"]) == source
+    assert world.counters()[CAUSE + NOT_READY] == 1
+
+
 def test_nothing_is_published_yet(world):
     """Epoch 0: pods are refused, the node's own traffic is left alone."""
     world.publish(base())
@@ -229,9 +251,10 @@ def test_nothing_is_published_yet(world):
     world.state.view["epoch"][0] = 0
     try:
         outcome = world.run("from_pod", FRAME, at_pod(A))
-        assert (outcome.verdict, outcome.events) == (DROP, [])
-        number = {name: n for n, name in world.causes.items()}["not-ready"]
-        assert world.counters()[CAUSE + number] == 1
+        assert outcome.verdict == DROP
+        [event] = outcome.events
+        assert (event["cause"], event["place"], event["src_endpoint"]) == ("not-ready", 1, IDS["a"])
+        assert world.counters()[CAUSE + NOT_READY] == 1
         frame = bytes(wire() / ip(4, "remote", "a") / syn())
         assert world.run("from_net", frame, UNDERLAY).verdict == NEXT
     finally:

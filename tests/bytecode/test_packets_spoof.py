@@ -178,7 +178,7 @@ def test_unknown_ethertypes_are_dropped(world, frame):
 
 def test_a_slot_that_nobody_has_is_not_ready(world):
     frame = Ether(src=pod_mac(9), dst=host_mac(9)) / ip(4, "a", "b") / syn()
-    check(world, Golden("", "from_pod", frame, at_pod(9), DROP, None, []))
+    check(world, Golden("", "from_pod", frame, at_pod(9), DROP, None, dropped("not-ready")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

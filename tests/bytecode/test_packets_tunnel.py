@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from scapy.layers.inet6 import IPv6ExtHdrDestOpt
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
+from scapy.layers.l2 import ARP
+from scapy.packet import Raw
 
 from tests.bytecode.goldens import (
     ADDRESSES,
@@ -93,11 +95,47 @@ def test_what_no_tunnel_brought_is_refused(tunnel, make, family) -> None:
     assert outcome.events[-1]["cause"] == "spoofed-source"
 
 
-def test_what_is_not_understood_goes_to_the_stack_from_a_card_only(tunnel) -> None:
+NOT_UNDERSTOOD = [
+    ("ARP", wire() / ARP(), "unknown-ethertype"),
+    ("a header too short", wire() / ip(4, "remote", "a", ihl=4) / syn(), "malformed"),
+    ("no header", wire() / IPv6(nh=6, src=ADDRESSES[6]["remote"], dst="::2"), "malformed"),
+    (
+        "unknown headers",
+        wire() / ip(6, "remote", "host", nh=43) / Raw(b"\x06\x00\x00\x01" + bytes(60)),
+        "extension-header",
+    ),
+    (
+        "a fragment of nothing",
+        wire() / ip(4, "remote", "node", frag=9) / Raw(bytes(32)),
+        "fragment-untracked",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("frame", "cause"), [n[1:] for n in NOT_UNDERSTOOD], ids=[n[0] for n in NOT_UNDERSTOOD]
+)
+def test_what_is_not_understood_goes_to_the_stack_from_a_card_only(tunnel, frame, cause) -> None:
     tunnel.publish(scene(4))
-    arp = bytes(12) + b"\x08\x06" + bytes(46)
-    assert tunnel.run("from_net", arp, UNDERLAY).verdict == DROP
-    assert tunnel.run("from_net", arp, OUTSIDE).verdict == NEXT
+    outcome = tunnel.run("from_net", bytes(frame), UNDERLAY)
+    assert outcome.verdict == DROP
+    [event] = outcome.events
+    assert (event["type"], event["cause"], event["place"]) == (2, cause, 3) and event["line"]
+    outcome = tunnel.run("from_net", bytes(frame), OUTSIDE)
+    assert (outcome.verdict, outcome.events) == (NEXT, [])
+
+
+def test_before_anything_is_published_the_tunnel_brings_nothing(tunnel) -> None:
+    tunnel.publish(scene(4))
+    epoch = int(tunnel.state.view["epoch"][0])
+    tunnel.state.view["epoch"][0] = 0
+    try:
+        frame = bytes(wire() / ip(4, "remote", "a") / syn())
+        outcome = tunnel.run("from_net", frame, UNDERLAY)
+        assert [(e["cause"], e["place"]) for e in outcome.events] == [("not-ready", 3)]
+        assert outcome.verdict == DROP
+    finally:
+        tunnel.state.view["epoch"][0] = epoch
 
 
 @pytest.mark.parametrize("family", FAMILIES)

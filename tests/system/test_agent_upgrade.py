@@ -183,7 +183,7 @@ def test_the_observer_reads_rings_of_another_version_to_their_end(
     pins: Path, other_object: Path, tmp_path: Path
 ) -> None:
     schema = Schema.from_object(bpf_object())
-    names = Names(schema.enum("cause"), schema.enum("event_type"))
+    names = Names(schema.enum("cause"), schema.enum("event_type"), schema.enum("place"))
     (tmp_path / "journal").touch()
     journal = Journal(tmp_path / "journal")
     log = FlowLog(schema.dtype("event"), 128, names, journal, "n1", capacity=8)

@@ -60,6 +60,7 @@ EVENT = np.dtype(
 NAMES = Names(
     {"CAUSE_NONE": 0, "CAUSE_POLICY": 1, "CAUSE_SPOOFED_SOURCE": 4, "CAUSE_MAX": 5},
     {"EVENT_VERDICT": 1, "EVENT_DROP": 2},
+    {"PLACE_FROM_POD": 1, "PLACE_TO_POD": 2, "PLACE_FROM_NET": 3},
 )
 LINES: list[dict[str, Any]] = [
     {"k": "endpoint", "id": 1, "uid": "a", "namespace": "shop", "name": "web",
@@ -93,8 +94,8 @@ def event(**fields: Any) -> np.ndarray[Any, Any]:
     defaults: dict[str, Any] = {
         "time": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         "sport": 40000, "dport": 5432, "proto": 6, "type": 1, "verdict": 1, "direction": 1,
-        "tcp_flags": 2, "src_endpoint": 1, "dst_endpoint": 300, "reason": 1, "ifindex": 65539,
-        "length": 60,
+        "tcp_flags": 2, "place": 2, "src_endpoint": 1, "dst_endpoint": 300, "reason": 1,
+        "ifindex": 65539, "length": 60,
     }  # fmt: skip
     for key, value in (defaults | fields).items():
         record[key] = value
@@ -122,6 +123,7 @@ def test_allowed_names_every_rule_and_both_ends(log: FlowLog) -> None:
         "verdict": "allow",
         "direction": "ingress",
         "cause": None,
+        "place": "to_pod",
         "policy": first,
         "rule": "ingress[0]",
         "policies": [

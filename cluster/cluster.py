@@ -100,7 +100,7 @@ class Cluster:
         until("the default service account", self._has_service_account, 60)
         self._route(ranges, [CONTROL])
         if self.cni == "bridge":
-            self._route(ranges, self.nodes)
+            self.route_by_nodes(self.nodes)
             for node, networks in ranges.items():
                 cni_module.write_bridge(self.node_path(node, "/etc/cni/net.d"), networks)
             for node in self.nodes:
@@ -157,6 +157,10 @@ class Cluster:
         self.nodes.remove(node)
         del self.kubelets[node]
         self._write_settings()
+
+    def route_by_nodes(self, nodes: Sequence[str]) -> None:
+        """Routes to the other nodes' pods on `nodes`, as one sets them for the bridge plugin."""
+        self._route(until("every node's podCIDRs", self.pod_ranges, 60), nodes)
 
     def _write_settings(self) -> None:
         settings = json.loads(self.state.settings.read_text()) | {"nodes": self.nodes}

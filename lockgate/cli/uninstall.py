@@ -20,7 +20,12 @@ _IN_CONTAINER = Path("/etc/lockgate/agent.json")
 
 @click.command()
 @click.option("--config", type=click.Path(path_type=Path), help="The agent's configuration.")
-@click.option("--node", default="", metavar="NAME", help="Of this node; else its host name.")
+@click.option(
+    "--node",
+    default="",
+    metavar="NAME",
+    help="This node's; else its host name. With --manifest: only for this one.",
+)
 @click.option(
     "--cluster", default="", metavar="NAME", help="Setting `cluster` of the chart, if there is one."
 )
@@ -49,15 +54,15 @@ def uninstall(
     agent runs, and while pods have their network from Lockgate. Can be repeated.
 
     With --kubeconfig or --context, or as `kubectl lockgate`: prints the steps, in their order,
-    and with --manifest the pods that clean the nodes. Changes nothing. (A standalone cluster
-    goes by `lockgate down`.)
+    and with --manifest the pods that clean the nodes: those that have a pod of ours now, or the
+    one that --node names. Changes nothing. (A standalone cluster goes by `lockgate down`.)
 
     Exit codes: 0 done, 1 something resisted, 2 wrong use, 3 refused: nothing was changed.
     """
     if kubeconfig or context or manifest or called_as_plugin():
-        if config or node or cluster:
-            fail("--config, --node and --cluster are of a node, not of a kubeconfig")
-        _tell(kubeconfig, context, manifest, force)
+        if config or cluster or (node and not manifest):
+            fail("--config, --cluster, and --node without --manifest, are of a node itself")
+        _tell(kubeconfig, context, manifest, node, force)
     else:
         _leave(config, node, cluster, force, as_json)
 
@@ -114,14 +119,16 @@ def _check_pins(pins: Path) -> None:
 # ---- A cluster ---------------------------------------------------------------------
 
 
-def _tell(kubeconfig: str, context: str, manifest: bool, force: bool) -> None:
+def _tell(kubeconfig: str, context: str, manifest: bool, node: str, force: bool) -> None:
     access = reach("", kubeconfig, context)
     if not isinstance(access, KubernetesAccess):
         access.close()
         fail("give --kubeconfig FILE or --context NAME; a standalone cluster goes by lockgate down")
     try:
         daemonset = access.daemonset()
-        nodes = access.nodes()
+        if node and node not in access.objects().nodes:
+            fail(f"{access.title} has no node {node!r}")
+        nodes = [node] if node else access.nodes()
         if manifest:
             click.echo(cleaners(daemonset, nodes, force), nl=False)
             return
@@ -171,6 +178,10 @@ def cleaners(daemonset: dict[str, object], nodes: list[str], force: bool) -> str
         (agent,) = (one for one in spec["containers"] if one["name"] == "agent")
         for probe in ("livenessProbe", "readinessProbe", "startupProbe", "lifecycle"):
             agent.pop(probe, None)
+        # The kubelet refuses a pod that names a node which its selectors exclude: one that goes
+        # back has the label not-yet (docs/migrate.md).
+        for choice in ("affinity", "nodeSelector"):
+            spec.pop(choice, None)
         agent["command"] = ["lockgate", "uninstall", "--config", str(_IN_CONTAINER)]
         agent["command"] += ["--force"] if force else []
         spec |= {"containers": [agent], "restartPolicy": "Never", "nodeName": node}

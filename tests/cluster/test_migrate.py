@@ -1,5 +1,5 @@
-"""From the bridge plugin and kube-proxy to Lockgate, node by node, as docs/migrate.md says, under
-traffic that accounts for every connection."""
+"""From the bridge plugin and kube-proxy to Lockgate, node by node, and a node back, as
+docs/migrate.md says, under traffic that accounts for every connection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster
+from cluster import Cluster, cni
 from cluster.commands import until
 from cluster.install import IMAGE, MANIFEST
 from tests.cluster import matrix
@@ -154,6 +154,42 @@ def take_the_bridge_away(cluster: Cluster, node: str) -> None:
     cluster.node_exec(node, "sh", "-c", books)
 
 
+def command(cluster: Cluster, *words: str) -> str:
+    """What `lockgate` prints."""
+    said = [ROOT / ".venv/bin/lockgate", *words, "--kubeconfig", cluster.kubeconfig]
+    return subprocess.run(said, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def go_back(cluster: Cluster, node: str, networks: list[str]) -> None:
+    """What docs/migrate.md says under "Going back", for this plugin."""
+    stayed = tuple(one for one in cluster.nodes if one != node)
+    where = ("--field-selector", f"spec.nodeName={node}", "-o", "name")
+    agent = ("-n", "kube-system", "get", "pods", "-l", "app.kubernetes.io/name=lockgate", *where)
+    evict(cluster, node)
+    with talking(cluster, tuple(cluster.nodes)) as traffic:
+        cluster.kubectl("label", "node", node, f"{NOT_YET}=")
+        until("the agent's end", lambda: not cluster.kubectl(*agent), 60)
+        traffic.more(20)
+    manifest = command(cluster, "uninstall", "--manifest", "--node", node, "--force")
+    cluster.apply(manifest)
+    cleaner = ("-n", "kube-system", "get", "pod", f"lockgate-uninstall-{node}")
+
+    def finished() -> str:
+        phase = str(cluster.json(*cleaner)["status"]["phase"])
+        return phase if phase in ("Succeeded", "Failed") else ""
+
+    assert until("the node to be cleaned", finished, 60) == "Succeeded"
+    assert configurations(cluster, node) == []
+    cni.write_bridge(cluster.node_path(node, "/etc/cni/net.d"), networks)
+    cluster.route_by_nodes([node])
+    cluster.start("kube-proxy", node)
+    restart_residents(cluster, node)
+    cluster.kubectl("delete", "-f", "-", input=manifest)
+    with talking(cluster, stayed) as traffic:
+        cluster.kubectl("uncordon", node)
+        traffic.more(20)
+
+
 def findings(cluster: Cluster, node: str, *checks: str) -> list[str]:
     """What `lockgate doctor` says of a node that is not well."""
     command = [ROOT / ".venv/bin/lockgate", "doctor", "--json"]
@@ -174,6 +210,8 @@ def configurations(cluster: Cluster, node: str) -> list[str]:
 def test_a_cluster_moves_from_the_bridge_plugin_node_by_node(bridged: Cluster) -> None:
     cluster = bridged
     first, second = cluster.nodes
+    ranges = cluster.pod_ranges()
+    assert ranges is not None
     cluster.kubectl("label", "nodes", "--all", f"{NOT_YET}=")
     cluster.apply(MANIFEST)
     until("the DaemonSet, on no node", lambda: daemonset_rolled_out(cluster, 0), 30)
@@ -216,3 +254,9 @@ def test_a_cluster_moves_from_the_bridge_plugin_node_by_node(bridged: Cluster) -
         assert files == ""
         for family in ("-4", "-6"):
             assert "cni0" not in cluster.node_exec(node, "ip", family, "route")
+
+    go_back(cluster, second, ranges[second])
+    ready(cluster)
+    assert configurations(cluster, second) == ["10-bridge.conflist"]
+    links = cluster.node_exec(second, "ip", "-br", "link")
+    assert "cni0" in links and "lg" not in links

@@ -21,6 +21,7 @@ def daemonset() -> dict[str, Any]:
 @pytest.mark.parametrize("force", [False, True])
 def test_each_node_gets_a_pod_with_what_the_agent_has(force: bool) -> None:
     installed = daemonset()
+    assert "affinity" in installed["spec"]["template"]["spec"]
     (agent,) = (
         one for one in installed["spec"]["template"]["spec"]["containers"] if one["name"] == "agent"
     )
@@ -32,6 +33,7 @@ def test_each_node_gets_a_pod_with_what_the_agent_has(force: bool) -> None:
         assert pod["metadata"]["labels"] != installed["spec"]["selector"]["matchLabels"]
         spec = pod["spec"]
         assert spec["restartPolicy"] == "Never" and spec["hostNetwork"]
+        assert not spec.keys() & {"affinity", "nodeSelector"}, "also where agents may not run"
         (one,) = spec["containers"]
         assert one["command"][:2] == ["lockgate", "uninstall"]
         assert ("--force" in one["command"]) == force

@@ -30,6 +30,7 @@ class ApiServer:
     answered with 400. `accept`: the only token that is not answered with 401. `refuse`: HTTP
     status with which everything is answered. `busy`: so many requests are answered with 429 and
     Retry-After. `absent`: kinds that the server does not know.
+    `extensions`: lists of other kinds by "group/version/plural"; a string is the refusal (403).
     `hold`: kinds whose lists are not answered before the event is set. `requests`: (kind, query,
     headers). `clients`: names in clients' certificates. `patches` of nodes' status and `created`
     events.
@@ -47,6 +48,7 @@ class ApiServer:
         self.clients: list[str] = []
         self.absent: set[str] = set()
         self.refused = 0
+        self.extensions: dict[str, list[Any] | str] = {}
         self.unknown_selectors: set[str] = set()
         self.hold: dict[str, asyncio.Event] = {}
         self.requests: list[tuple[str, dict[str, str], dict[str, str]]] = []
@@ -66,6 +68,9 @@ class ApiServer:
         app.router.add_patch("/api/v1/nodes/{name}/status", self._patch)
         app.router.add_post("/apis/events.k8s.io/v1/namespaces/{namespace}/events", self._create)
         app.router.add_get("/api/v1/namespaces/{namespace}/pods/{name}/exec", self._echo)
+        app.router.add_get("/apis", self._groups)
+        app.router.add_get("/apis/{group}/{version}", self._resources)
+        app.router.add_get("/apis/{group}/{version}/{plural}", self._extension)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         with namespaces.inside(netns) if netns else contextlib.nullcontext():
@@ -217,6 +222,46 @@ class ApiServer:
         async for message in wire:
             await wire.send_bytes(message.data)
         return wire
+
+    # ---- Kinds of others -------------------------------------------------------------------
+
+    async def _groups(self, _: web.Request) -> web.Response:
+        """APIGroupList: the kinds above and `extensions`; the last version is preferred."""
+        groups: dict[str, list[dict[str, str]]] = {}
+        for path in [*(kind.path.removeprefix("/apis/") for kind in KINDS), *self.extensions]:
+            if not path.startswith("/api/"):
+                group, version, _ = path.split("/")
+                versions = groups.setdefault(group, [])
+                versions.append({"groupVersion": f"{group}/{version}", "version": version})
+        return web.json_response(
+            {
+                "groups": [
+                    {"name": name, "versions": versions, "preferredVersion": versions[-1]}
+                    for name, versions in groups.items()
+                ]
+            }
+        )
+
+    async def _resources(self, request: web.Request) -> web.Response:
+        where = "{group}/{version}/".format(**request.match_info)
+        names = [path.removeprefix(where) for path in self.extensions if path.startswith(where)]
+        resources = [
+            resource
+            for name in names
+            for resource in (
+                {"name": name, "verbs": ["get", "list"]},
+                {"name": f"{name}/status", "verbs": ["get"]},
+            )
+        ]
+        return web.json_response({"resources": resources})
+
+    async def _extension(self, request: web.Request) -> web.Response:
+        items = self.extensions.get("{group}/{version}/{plural}".format(**request.match_info))
+        if items is None:
+            return _status(404, "NotFound", "the server could not find the requested resource")
+        if isinstance(items, str):
+            return _status(403, "Forbidden", items)
+        return web.json_response({"items": items})
 
     async def _patch(self, request: web.Request) -> web.Response:
         self.patches.append((request.match_info["name"], await request.json()))

@@ -34,7 +34,8 @@ SELECTOR = "app.kubernetes.io/name=lockgate"
 _AT_ONCE = 32  # calls into nodes
 _NOT_YET = "lockgate.dev/not-yet"  # docs/migrate.md
 _LAST_WORDS = 0.1  # seconds for what was begun beside something that failed
-_GROUPS_SKIPPED = ("metrics.k8s.io", "custom.metrics.k8s.io", "external.metrics.k8s.io")
+#: Of the groups *.k8s.io, which are Kubernetes' own, those whose kinds somebody has to install.
+_ADDED = ("policy.networking.k8s.io",)
 _WHOLE = {"Pod": model.Pod}  # with what people want to see of them
 T = TypeVar("T")
 
@@ -332,20 +333,25 @@ class KubernetesAccess:
         return sorted(self._run(self._discover()))
 
     async def _discover(self) -> dict[str, str]:
-        """Kind, as "plural.group" → its path; of groups that are not Kubernetes' own."""
+        """Kind, as "plural.group" → its path; of groups that are not Kubernetes' own. One that
+        several versions have is of the version that the server prefers."""
         groups = msgspec.json.decode(await self._get("/apis"))["groups"]
         found: dict[str, str] = {}
         for group in groups:
-            name, version = group["name"], group["preferredVersion"]["groupVersion"]
-            if "." not in name or name.endswith(".k8s.io") or name in _GROUPS_SKIPPED:
+            name = group["name"]
+            if "." not in name or (name.endswith(".k8s.io") and name not in _ADDED):
                 continue
-            try:
-                listed = msgspec.json.decode(await self._get(f"/apis/{version}"))["resources"]
-            except Refused:
-                continue  # an extension server that is away
-            for one in listed:
-                if "/" not in one["name"] and "list" in one["verbs"]:
-                    found[f"{one['name']}.{name}"] = f"/apis/{version}/{one['name']}"
+            preferred = group["preferredVersion"]["groupVersion"]
+            others = [one["groupVersion"] for one in group["versions"]]
+            for version in dict.fromkeys((preferred, *others)):
+                try:
+                    body = await self._get(f"/apis/{version}")
+                except Refused:
+                    continue  # an extension server that is away
+                for one in msgspec.json.decode(body)["resources"]:
+                    if "/" not in one["name"] and "list" in one["verbs"]:
+                        path = f"/apis/{version}/{one['name']}"
+                        found.setdefault(f"{one['name']}.{name}", path)
         return found
 
     def count(self, resource: str) -> int:

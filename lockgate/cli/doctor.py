@@ -17,17 +17,23 @@ from lockgate.cli.render import heading, paint
 from lockgate.cli.status import gather, problems
 from lockgate.objects.model import Cluster, Pod
 
-__all__ = ["doctor", "examine", "of_ours"]
+__all__ = ["FOREIGN_POLICIES", "daemons", "doctor", "examine", "of_ours", "policies"]
 
 Row = dict[str, Any]
-# Policies that only their own agents enforce: plural.group → the daemon (label k8s-app or app).
-_FOREIGN_POLICIES = {
-    "ciliumnetworkpolicies.cilium.io": "cilium",
-    "ciliumclusterwidenetworkpolicies.cilium.io": "cilium",
-    "networkpolicies.crd.projectcalico.org": "calico-node",
-    "globalnetworkpolicies.crd.projectcalico.org": "calico-node",
-    "networkpolicies.crd.antrea.io": "antrea",
-    "clusternetworkpolicies.crd.antrea.io": "antrea",
+#: Policies that only other data planes enforce: plural.group → their daemons (label k8s-app, app).
+FOREIGN_POLICIES = {
+    "ciliumnetworkpolicies.cilium.io": ("cilium",),
+    "ciliumclusterwidenetworkpolicies.cilium.io": ("cilium",),
+    "networkpolicies.crd.projectcalico.org": ("calico-node",),
+    "globalnetworkpolicies.crd.projectcalico.org": ("calico-node",),
+    # The same by Calico's API server, and the only ones where it keeps them as they are.
+    "networkpolicies.projectcalico.org": ("calico-node",),
+    "globalnetworkpolicies.projectcalico.org": ("calico-node",),
+    "networkpolicies.crd.antrea.io": ("antrea",),
+    "clusternetworkpolicies.crd.antrea.io": ("antrea",),
+    "adminnetworkpolicies.policy.networking.k8s.io": ("calico-node", "antrea"),
+    "baselineadminnetworkpolicies.policy.networking.k8s.io": ("calico-node", "antrea"),
+    "clusternetworkpolicies.policy.networking.k8s.io": ("calico-node", "antrea"),
 }
 _DAEMONS = {
     "cilium": "Cilium",
@@ -96,7 +102,7 @@ def examine(access: Access, outside: dict[int, tuple[str, int]]) -> list[Finding
         told_of["facts"] = facts
     findings += _alike(told["nodes"])
     findings += daemons(cluster)
-    findings += _policies(access, cluster)
+    findings += policies(access, cluster)
     ways = of_ours(cluster, told["nodes"])
     tried = paths.plan(ways, names, outside or _beyond(access, told["nodes"]))
     paths.try_all(access, tried)
@@ -171,23 +177,25 @@ def _daemon(pod: Pod) -> str:
     return name if live and name in _DAEMONS else ""
 
 
-def _policies(access: Access, cluster: Cluster) -> list[Finding]:
+def policies(access: Access, cluster: Cluster) -> list[Finding]:
     """Policies of other systems that nobody enforces."""
     running = {_daemon(pod) for pod in cluster.pods.values()}
     found = []
     try:
-        there = [name for name in access.resources() if name in _FOREIGN_POLICIES]
-        for name in there:
-            count = access.count(name)
-            if count and _FOREIGN_POLICIES[name] not in running:
-                text = f"{count} {name}: nobody enforces them any more"
-                advice = (
-                    f"write them as NetworkPolicy, then delete them: kubectl get {name} -A -o yaml"
-                )
-                found.append(Finding("error", "policies", text, advice))
+        there = [name for name in access.resources() if name in FOREIGN_POLICIES]
     except (OSError, Refused) as error:
         text = f"policies of other systems could not be looked for: {error}"
-        found.append(Finding("warning", "policies", text))
+        return [Finding("warning", "policies", text)]
+    for name in there:
+        try:
+            count = access.count(name)
+        except (OSError, Refused) as error:
+            found.append(Finding("warning", "policies", f"{name} could not be counted: {error}"))
+            continue
+        if count and running.isdisjoint(FOREIGN_POLICIES[name]):
+            text = f"{count} {name}: nobody enforces them any more"
+            advice = f"write them as NetworkPolicy, then delete them: kubectl get {name} -A -o yaml"
+            found.append(Finding("error", "policies", text, advice))
     return found or [Finding("ok", "policies", "no policy of another system is left alone")]
 
 

@@ -52,10 +52,8 @@ int from_pod(struct __sk_buff *skb)
 	 * out: into a network that is none of the pod's. */
 	if (skb->vlan_present)
 		return unknown_ethertype(skb, p);
-	if (skb->protocol == bpf_htons(ETH_P_ARP)) {
-		p->length = skb->len - ETH_HLEN;
-		return check_arp(skb, p, ep) ? drop(skb, p) : TCX_NEXT;
-	}
+	if (skb->protocol == bpf_htons(ETH_P_ARP))
+		return check_arp(skb, p, ep, mac) ? drop(skb, p) : TCX_NEXT;
 	if (!is_ip(skb))
 		return unknown_ethertype(skb, p);
 	if (parse(skb, p))

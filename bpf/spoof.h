@@ -60,20 +60,21 @@ static __always_inline bool is_ndp(const struct packet *p)
 	       p->icmp_type <= NDP_REDIRECT;
 }
 
-/* The sender's MAC and IP, or no IP (a probe, RFC 5227). 0 or a cause. */
-static __noinline int check_arp(struct __sk_buff *skb, struct packet *p, struct endpoint *ep)
+/* The frame's MAC, the sender's MAC and IP, or no IP (a probe, RFC 5227). 0 or a cause. */
+static __noinline int check_arp(struct __sk_buff *skb, struct packet *p, struct endpoint *ep, const __u8 *mac)
 {
 	struct arp *arp = (void *)p->bytes;
 
-	if (!ep || bpf_skb_load_bytes(skb, ETH_HLEN, arp, sizeof(*arp)))
+	parse_nothing(skb, p);
+	if (!ep || !mac || bpf_skb_load_bytes(skb, ETH_HLEN, arp, sizeof(*arp)))
 		return GIVE_UP(p, CAUSE_MALFORMED);
 	__u32 sender = *(__u32 *)arp->sender_ip;
 
 	/* What the record of a drop shows: who was claimed to ask whom. */
 	map_v4(&p->wire.saddr, sender);
 	map_v4(&p->wire.daddr, *(__u32 *)arp->target_ip);
-	p->wire.sport = p->wire.dport = 0;
-	p->wire.proto = 0;
+	if (!same_mac(mac, ep->mac))
+		return GIVE_UP(p, CAUSE_SPOOFED_MAC);
 	if (!same_mac(arp->sender_mac, ep->mac))
 		return GIVE_UP(p, CAUSE_SPOOFED_ARP);
 	if (sender && !same_addr(&p->wire.saddr, &ep->addr4))

@@ -56,9 +56,9 @@ SIX = ADDRESSES[6]
 OWN_LINK = "fe80::870:ff:fe00:0"  # of pod_mac(A), RFC 4291
 
 
-def arp(**fields) -> Ether:
+def arp(sender: str = pod_mac(A), **fields) -> Ether:
     fields = {"op": 1, "hwsrc": pod_mac(A), "psrc": "10.0.1.2", "pdst": "169.254.1.1"} | fields
-    return Ether(src=pod_mac(A), dst="ff:ff:ff:ff:ff:ff") / ARP(**fields)
+    return Ether(src=sender, dst="ff:ff:ff:ff:ff:ff") / ARP(**fields)
 
 
 def ndp(message, source: str = SIX["a"], target: str = "ff02::1:ff00:1", hops: int = 255) -> Ether:
@@ -74,6 +74,9 @@ def neighbours() -> Iterator[Golden]:
         ("arp for another's address", arp(psrc="10.0.1.3"), "spoofed-arp"),
         ("arp for the gateway's address", arp(op=2, psrc="169.254.1.1"), "spoofed-arp"),
         ("arp with another's MAC", arp(hwsrc=OTHER), "spoofed-arp"),
+        ("arp in a frame from another MAC", arp(OTHER), "spoofed-mac"),
+        ("arp answer in a frame from another MAC", arp(OTHER, op=2), "spoofed-mac"),
+        ("arp with another's MAC in a frame from it", arp(OTHER, hwsrc=OTHER), "spoofed-mac"),
         ("arp cut short", Ether(bytes(arp())[:30]), "malformed"),
         ("solicitation of the gateway", ndp(ns), None),
         ("solicitation, unicast", ndp(ns, target="fe80::1"), None),

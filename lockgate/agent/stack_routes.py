@@ -49,8 +49,8 @@ class StackRoutes:
                 continue
             tunnel = Tunnel(TUNNEL_ID, route.remote, route.local) if route.remote else None
             with Batch() as batch:
-                batch.route(destination, route.ifindex, route.gateway, route.source, tunnel)
                 try:
+                    batch.route(destination, route.ifindex, route.gateway, route.source, tunnel)
                     batch.send()
                 except OSError as error:
                     errors.append(str(error))

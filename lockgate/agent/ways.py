@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_interface
 from typing import Literal
 
-from lockgate.objects.address import parse_address
+from lockgate.objects.address import format_cidr, parse_address, parse_cidr
 from lockgate.objects.model import Node
 
 __all__ = ["Routing", "Way", "choose_way", "internal_ips", "of_family", "pod_cidrs"]
@@ -28,8 +28,13 @@ def internal_ips(node: Node) -> list[str]:
 
 
 def pod_cidrs(node: Node) -> list[str]:
-    """A node's podCIDRs, of both families."""
-    return node.spec.pod_cidrs or ([node.spec.pod_cidr] if node.spec.pod_cidr else [])
+    """A node's podCIDRs that can be read, of both families, with the host bits cleared. The others
+    the compiler names."""
+    found = []
+    for cidr in node.pod_cidrs:
+        with contextlib.suppress(ValueError):
+            found.append(format_cidr(*parse_cidr(cidr)))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def node_rows(cluster: Cluster) -> list[Row]:
         {
             "name": name,
             "addresses": [a.address for a in node.status.addresses if a.type == "InternalIP"],
-            "podCIDRs": node.spec.pod_cidrs or ([node.spec.pod_cidr] if node.spec.pod_cidr else []),
+            "podCIDRs": node.pod_cidrs,
             "pods": sum(pod.spec.node_name == name for pod in cluster.pods.values()),
         }
         for name, node in sorted(cluster.nodes.items())

@@ -29,6 +29,7 @@ from lockgate.compile.tables import (
     PeerView,
     Tables,
 )
+from lockgate.objects.address import parse_cidr
 from lockgate.objects.changes import Changed, Name
 from lockgate.objects.model import Cluster, Namespace, Node
 
@@ -287,6 +288,11 @@ class _State:
         found: dict[bytes, PeerView] = {}
         addresses = self._judgements.addresses
         for name, object_ in sorted(self._nodes.items()):
+            for cidr in object_.pod_cidrs:
+                try:
+                    parse_cidr(cidr)
+                except ValueError as error:
+                    errors.append(f"Node {name}: spec.podCIDRs: {error}")
             for entry in object_.status.addresses:
                 if entry.type != "InternalIP":
                     continue

@@ -76,6 +76,11 @@ class Node(Base, frozen=True):
     api_version: str = "v1"
     kind: str = "Node"
 
+    @property
+    def pod_cidrs(self) -> list[str]:
+        """Of both families, as the object has them."""
+        return self.spec.pod_cidrs or ([self.spec.pod_cidr] if self.spec.pod_cidr else [])
+
 
 # ---- Pods and workloads -----------------------------------------------------
 

@@ -52,7 +52,7 @@ def make_nodes(
             continue
         taken.add(number)
         last = number
-        cidrs = _cidrs(node) or [f"10.244.{number}.0/24", f"fd00:10:244:{number}::/64"]
+        cidrs = node.pod_cidrs or [f"10.244.{number}.0/24", f"fd00:10:244:{number}::/64"]
         result[name] = msgspec.structs.replace(
             node,
             metadata=metadata,
@@ -77,7 +77,7 @@ def refused(
     for item in objects:
         if not isinstance(item, Node):
             continue
-        name, cidrs = item.metadata.name, _cidrs(item)
+        name, cidrs = item.metadata.name, item.pod_cidrs
         if name not in wanted:
             told.append(f"Node {name}: a cluster has {MOST} nodes at most")
         elif name in running and cidrs and cidrs != running[name].spec.pod_cidrs:
@@ -116,7 +116,3 @@ def _network(cidr: str) -> IPv4Network | IPv6Network:
 def node_number(node: Node) -> int:
     """The N of a node made by `make_nodes`."""
     return int(node.status.addresses[0].address.rpartition(".")[2]) - 10
-
-
-def _cidrs(node: Node) -> list[str]:
-    return node.spec.pod_cidrs or ([node.spec.pod_cidr] if node.spec.pod_cidr else [])

@@ -146,6 +146,32 @@ async def test_a_node_that_changes_its_address_keeps_its_connections(bed: Bed) -
         talk.close()
 
 
+async def test_pod_cidrs_with_nonsense_are_named_and_the_others_go_on(bed: Bed) -> None:
+    one = bed.nodes["one"]
+    nodes = []
+    for number, cidrs in enumerate(
+        (
+            ["010.77.31.0/24", "10.77.31.0/24"],
+            ["10.77.32.0"],
+            ["10.77.33.7/24"],
+        ),
+        31,
+    ):
+        item = node_object(f"odd-{number}", f"192.168.77.{number}", f"fd77::{number}", number)
+        nodes.append(item | {"spec": {"podCIDRs": cidrs}})
+    mine = node_object("one", "192.168.77.1", "fd77::1", 1)
+    mine["spec"]["podCIDRs"].insert(0, "nonsense")
+    bed.supervisor.put(*nodes)
+    await bed.supervisor.wait(bed.supervisor.put(mine, verb="MODIFIED"), "one")
+    table = await routes(one)
+    assert "10.77.31.0/24" in table and "10.77.33.0/24" in table and "10.77.32" not in table
+    status = (await one.call("GET", "/v1/status"))[1]
+    named = [text.partition(": not a")[0] for text in status["errors"] if "podCIDRs" in text]
+    assert sorted(named) == [f"Node {name}: spec.podCIDRs" for name in ("odd-31", "odd-32", "one")]
+    bed.supervisor.put(pod("near", "one"))
+    assert (await one.add("near"))["ips"][0].startswith("10.77.1.")
+
+
 async def test_a_cluster_moves_into_tunnels_and_out_of_them(bed: Bed) -> None:
     _, far_ips = await two_pods(bed)
     with ExitStack() as stack:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 from typing import cast
 
+import msgspec
 import pytest
 
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.tunnel import TunnelDevice
-from lockgate.agent.ways import Way, choose_way
+from lockgate.agent.ways import Way, choose_way, pod_cidrs
 from lockgate.net import vxlan
+from lockgate.objects.model import Node
 
 CARD = ("192.0.2.1/24", "2001:db8:1::1/64")
 MINE = ["192.0.2.1", "2001:db8:1::1"]
@@ -49,6 +51,24 @@ WAYS = [
     ("direct, on the link", "direct", ["192.0.2.9"], MINE, Way(("192.0.2.9",))),
     ("direct, on another link", "direct", ["198.51.100.9"], MINE, "on no link of this node's"),
 ]
+
+
+CIDRS: dict[str, tuple[dict[str, object], list[str]]] = {
+    "both families": (
+        {"podCIDRs": ["10.1.2.0/24", "fd00:1::/64"]},
+        ["10.1.2.0/24", "fd00:1::/64"],
+    ),
+    "the older field alone": ({"podCIDR": "10.1.2.0/24"}, ["10.1.2.0/24"]),
+    "host bits": ({"podCIDRs": ["10.1.2.3/24"]}, ["10.1.2.0/24"]),
+    "leading zeros": ({"podCIDRs": ["010.1.2.0/24", "fd00:1::/64"]}, ["fd00:1::/64"]),
+    "no length": ({"podCIDRs": ["10.1.2.0"]}, []),
+    "words": ({"podCIDRs": ["", "none", "10.1.2.0/33"]}, []),
+}
+
+
+@pytest.mark.parametrize(("spec", "expected"), CIDRS.values(), ids=CIDRS.keys())
+def test_pod_cidrs_that_can_be_read(spec: dict[str, object], expected: list[str]) -> None:
+    assert pod_cidrs(msgspec.convert({"metadata": {"name": "a"}, "spec": spec}, Node)) == expected
 
 
 @pytest.mark.parametrize(

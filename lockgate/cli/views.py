@@ -46,6 +46,12 @@ def _address(ip: str, port: int | None) -> str:
     return text if port is None else f"{text}:{port}"
 
 
+def _known(of: msgspec.Struct) -> Row:
+    """Fields that say something, by their names in the API."""
+    fields = msgspec.to_builtins(of)
+    return {key: value for key, value in fields.items() if value not in (None, "")}
+
+
 def endpoint_rows(cluster: Cluster) -> list[Row]:
     """One row per slice."""
     return [
@@ -58,9 +64,10 @@ def endpoint_rows(cluster: Cluster) -> list[Row]:
             "endpoints": [
                 {
                     "addresses": endpoint.addresses,
-                    "ready": endpoint.conditions.ready is not False,
-                    "node": endpoint.node_name,
-                    "pod": endpoint.target_ref.name if endpoint.target_ref else None,
+                    # Absent is ready (discovery.k8s.io/v1 EndpointConditions).
+                    "conditions": {"ready": True} | _known(endpoint.conditions),
+                    "nodeName": endpoint.node_name or None,
+                    "targetRef": _known(endpoint.target_ref) if endpoint.target_ref else None,
                 }
                 for endpoint in one.endpoints
             ],
@@ -203,7 +210,7 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
                 wrapped([f"{p['port']}/{p['protocol']}" for p in r["ports"]], 20) or "-",
                 wrapped(
                     [
-                        e["addresses"][0] + ("" if e["ready"] else " (not ready)")
+                        e["addresses"][0] + ("" if e["conditions"]["ready"] else " (not ready)")
                         for e in r["endpoints"]
                     ],
                     30 if not wide else 200,

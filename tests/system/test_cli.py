@@ -134,6 +134,11 @@ def test_nodes_services_endpoints_and_policies_as_json(shop: Cluster) -> None:
     slices = [s for s in ask(shop, "get", "endpoints") if s["service"] == "web"]
     assert {s["addressType"] for s in slices} == {"IPv4", "IPv6"}
     assert [len(s["endpoints"]) for s in slices] == [3, 3]
+    for endpoint in slices[0]["endpoints"]:
+        assert endpoint["conditions"]["ready"] is True
+        assert endpoint["nodeName"] in ("node-1", "node-2")
+        assert endpoint["targetRef"]["kind"] == "Pod"
+        assert endpoint["targetRef"]["name"].startswith("web-")
     policies = {(p["namespace"], p["name"]): p for p in ask(shop, "get", "policies")}
     assert policies["shop", "default-deny"]["policyTypes"] == ["Ingress", "Egress"]
 

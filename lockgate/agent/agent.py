@@ -106,6 +106,7 @@ class Agent:
         self.dp = Datapath(
             config.object_path,
             config.pins,
+            share=config.memory_share,
             limits=config.limits,
             tunnels=config.routing != "direct",
         )

@@ -10,6 +10,7 @@ import msgspec
 
 from lockgate.agent.cards import AUTO
 from lockgate.agent.limits import CAPTURE_MAX, Limits
+from lockgate.agent.sizes import SHARE
 from lockgate.agent.ways import Routing
 from lockgate.bpf.pins import node_folder
 from lockgate.kube.client import Settings
@@ -49,6 +50,8 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     cni_bin: str = ""  # the host's /opt/cni/bin as it is mounted here; "" = nothing is put there
     cni_conf: str = ""  # the host's /etc/cni/net.d, likewise
     cni_chain: list[dict[str, Any]] = []  # CNI plugins to run after ours
+    # Of the machine's memory, for the tables that remember connections, when they are made
+    memory_share: float = SHARE
     limits: Limits = Limits()
     capture: int = 0  # first bytes of the packet that each flow record keeps; 0 = none
 
@@ -101,6 +104,11 @@ def read(path: Path) -> Config:
         config.web = ":9781" if config.kubernetes is not None else ""
     if not 0 < config.vxlan_port < 65536:
         raise ValueError(f"{path}, field vxlanPort: expected 1 to 65535, got {config.vxlan_port}")
+    if not 0 < config.memory_share <= 0.5:
+        raise ValueError(
+            f"{path}, field memoryShare: expected more than 0 and at most 0.5,"
+            f" got {config.memory_share}"
+        )
     if not 0 <= config.capture <= CAPTURE_MAX:
         raise ValueError(
             f"{path}, field capture: expected 0 to {CAPTURE_MAX} bytes, got {config.capture}"

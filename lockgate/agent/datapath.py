@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -19,34 +19,16 @@ import numpy as np
 from lockgate.agent.guard import Guard
 from lockgate.agent.limits import Limits
 from lockgate.agent.others import Table, inherit
+from lockgate.agent.sizes import SHARE, Sizes
 from lockgate.bpf import links, syscall
 from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
 from lockgate.bpf.syscall import TestRun
 
-__all__ = ["Datapath", "Sizes"]
+__all__ = ["Datapath"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Elements of the maps that remember."""
-
-    connections: int
-    half_open: int
-    nat: int
-    sockets: int
-
-    @classmethod
-    def from_memory(cls, share: float = 0.01) -> Sizes:
-        """So that the maps take about `share` of the machine's memory, within bounds. An entry
-        of an LRU hash takes about 160 bytes, allocated beforehand."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        units = int(memory * share) // 160
-        connections = 1 << max(14, min(21, units.bit_length() - 1))
-        return cls(connections, connections // 8, connections // 4, connections // 4)
 
 
 class Datapath:
@@ -57,21 +39,24 @@ class Datapath:
         path: Path,
         pins: Path,
         sizes: Sizes | None = None,
+        share: float = SHARE,
         limits: Limits | None = None,
         tunnels: bool = True,
     ) -> None:
         """Load the object at `path` over what is pinned in `pins`, able to use tunnels or not.
-        LoadError: see the message; what runs in the kernel is then as it was."""
+        `sizes`, or the `share` of memory, is for tables that are made now: those that are there
+        keep theirs, also in another layout, lest connections are lost for it. LoadError: see the
+        message; what runs in the kernel is then as it was."""
         self.pins = pins
         self.links = pins / "links"
         self.links.mkdir(parents=True, exist_ok=True)
         self.object = Object(path)
         try:
-            sizes = sizes or Sizes.from_memory()
             self.names = pin_names(self.object.schema)
             self._set_aside()
-            self._reuse(sizes)
-            self.object.set_rodata((limits or Limits()).constants(sizes.half_open))
+            sizes = sizes or Sizes.from_memory(self.object.schema, share)
+            entries = self._reuse(sizes.by_map())
+            self.object.set_rodata((limits or Limits()).constants(entries["half_open"]))
             self.object.set_rodata({"config_tunnel": int(tunnels)})
             self.object.load()
         except BaseException:
@@ -199,22 +184,31 @@ class Datapath:
                 log.warning("%s is not whole any more and will be made anew", path)
                 path.rename(path.with_name(f"{path.name}-incomplete"))
 
-    def _reuse(self, sizes: Sizes) -> None:
-        """Take over the maps of this version."""
-        wanted = {
-            "connections": sizes.connections,
-            "half_open": sizes.half_open,
-            "crowd": sizes.half_open,
-            "nat": sizes.nat,
-            "sockets": sizes.sockets,
-        }
+    def _reuse(self, wanted: dict[str, int]) -> dict[str, int]:
+        """Take over the maps of this version; make the others as large as those of another
+        version, or as `wanted`. Returns the elements of each map in `wanted`."""
+        entries = wanted | self._sizes_of_others(wanted)
         for name, pin in self.names.items():
             path = self.pins / pin
             if path.exists():
                 fd = syscall.obj_get(str(path))
                 try:
                     self.object.reuse_map(name, fd)
+                    if name in wanted:
+                        entries[name] = syscall.map_info(fd).max_entries
                 finally:
                     os.close(fd)
             elif name in wanted:
-                self.object.set_max_entries(name, wanted[name])
+                self.object.set_max_entries(name, entries[name])
+        return entries
+
+    def _sizes_of_others(self, wanted: Iterable[str]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for pin in other_pins(self.pins, self.names):
+            if pin.name in wanted:
+                fd = syscall.obj_get(str(pin.path))
+                try:
+                    found[pin.name] = max(found.get(pin.name, 0), syscall.map_info(fd).max_entries)
+                finally:
+                    os.close(fd)
+        return found

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from lockgate.agent.sizes import SHARE
 from lockgate.standalone.state import State, bpffs
 
 __all__ = ["Child", "ChildStatus", "Settings", "write_config"]
@@ -36,8 +37,9 @@ class ChildStatus(msgspec.Struct, rename="camel"):
     error: str = ""
 
 
-def write_config(state: State, node: str, role: str, settings: Settings) -> Path:
-    """The settings of a node's agent or observer (lockgate/agent/config.py, observer/server.py)."""
+def write_config(state: State, node: str, role: str, settings: Settings, nodes: int) -> Path:
+    """The settings of a node's agent or observer (lockgate/agent/config.py, observer/config.py).
+    `nodes` share this machine's memory."""
     folder = state.node(node)
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, object] = {"cluster": state.cluster, "node": node}
@@ -51,6 +53,7 @@ def write_config(state: State, node: str, role: str, settings: Settings) -> Path
             "outside": "outside0",
             "routing": settings.routing,
             "capture": settings.capture,
+            "memoryShare": SHARE / nodes,
             "serviceCidrs": ["10.96.0.0/16", "fd00:10:96::/112"],
             "bpffs": str(bpffs()),
         }

@@ -71,7 +71,7 @@ class Machines:
         nodes = list(nodes)
         for role in ("agent", "observer"):
             for node in nodes:
-                config = write_config(self._state, node, role, self._settings)
+                config = write_config(self._state, node, role, self._settings, len(self._known()))
                 (self._state.cgroup(node) / "pods").mkdir(parents=True, exist_ok=True)
                 child = Child(self._state, node, role, config)
                 child.start(self._cluster.child_died)

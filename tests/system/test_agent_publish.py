@@ -14,8 +14,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from lockgate.agent.datapath import Datapath, Sizes
+from lockgate.agent.datapath import Datapath
 from lockgate.agent.publish import EndpointRecord, Publisher
+from lockgate.agent.sizes import Sizes
 from lockgate.agent.sweep import sweep
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.syscall import prog_info

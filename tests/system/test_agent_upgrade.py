@@ -15,8 +15,9 @@ from scapy.layers.inet import IP
 from scapy.layers.l2 import Ether
 
 from lockgate.agent.carry import Carry
-from lockgate.agent.datapath import Datapath, Sizes
+from lockgate.agent.datapath import Datapath
 from lockgate.agent.publish import Publisher
+from lockgate.agent.sizes import Sizes
 from lockgate.bpf import links
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.pins import convert, other_pins, pin_names
@@ -136,6 +137,51 @@ def test_fields_are_converted_by_name() -> None:
     made = convert(old, new)
     assert made["a"].tolist() == [5, 5] and made["more"].tolist() == [0, 0]
     assert made["v"]["x"].tolist() == [[1, 2], [3, 4]] and made["w"].tolist() == [[9, 9]] * 2
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.02], ids=["a smaller share", "a larger share"])
+def test_tables_keep_their_size_and_their_connections(
+    pins: Path, other_object: Path, share: float
+) -> None:
+    sizes = Sizes(40_000, 30_000, 20_000, 20_000)
+
+    def found(dp: Datapath) -> list[int]:
+        tables = (dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets)
+        return [table.info.max_entries for table in tables]
+
+    with Datapath(bpf_object(), pins, sizes) as before:
+        before.connections.update_many(*entries(before, range(20_000), state=2, seen=100))
+        wanted = found(before)
+        assert wanted == [40_000, 30_000, 30_000, 20_000, 20_000]
+    with Datapath(bpf_object(), pins, share=share) as again:
+        assert found(again) == wanted
+        assert len(states(again)) == 20_000
+        publish(again)
+    with Datapath(other_object, pins, share=share) as new:
+        assert found(new) == wanted, "in another layout as well"
+        with Carry(new) as carry:
+            carry.before()
+        assert len(states(new)) == 20_000
+
+
+def memory(dp: Datapath) -> int:
+    """Of the tables that are sized, as the kernel counts it."""
+    total = 0
+    for table in (dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets):
+        facts = Path(f"/proc/self/fdinfo/{table.fd}").read_text()
+        total += int(facts.partition("memlock:")[2].split()[0])
+    return total
+
+
+@pytest.mark.parametrize("share", [0.0003, 0.002])
+def test_tables_take_their_share_of_memory(pins: Path, share: float) -> None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with Datapath(bpf_object(), pins, share=share) as dp:
+        sizes = Sizes.from_memory(dp.object.schema, share)
+        assert sizes.connections > 1 << 14, "this machine is too small for this test"
+        taken = memory(dp)
+    assert 0.9 * share < taken / machine < 1.02 * share
+    assert 0.98 < sizes.bytes(Schema.from_object(bpf_object())) / taken < 1.02
 
 
 def test_versions_follow_the_layout_and_nothing_else(other_object: Path) -> None:

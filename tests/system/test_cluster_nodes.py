@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
-from lockgate.bpf.pins import node_folder
+from lockgate.agent.sizes import SHARE, Sizes
+from lockgate.bpf import syscall
+from lockgate.bpf.btf import Schema
+from lockgate.bpf.pins import node_folder, pin_names
+from lockgate.paths import bpf_object
 from lockgate.standalone.state import bpffs
 from tests.system.harness import Cluster, Pod, unique_name, until
 from tests.system.load import Server, Stream
@@ -146,6 +150,30 @@ def test_nodes_come_and_go_and_old_ones_do_not_notice(cluster: Cluster) -> None:
     assert not wrong
     cluster.down()
     assert traces(cluster.name) == []
+
+
+def connections(cluster: Cluster, node: str) -> int:
+    """Elements of a node's table."""
+    pins = node_folder(bpffs(), cluster.name, node)
+    fd = syscall.obj_get(str(pins / pin_names(Schema.from_object(bpf_object()))["connections"]))
+    try:
+        return syscall.map_info(fd).max_entries
+    finally:
+        os.close(fd)
+
+
+def test_nodes_share_the_memory_for_tables_and_keep_theirs_when_others_come(lab: Cluster) -> None:
+    schema = Schema.from_object(bpf_object())
+    half, third = (Sizes.from_memory(schema, SHARE / n).connections for n in (2, 3))
+    old = ("a", "b.example.com")
+    assert [connections(lab, node) for node in old] == [half, half]
+    lab.save("more.yaml", C)
+    assert connections(lab, "c.example.com") == third
+    [pid] = [n["agent"]["pid"] for n in lab.status()["nodes"] if n["name"] == "a"]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: lab.status()["nodes"][0]["agent"]["pid"] not in (pid, None), "another agent")
+    lab.save("more.yaml")
+    assert [connections(lab, node) for node in old] == [half, half]
 
 
 def test_other_pod_cidrs_are_refused_and_nothing_of_that_save_is_applied(lab: Cluster) -> None:

@@ -38,6 +38,8 @@ def test_as_many_as_a_record_has_room_for() -> None:
         ({"capture": -1}, "field capture: expected 0 to 128 bytes, got -1"),
         ({"capture": 129}, "field capture: expected 0 to 128 bytes, got 129"),
         ({"capture": "all"}, r"Expected `int`, got `str` - at `\$.capture`"),
+        ({"memoryShare": 0}, "field memoryShare: expected more than 0 and at most 0.5, got 0"),
+        ({"memoryShare": 0.6}, "field memoryShare: expected more than 0 and at most 0.5, got 0.6"),
         ({"vxlanPort": 0}, "field vxlanPort: expected 1 to 65535, got 0"),
         ({"kubernetes": {}}, "expected one of control and kubernetes"),
         ({"web": "9781"}, "field web"),

@@ -96,13 +96,22 @@ class EnvVar(Base, frozen=True):
     value: str = ""
 
 
+class HTTPHeader(Base, frozen=True):
+    name: str
+    value: str = ""
+
+
 class HTTPGetAction(Base, frozen=True):
     port: int | str
     path: str = "/"
+    host: str = ""  # "" = the pod's address
+    scheme: Literal["HTTP", "HTTPS"] = "HTTP"
+    http_headers: list[HTTPHeader] = []
 
 
 class TCPSocketAction(Base, frozen=True):
     port: int | str
+    host: str = ""
 
 
 class Probe(Base, frozen=True):

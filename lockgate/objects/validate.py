@@ -5,6 +5,7 @@ One function per kind; each raises FieldError with the path inside the object.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,6 +40,10 @@ from lockgate.objects.names import (
 )
 
 __all__ = ["CLOSED", "VALIDATORS"]
+
+# RFC 9110, 5.1 and 5.5; a line break in a value would be another header.
+_HEADER_NAME = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
+_HEADER_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 
 # Objects of a kind where an unknown field is an error: a misspelt `from` would allow everybody.
 _SELECTORS = ("podSelector", "namespaceSelector")
@@ -144,6 +149,12 @@ def _probe(probe: Probe, path: str) -> None:
         raise FieldError(path, "one of httpGet and tcpSocket", {})
     if probe.http_get is not None:
         check_port(probe.http_get.port, f"{path}.httpGet.port")
+        for index, header in enumerate(probe.http_get.http_headers):
+            where = f"{path}.httpGet.httpHeaders[{index}]"
+            if not _HEADER_NAME.fullmatch(header.name):
+                raise FieldError(f"{where}.name", "the name of an HTTP header", header.name)
+            if not _HEADER_VALUE.fullmatch(header.value):
+                raise FieldError(f"{where}.value", "one line of text", header.value)
     if probe.tcp_socket is not None:
         check_port(probe.tcp_socket.port, f"{path}.tcpSocket.port")
     for name, value in (

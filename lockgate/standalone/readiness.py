@@ -7,13 +7,19 @@ visit to the node's, and used from the event loop afterwards.
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
+import ssl
 from pathlib import Path
+from urllib.parse import quote
 
 from lockgate.net.namespaces import inside
-from lockgate.objects.model import Container, Pod, Probe
+from lockgate.objects.model import Container, HTTPGetAction, Pod, Probe
 
 __all__ = ["check", "target_port"]
+
+#: What a path may have without being written as %XX (RFC 3986), and what was.
+_PLAIN = "/?&=%+,;:@!$'()*~"
 
 
 def target_port(container: Container, port: int | str) -> int | None:
@@ -36,46 +42,92 @@ async def check(pod: Pod, container: Container, probe: Probe, netns: Path) -> st
         return f"the container has no port named {action.port!r}"
     if not pod.ips:
         return "the pod has no address"
+    host = action.host or pod.ips[0]
+    # As complaints have it: whose port, where it is not the pod's.
+    where = f"port {port} of {host}" if action.host else f"port {port}"
     try:
         async with asyncio.timeout(max(1, probe.timeout_seconds)):
-            reader, writer = await _connect(netns, pod.ips[0], port)
+            tls = probe.http_get is not None and probe.http_get.scheme == "HTTPS"
+            reader, writer = await _connect(netns, host, port, tls)
             try:
                 if probe.http_get is None:
                     return ""
-                return await _get(reader, writer, pod.ips[0], port, probe.http_get.path)
+                complaint = await _get(reader, writer, host, port, probe.http_get)
+                return f"{where}: {complaint}" if complaint else ""
             finally:
-                writer.close()
+                writer.transport.abort()  # not a word more, also of TLS
     except TimeoutError:
-        return f"port {port}: no answer within {max(1, probe.timeout_seconds)} s"
+        return f"{where}: no answer within {max(1, probe.timeout_seconds)} s"
     except OSError as error:
-        return f"port {port}: {error.strerror or error}"
+        return f"{where}: {error.strerror or error}"
 
 
 async def _connect(
-    netns: Path, address: str, port: int
+    netns: Path, host: str, port: int, tls: bool
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with inside(netns):
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = await _socket(netns, host, port)
     try:
-        await asyncio.get_running_loop().sock_connect(sock, (address, port))
-        return await asyncio.open_connection(sock=sock)
+        if not tls:
+            return await asyncio.open_connection(sock=sock)
+        return await asyncio.open_connection(sock=sock, ssl=_tls(), server_hostname=host)
     except BaseException:
         sock.close()
         raise
 
 
+async def _socket(netns: Path, host: str, port: int) -> socket.socket:
+    """Connected to the first address of the host that answers."""
+    loop = asyncio.get_running_loop()
+    problem = OSError(f"{host} has no address")
+    for family, *_, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        with inside(netns):
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            await loop.sock_connect(sock, address)
+            return sock
+        except OSError as error:
+            sock.close()
+            problem = error
+        except BaseException:
+            sock.close()
+            raise
+    raise problem
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Nobody's certificate is looked at: the kubelet's probes don't, either."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 async def _get(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, port: int, path: str
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    host: str,
+    port: int,
+    action: HTTPGetAction,
 ) -> str:
-    host = f"[{host}]" if ":" in host else host
-    writer.write(
-        f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUser-Agent: lockgate-probe\r\n"
-        "Accept: */*\r\nConnection: close\r\n\r\n".encode()
-    )
+    writer.write(_request(host, port, action))
     await writer.drain()
     words = (await reader.readline()).split()
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
-        return f"port {port}: the answer is not HTTP"
+        return "the answer is not HTTP"
     status = int(words[1])
-    return "" if 200 <= status < 400 else f"port {port}: HTTP {status}"
+    return "" if 200 <= status < 400 else f"HTTP {status}"
+
+
+def _request(host: str, port: int, action: HTTPGetAction) -> bytes:
+    """As the kubelet's (pkg/probe/http): of `httpHeaders` Host, User-Agent and Accept take the
+    place of ours, and an empty User-Agent or Accept is left out."""
+    host = f"[{host}]" if ":" in host else host
+    own = {"host": f"{host}:{port}", "user-agent": "lockgate-probe", "accept": "*/*"}
+    first = {header.name.lower(): header.value for header in reversed(action.http_headers)}
+    headers = [(name.title(), first.get(name, value)) for name, value in own.items()]
+    headers = [("Host", headers[0][1] or own["host"]), *(h for h in headers[1:] if h[1])]
+    headers += [(h.name, h.value) for h in action.http_headers if h.name.lower() not in own]
+    path = quote(action.path if action.path.startswith("/") else f"/{action.path}", safe=_PLAIN)
+    lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+    return "".join(f"{line}\r\n" for line in (*lines, "Connection: close", "")).encode()

@@ -110,6 +110,13 @@ BAD = [
     (pod("readinessProbe: {httpGet: {port: 70000}}"), f"{C}.readinessProbe.httpGet.port: expected"),
     (pod("readinessProbe: {tcpSocket: {port: true}}"), f"{C}.readinessProbe.tcpSocket.port:"
      " expected a port number or name, got the boolean true"),
+    (pod("readinessProbe: {httpGet: {port: 80, scheme: https}}"), f"{C}.readinessProbe.httpGet"
+     '.scheme: expected HTTP or HTTPS, got "https"'),
+    (pod("readinessProbe: {httpGet: {port: 80, httpHeaders: [{name: 'A B', value: x}]}}"),
+     f"{C}.readinessProbe.httpGet.httpHeaders[0].name: expected the name of an HTTP header, got"
+     ' "A B"'),
+    (pod('readinessProbe: {httpGet: {port: 80, httpHeaders: [{name: A, value: "x\\r\\nB: y"}]}}'),
+     f"{C}.readinessProbe.httpGet.httpHeaders[0].value: expected one line of text"),
     (pod("", "hostNetwork: 'yes'"), 'field spec.hostNetwork: expected true or false, got "yes"'),
     (pod("", "restartPolicy: Sometimes"), "field spec.restartPolicy: expected Always, OnFailure or"
      ' Never, got "Sometimes"'),

@@ -75,7 +75,7 @@ static __always_inline void event_fill(struct __sk_buff *skb, struct packet *p, 
 		e->dport = t->dport;
 	}
 	e->proto = t->proto;
-	e->tcp_flags = p->tcp_flags;
+	e->tcp_flags = t->proto == IPPROTO_TCP ? p->tcp_flags : 0;
 	e->place = p->place;
 	e->src_endpoint = p->src_endpoint;
 	e->dst_endpoint = p->dst_endpoint;

@@ -70,7 +70,7 @@ struct packet {
 	__u8  family;		/* 4 or 6 */
 	__u8  ttl;
 	__u8  fragment;		/* enum fragment */
-	__u8  tcp_flags;
+	__u8  tcp_flags;	/* or what is the same to SCTP: see sctp_flags() */
 	__u8  icmp_type, icmp_code;
 	__u8  icmp_error;	/* `inner` is valid */
 	__u8  dry;

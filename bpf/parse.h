@@ -29,6 +29,13 @@ struct l4_head {		/* what the protocols share at their start */
 	__u8 more[10];		/* TCP flags are at more[9] */
 };
 
+struct sctp_head {		/* RFC 9260 3: with the first chunk's header */
+	__be16 sport, dport;
+	__be32 tag, csum;
+	__u8 chunk, flags;
+	__be16 length;
+};
+
 struct icmp_head {
 	__u8 type, code;
 	__be16 csum, id, seq;
@@ -57,6 +64,14 @@ struct icmp_head {
 #define NDP_NA          136
 #define NDP_REDIRECT    137
 #define MLD2_REPORT     143
+
+/* Chunk types that begin and end associations, RFC 9260 3.2 */
+#define SCTP_INIT              1
+#define SCTP_INIT_ACK          2
+#define SCTP_ABORT             6
+#define SCTP_SHUTDOWN          7
+#define SCTP_SHUTDOWN_ACK      8
+#define SCTP_SHUTDOWN_COMPLETE 14
 
 static __always_inline bool is_icmp_error(__u8 family, __u8 type)
 {
@@ -143,6 +158,30 @@ static __always_inline int load_l4(struct __sk_buff *skb, struct packet *p, void
 	return load_header(skb, p->l4, to, size);
 }
 
+/* What the first chunk of an SCTP packet is to its association, as TCP flags. INIT and
+ * SHUTDOWN COMPLETE stand alone; what else ends one may stand behind another chunk (RFC
+ * 9260 6.10): then the entry stays until it is unused for long enough. */
+static __noinline int sctp_flags(struct __sk_buff *skb, struct packet *p)
+{
+	struct sctp_head head;
+
+	if (load_l4(skb, p, &head, sizeof(head)))
+		return 0;
+	switch (head.chunk) {
+	case SCTP_INIT:
+		return TCP_SYN;
+	case SCTP_INIT_ACK:
+		return TCP_SYN | TCP_ACK;
+	case SCTP_ABORT:
+		return TCP_RST;
+	case SCTP_SHUTDOWN:
+	case SCTP_SHUTDOWN_ACK:		/* of the other side, when it has said all */
+	case SCTP_SHUTDOWN_COMPLETE:
+		return TCP_FIN;
+	}
+	return 0;
+}
+
 /* Ports, flags and ICMP identity at p->l4, into the tuple with the protocol. */
 static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, __u8 proto)
 {
@@ -163,6 +202,8 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct packet *p, __u
 			goto malformed;
 		sport = ((struct l4_head *)&head)->sport;
 		dport = ((struct l4_head *)&head)->dport;
+		if (proto == IPPROTO_SCTP)
+			p->tcp_flags = sctp_flags(skb, p);
 	} else if (proto == (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6)) {
 		struct icmp_head icmp;
 

@@ -292,8 +292,8 @@ struct ct_key {
 enum ct_state {
 	CT_NEW         = 1,	/* no reply seen; in the half-open map, if it is the first of its key */
 	CT_ESTABLISHED = 2,
-	CT_CLOSING     = 3,	/* one side sent FIN */
-	CT_CLOSED      = 4,	/* both did, or RST */
+	CT_CLOSING     = 3,	/* one side sent FIN, or SHUTDOWN (SCTP) */
+	CT_CLOSED      = 4,	/* both did, or RST, or ABORT */
 };
 
 enum ct_flag {

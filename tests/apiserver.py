@@ -264,7 +264,16 @@ class ApiServer:
         return web.json_response({"items": items})
 
     async def _patch(self, request: web.Request) -> web.Response:
-        self.patches.append((request.match_info["name"], await request.json()))
+        """A strategic merge patch: conditions are told apart by type."""
+        name, patch = request.match_info["name"], await request.json()
+        self.patches.append((name, patch))
+        node = self.objects["Node"].get(("", name))
+        if node is None:
+            return _status(404, "NotFound", f'nodes "{name}" not found')
+        status = node.setdefault("status", {})
+        conditions = {one["type"]: one for one in status.get("conditions", ())}
+        conditions |= {one["type"]: one for one in patch["status"]["conditions"]}
+        self.put({**node, "status": {**status, "conditions": list(conditions.values())}})
         return web.json_response({})
 
     async def _create(self, request: web.Request) -> web.Response:

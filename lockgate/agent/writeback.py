@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lockgate.kube.client import AWAY, ApiError
 from lockgate.kube.events import Events, Regarding
-from lockgate.kube.kinds import KINDS
+from lockgate.kube.kinds import KINDS, NETWORK_UNAVAILABLE
 from lockgate.kube.source import ApiSource
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ REASONS = {
 
 _KINDS = {kind.name for kind in KINDS}
 _LOOK_EVERY = 2.0
+#: Seconds until the node's condition is written again: who else writes it is not to be outrun.
+_WRITTEN_AGAIN = 10.0
 #: "Pod shop/web: …", "Node one: …": how errors name their object.
 _TITLE = re.compile(r"([A-Z]\w+) (?:([^/\s:]+)/)?([^/\s:]+)(?=[:,\s])")
 
@@ -76,15 +78,18 @@ class WriteBack:
     # ---- The node ----------------------------------------------------------------------
 
     async def _tell_node(self) -> None:
-        """NetworkUnavailable=False, once for each Node object of our name: without it, clouds'
-        taints keep pods off the node."""
+        """NetworkUnavailable=False, once for each Node object of our name, and when somebody has
+        written otherwise since: with it clouds' taints keep pods off the node."""
         cluster = self._agent.cluster
         node = None if cluster is None else cluster.nodes.get(self._agent.config.node)
-        if node is None or self._told == node.metadata.uid or time.monotonic() < self._retry:
+        if node is None or time.monotonic() < self._retry:
+            return
+        says = [one.status for one in node.status.conditions if one.type == NETWORK_UNAVAILABLE]
+        if self._told == node.metadata.uid and says == ["False"]:
             return
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         condition = {
-            "type": "NetworkUnavailable",
+            "type": NETWORK_UNAVAILABLE,
             "status": "False",
             "reason": "LockgateIsUp",
             "message": "Lockgate carries this node's pods",
@@ -98,10 +103,11 @@ class WriteBack:
                 body={"status": {"conditions": [condition]}},
                 content_type="application/strategic-merge-patch+json",
             )
-            self._told = node.metadata.uid
+            # What is written comes back by the watch.
+            self._told, self._retry = node.metadata.uid, time.monotonic() + _WRITTEN_AGAIN
         except (*AWAY, ApiError) as error:
             log.warning("the node's condition can't be written: %s", error)
-            self._retry = time.monotonic() + 10
+            self._retry = time.monotonic() + _WRITTEN_AGAIN
 
     # ---- Events ------------------------------------------------------------------------
 

@@ -16,8 +16,10 @@ import msgspec
 
 from lockgate.objects import model
 
-__all__ = ["KINDS", "Kind", "Parts", "Version", "uid_on_node"]
+__all__ = ["KINDS", "NETWORK_UNAVAILABLE", "Kind", "Parts", "Version", "uid_on_node"]
 
+#: The condition of a Node that says whether its pods have a network (core/v1 NodeConditionType).
+NETWORK_UNAVAILABLE = "NetworkUnavailable"
 _OURS = "lockgate.dev/"
 _MIRROR = "kubernetes.io/config.mirror"
 #: What most objects have: one for all of them, for nobody changes an object.
@@ -146,6 +148,16 @@ def _pod(pod: _Pod, parts: Parts) -> model.Pod:
     )
 
 
+def _node(node: model.Node, parts: Parts) -> model.Node:
+    """Of its conditions the one that an agent writes: the kubelet's change every few minutes."""
+    kept = [one for one in node.status.conditions if one.type == NETWORK_UNAVAILABLE]
+    return msgspec.structs.replace(
+        node,
+        metadata=_meta(node.metadata, parts),
+        status=msgspec.structs.replace(node.status, conditions=kept or _NO_LIST),
+    )
+
+
 def _slice(item: model.EndpointSlice, parts: Parts) -> model.EndpointSlice:
     """Of an endpoint: where it is and whether it takes connections."""
     return msgspec.structs.replace(
@@ -222,7 +234,7 @@ _LIVE = "status.phase!=Succeeded,status.phase!=Failed"
 
 KINDS: tuple[Kind, ...] = (
     Kind("Namespace", "namespaces", "v1", "namespaces", model.Namespace, namespaced=False),
-    Kind("Node", "nodes", "v1", "nodes", model.Node, namespaced=False),
+    Kind("Node", "nodes", "v1", "nodes", model.Node, _node, namespaced=False),
     Kind(
         "Pod",
         "pods",

@@ -65,8 +65,14 @@ class NodeSpec(Base, frozen=True):
     pod_cidrs: list[str] = msgspec.field(name="podCIDRs", default_factory=list)
 
 
+class Condition(Base, frozen=True):
+    type: str
+    status: str
+
+
 class NodeStatus(Base, frozen=True):
     addresses: list[NodeAddress] = []
+    conditions: list[Condition] = []
 
 
 class Node(Base, frozen=True):
@@ -148,11 +154,6 @@ class PodSpec(Base, frozen=True):
 
 class PodIP(Base, frozen=True):
     ip: str
-
-
-class Condition(Base, frozen=True):
-    type: str
-    status: str
 
 
 class PodStatus(Base, frozen=True):

@@ -196,6 +196,36 @@ async def test_what_is_written_back(node: Node) -> None:
     assert event["regarding"]["uid"] == "uid-odd"
 
 
+@pytest.mark.parametrize("status", ["True", ""], ids=["said otherwise", "taken away"])
+async def test_the_nodes_condition_is_put_right_and_then_left_alone(
+    node: Node, status: str
+) -> None:
+    def conditions() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = node.server.objects["Node"]["", "one"]["status"]["conditions"]
+        return found
+
+    await node.start()
+
+    async def written() -> bool:
+        return bool(node.server.patches)
+
+    await until(written)
+    assert [one["status"] for one in conditions()] == ["False"]
+    me = node.server.objects["Node"]["", "one"]
+    others = [{"type": "Ready", "status": "True"}]
+    if status:
+        others.append({"type": "NetworkUnavailable", "status": status})
+    node.server.put({**me, "status": {**me["status"], "conditions": others}})
+
+    async def right() -> bool:
+        return {"NetworkUnavailable": "False"}.items() <= {
+            one["type"]: one["status"] for one in conditions()
+        }.items()
+
+    await until(right)
+    assert len(node.server.patches) == 2
+
+
 async def test_events_are_of_the_objects_that_kubectl_describes(node: Node) -> None:
     """It looks for an object's uid, and for a node's name."""
     service = {"kind": "Service", "metadata": {"name": "s", "namespace": "shop", "uid": "uid-s"}}

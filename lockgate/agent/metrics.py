@@ -88,7 +88,7 @@ def _families(status: dict[str, Any], agent: Agent) -> Iterable[Metric]:
     yield gauge("applied_revision", "The last change that is in force", status["applied"])
     yield gauge("errors", "What is wrong at present, see `lockgate status`", len(status["errors"]))
     yield gauge("source_up", "1 while changes of objects are heard of", status["connected"])
-    yield counter("forward_count", "Packets forwarded", status["forwarded"])
+    yield counter("new_connections", "Connections whose first packet went on", status["forwarded"])
     drops = CounterMetricFamily("lockgate_drop_count", "Packets dropped", labels=["reason"])
     for reason, value in sorted(status["drops"].items()):
         drops.add_metric([reason], value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,9 @@ from lockgate.cli.common import (
 from lockgate.standalone.state import State
 
 __all__ = ["up"]
+
+#: Of others, which nodes and their agents are started with, and the packages that have them.
+_PROGRAMS = {"ip": "iproute2", "bash": "bash", "nsenter": "util-linux"}
 
 #: Exit code after Ctrl-C, as shells have it.
 INTERRUPTED = 130
@@ -124,6 +128,9 @@ def _need_features() -> None:
         require()
     except MissingFeature as error:
         fail(str(error), NO_FEATURE)
+    for program, package in _PROGRAMS.items():
+        if shutil.which(program) is None:
+            fail(f"This machine has no program {program}: install {package}.", NO_FEATURE)
     try:
         bpf_object()
         pod_binary()

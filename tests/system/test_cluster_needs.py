@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,25 @@ def test_up_names_what_is_missing_and_makes_nothing(
     for place in (state.root, cgroup2() / "lockgate" / name, bpffs() / "lockgate" / name):
         assert not place.exists()
     assert list(Path("/run/netns").glob(f"lg-{name}-*")) == []
+
+
+PROGRAMS = {"ip": "iproute2", "bash": "bash", "nsenter": "util-linux"}
+
+
+@pytest.mark.parametrize("missing", PROGRAMS)
+def test_up_names_the_package_of_a_missing_program(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "path"
+    path.mkdir()
+    for program in PROGRAMS.keys() - {missing}:
+        found = shutil.which(program)
+        assert found
+        (path / program).symlink_to(found)
+    (tmp_path / "pod.yaml").write_text(manifest("Pod", "default", "p", {"containers": []}))
+    up = ("-m", "lockgate.cli.main", "up", str(tmp_path), "--cluster", unique_name("tm"))
+    code, line = told("/usr/bin/env", f"PATH={path}", sys.executable, *up)
+    assert code == NO_FEATURE
+    wanted = f"This machine has no program {missing}: install {PROGRAMS[missing]}."
+    assert line == f"lockgate: {wanted}"
 
 
 @pytest.mark.parametrize(("prefix", "words"), NEEDS)

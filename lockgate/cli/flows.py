@@ -78,7 +78,8 @@ def flows(follow: bool, as_json: bool, access: Access, **filters: Any) -> None:
     """Show new connections with their verdicts, and who decided.
 
     Each line names the policy and rule that allowed, or the policies that isolate the pod
-    that may not be reached. With --json, one object a line.
+    that may not be reached. With --json, one object a line;
+    `packet` has the first bytes where the agents' `capture` asks for them.
 
     Exit codes: 0 shown, 2 no such cluster or a filter that means nothing.
     """

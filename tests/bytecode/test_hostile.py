@@ -14,7 +14,7 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, IPv6ExtHdrRouting
 from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Raw
 
-from lockgate.agent.sweep import sweep, timeouts
+from lockgate.agent.sweep import sweep
 from lockgate.bpf import links
 from lockgate.objects.address import format_address
 from tests.bytecode.goldens import (
@@ -410,18 +410,6 @@ def test_the_sweep_frees_the_ports_of_a_connection_that_is_over(world, family, t
 
 def named(keys) -> list[tuple[str, str]]:
     return [(format_address(k["lo"].tobytes()), format_address(k["hi"].tobytes())) for k in keys]
-
-
-def test_programs_and_sweep_have_the_same_timeouts(world):
-    """An entry is deleted exactly when the programs take it for expired."""
-    world.publish(base())
-    ages = timeouts(world.object.schema)
-    for age, alive in ((ages["half_open"], True), (ages["half_open"] + 2, False)):
-        world.clear()
-        sends(world, "syn", A, ip(4, "a", "b") / syn())
-        set_seen(world.half_open, -age)
-        assert sum(sweep(world)) == (not alive)
-        assert (sends(world, "again", A, ip(4, "a", "b") / syn()).events == []) == alive
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from scapy.layers.inet import TCP as Tcp
 
@@ -228,30 +227,6 @@ def test_mid_stream_is_judged_as_new(world, family):
     world.publish(base().isolate(B, INGRESS))
     outcome = pass_(world, a_to_b(family, tcp(40000, 80, "PA")), A, verdict=DROP)
     assert [e["cause"] for e in outcome.events] == ["none", "policy"]
-
-
-@pytest.mark.parametrize(
-    ("established", "idle", "known"),
-    [
-        pytest.param(False, 59, True, id="half open, within a minute"),
-        pytest.param(False, 62, False, id="half open, after a minute"),
-        pytest.param(True, 4 * 24 * 3600, True, id="established, after days"),
-        pytest.param(True, 6 * 24 * 3600, False, id="established, after six days"),
-    ],
-)
-def test_an_entry_nobody_used_expires(world, established, idle, known):
-    """Time is moved by making the entry older (modulo 2^32, as the program subtracts)."""
-    world.publish(base())
-    pass_(world, a_to_b(4, syn()), A)
-    if established:
-        pass_(world, b_to_a(4, tcp(80, 40000, "SA")), B)
-    map_ = world.connections if established else world.half_open
-    keys, values = map_.items()
-    values = values.copy()
-    values["seen"] -= np.uint32(idle)
-    map_.update_many(keys, values)
-    outcome = pass_(world, a_to_b(4, tcp(40000, 80, "A")), A)
-    assert (outcome.events == []) == known
 
 
 # ---- Epochs --------------------------------------------------------------------------

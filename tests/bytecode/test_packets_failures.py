@@ -1,0 +1,183 @@
+"""What cannot be done: no pod in the slot, no checksum to mend, no port left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from scapy.packet import Packet, Raw
+
+from tests.bytecode.goldens import (
+    ADDRESSES,
+    FAMILIES,
+    IDS,
+    A,
+    B,
+    Golden,
+    at_pod,
+    base,
+    check,
+    dropped,
+    echo,
+    from_pod,
+    ip,
+    syn,
+    table,
+    tcp,
+    udp,
+    wire,
+)
+from tests.bytecode.world import (
+    DROP,
+    DRY_MARK,
+    LOCAL,
+    REDIRECT,
+    UNDERLAY,
+    Peer,
+    Scene,
+    World,
+    set_seen,
+)
+
+# ---- No pod in the slot -----------------------------------------------------------------
+
+
+def vacant() -> Scene:
+    """The address of `far` leads to a slot that nobody has."""
+    peers = {**base().peers}
+    for family in FAMILIES:
+        peers[ADDRESSES[family]["far"]] = Peer(LOCAL, 9, IDS["far"], 5)
+    return base().but(peers=peers)
+
+
+def gone() -> Iterator[Golden]:
+    for f in FAMILIES:
+        for name, program, frame, at, place in (
+            ("from a pod", "from_pod", from_pod(A) / ip(f, "a", "far") / syn(), at_pod(A), 1),
+            ("from the net", "from_net", wire() / ip(f, "remote", "far") / udp(), UNDERLAY, 3),
+        ):
+            events = [
+                *([{"type": 1, "verdict": 1}] * (2 if place == 1 else 1)),
+                *dropped("endpoint-gone", place=place, dst_endpoint=IDS["far"]),
+            ]
+            yield Golden(f"IPv{f}, {name}", program, frame, at, DROP, frame, events, vacant)
+
+
+@table(gone())
+def test_a_packet_to_a_pod_that_is_gone(world, golden):
+    check(world, golden)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packet_of_a_known_connection_to_a_pod_that_is_gone(world, family):
+    """Its slot is free before the next state is in force: the short way leaves it to the long."""
+    world.publish(base())
+    world.run("from_pod", bytes(from_pod(A) / ip(family, "a", "b") / syn()), at_pod(A))
+    world.run("from_pod", bytes(from_pod(B) / ip(family, "b", "a") / tcp(80, 40000, "SA")),
+              at_pod(B))  # fmt: skip
+    flags = world.endpoints.view["flags"]
+    flags[B] = 0
+    try:
+        frame = bytes(from_pod(A) / ip(family, "a", "b") / tcp(40000, 80, "A"))
+        outcome = world.run("from_pod", frame, at_pod(A))
+        assert outcome.verdict == DROP
+        assert [event["cause"] for event in outcome.events] == ["endpoint-gone"]
+    finally:
+        flags[B] = 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_about_a_pod_that_is_gone(world, family):
+    world.publish(vacant())
+    frame = bytes(from_pod(A) / ip(family, "a", "far") / syn())
+    outcome = world.run("from_pod", frame, at_pod(A), DRY_MARK)
+    causes = {name: number for number, name in world.causes.items()}
+    assert outcome.cb[0] & 0xFFFF == causes["endpoint-gone"] << 8
+
+
+# ---- No checksum to mend ------------------------------------------------------------------
+
+
+def short(family: int, source: str, target: str, l4: Packet) -> Packet:
+    """A TCP header cut off before its checksum, after all that says where it goes."""
+    more = {"proto": 6} if family == 4 else {"nh": 6}
+    return ip(family, source, target, **more) / Raw(bytes(l4)[:14])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", ["svc", "world"])
+def test_what_cannot_be_translated_is_dropped_as_it_came(world, family, target):
+    frame = bytes(from_pod(A) / short(family, "a", target, syn()))
+    world.publish(base())
+    outcome = world.run("from_pod", frame, at_pod(A))
+    assert outcome.verdict == DROP
+    assert (outcome.events[-1]["cause"], outcome.events[-1]["place"]) == ("nat-failed", 1)
+    # As it is, without translation, it passes.
+    frame = bytes(from_pod(A) / short(family, "a", "b", syn()))
+    assert world.run("from_pod", frame, at_pod(A)).verdict == REDIRECT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_that_cannot_be_translated_back_is_dropped(world, family):
+    world.publish(base())
+    frame = bytes(from_pod(A) / ip(family, "a", "svc") / syn(dport=83))
+    world.run("from_pod", frame, at_pod(A))
+    answer = wire() / short(family, "remote", "a", tcp(8083, 40000, "SA"))
+    outcome = world.run("from_net", bytes(answer), UNDERLAY)
+    assert outcome.verdict == DROP
+    assert [(e["cause"], e["place"]) for e in outcome.events] == [("nat-failed", 3)]
+
+
+# ---- No port left ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ports() -> Iterator[World]:
+    """Masquerade may use two ports."""
+    constants = {"masquerade_port_min": 20000, "masquerade_port_max": 20001}
+    world = World(constants=constants, name="ports")
+    yield world
+    world.close()
+
+
+def numbered(kind: str, family: int, number: int) -> Packet:
+    return {
+        "TCP": lambda: syn(40000 + number),
+        "UDP": lambda: udp(40000 + number),
+        "echo": lambda: echo(family, 7 + number),
+    }[kind]()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["TCP", "UDP", "echo"])
+def test_when_all_ports_are_in_use_none_is_taken_away(two_ports, kind, family):
+    world = two_ports
+    frames = [bytes(from_pod(A) / ip(family, "a", "world") / numbered(kind, family, n))
+              for n in range(3)]  # fmt: skip
+    with world.inside():
+        world.clear()
+        world.publish(base())
+        for frame in frames[:2]:
+            assert world.run("from_pod", frame, at_pod(A)).verdict == REDIRECT
+        outcome = world.run("from_pod", frames[2], at_pod(A))
+        assert (outcome.verdict, outcome.events[-1]["cause"]) == (DROP, "nat-exhausted")
+        assert outcome.packet == frames[2]
+        assert len(world.tracked()) == 2 and len(world.nat) == 4
+        for frame in frames[:2]:  # those that have one go on
+            assert world.run("from_pod", frame, at_pod(A)).events == []
+        # One that is over is free.
+        set_seen(world.half_open, -61)
+        assert world.run("from_pod", frames[2], at_pod(A)).verdict == REDIRECT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ports_in_use_towards_one_peer_are_free_towards_another(two_ports, family):
+    world = two_ports
+    routed = ADDRESSES[family]["world"][:-1] + "8"
+    with world.inside():
+        world.clear()
+        world.publish(base())
+        for target, verdict in (("world", REDIRECT), ("world", REDIRECT), (routed, REDIRECT)):
+            number = len(world.tracked())
+            frame = bytes(from_pod(A) / ip(family, "a", target) / syn(40000 + number))
+            assert world.run("from_pod", frame, at_pod(A)).verdict == verdict

@@ -50,18 +50,21 @@ _MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "ok": ("✓", "gr
 
 @click.command()
 @click.option(
-    "--outside", metavar="ADDRESS:PORT", help="Beyond the cluster; else the API server's address."
+    "--outside",
+    metavar="ADDRESS:PORT",
+    multiple=True,
+    help="Beyond the cluster: pods try it. Once for each family.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Show what is well, too.")
 @json_option
 @access_options
-def doctor(outside: str | None, verbose: bool, as_json: bool, access: Access) -> None:
+def doctor(outside: tuple[str, ...], verbose: bool, as_json: bool, access: Access) -> None:
     """Try every way through the cluster, and look for what stands in it.
 
-    From each node: pod to pod (same node, other node), node to pod, to a service, outside, DNS;
-    connections that the policies allow, so silence is a fault. Then each node's kernel, MTU,
-    reverse path filter, firewalls, other CNI plugins, kube-proxy, and policies of other systems
-    that nobody enforces. Each finding says what to do.
+    From each node: pod to pod (same node, other node), node to pod, to a service, to the API
+    server, outside, DNS; connections that the policies allow, so silence is a fault. Then each
+    node's kernel, MTU, reverse path filter, firewalls, other CNI plugins, kube-proxy, and policies
+    of other systems that nobody enforces. Each finding says what to do.
 
     Exit codes: 0 no error (perhaps warnings), 1 errors, 2 no such cluster.
     """
@@ -77,14 +80,15 @@ def doctor(outside: str | None, verbose: bool, as_json: bool, access: Access) ->
     raise SystemExit(1 if any(one.severity == "error" for one in findings) else 0)
 
 
-def _outside(text: str | None) -> dict[int, tuple[str, int]]:
-    if text is None:
-        return {}
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
-        raise click.BadParameter("expected ADDRESS:PORT", param_hint="--outside")
-    host = host.strip("[]")
-    return {6 if ":" in host else 4: (host, int(port))}
+def _outside(texts: tuple[str, ...]) -> dict[int, tuple[str, int]]:
+    found = {}
+    for text in texts:
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdigit():
+            raise click.BadParameter("expected ADDRESS:PORT", param_hint="--outside")
+        host = host.strip("[]")
+        found[6 if ":" in host else 4] = (host, int(port))
+    return found
 
 
 def examine(access: Access, outside: dict[int, tuple[str, int]]) -> list[Finding]:
@@ -104,8 +108,14 @@ def examine(access: Access, outside: dict[int, tuple[str, int]]) -> list[Finding
     findings += daemons(cluster)
     findings += policies(access, cluster)
     ways = of_ours(cluster, told["nodes"])
-    tried = paths.plan(ways, names, outside or _beyond(access, told["nodes"]))
+    if access.standalone and not outside:
+        from lockgate.standalone.underlay import OUTSIDE4, OUTSIDE6
+
+        outside = {4: (OUTSIDE4, 9), 6: (OUTSIDE6, 9)}
+    tried = paths.plan(ways, names, outside, _server(told["nodes"]))
     paths.try_all(access, tried)
+    families = {path.family for path in tried}
+    findings += [_untried(family) for family in sorted(families - outside.keys())]
     return findings + [_of_path(path) for path in tried]
 
 
@@ -199,19 +209,20 @@ def policies(access: Access, cluster: Cluster) -> list[Finding]:
     return found or [Finding("ok", "policies", "no policy of another system is left alone")]
 
 
-def _beyond(access: Access, nodes: list[Row]) -> dict[int, tuple[str, int]]:
-    """An address beyond the cluster, by family: the standalone cluster's outside, or the API
-    server as the nodes see it."""
-    if access.standalone:
-        from lockgate.standalone.underlay import OUTSIDE4, OUTSIDE6
-
-        return {4: (OUTSIDE4, 9), 6: (OUTSIDE6, 9)}
+def _server(nodes: list[Row]) -> dict[int, tuple[str, int]]:
+    """Address and port of the API server, as the nodes see it, by family; none on a standalone
+    cluster."""
     found: dict[int, tuple[str, int]] = {}
     for node in nodes:
         parts = urlsplit(node["agentStatus"].get("api", {}).get("server", ""))
         if parts.hostname:
             found[6 if ":" in parts.hostname else 4] = (parts.hostname, parts.port or 443)
     return found
+
+
+def _untried(family: int) -> Finding:
+    text = f"pod → outside (IPv{family}): not tried, give --outside ADDRESS:PORT"
+    return Finding("ok", "untried", text)
 
 
 def _of_path(path: paths.Path) -> Finding:
@@ -229,6 +240,9 @@ def _of_path(path: paths.Path) -> Finding:
         )
     if path.open:
         return Finding("ok", "path", f"{path}: open", "", path.node)
+    if path.silent:
+        text = f"{path}: no answer from {ends}, which over UDP need not be a fault"
+        return Finding("ok", "path", text, "", path.node)
     results = " and ".join(dict.fromkeys(r.result for r in path.results))
     end = path.candidates[0]
     source = origin if path.place.pod else "the node's address"
@@ -256,6 +270,9 @@ def _print(findings: list[Finding], verbose: bool) -> None:
                 click.echo(f"      → {one.advice}")
         if well:
             click.echo(f"  {paint('✓', 'green')} {well} more looked at and well")
+    for one in findings:
+        if one.check == "untried" and not verbose:
+            click.echo(f"\n{one.text}")
     click.echo(
         f"\n{_number(counts['error'], 'error')}, {_number(counts['warning'], 'warning')}, "
         f"{counts['ok']} well" + ("" if verbose else " (-v shows them)")

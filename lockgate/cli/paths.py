@@ -26,6 +26,9 @@ KINDS = (
     "node → pod, other node",
     "pod → service",
     "node → service",
+    "pod → service, UDP",
+    "node → service, UDP",
+    "pod → API server",
     "pod → outside",
     "pod → DNS",
     "node → DNS",
@@ -34,6 +37,7 @@ _CANDIDATES = 2  # connections of a kind: one server may be away
 _LOOKED_AT = 400  # pairs per kind, node and family, in search of one that is allowed
 _CLOSED = 9  # discard: nobody listens, so a pod's kernel refuses
 _TIMEOUT = 3.0
+_DNS_PORT = 53
 #: A question for the address of kubernetes.default.svc.cluster.local; any answer will do.
 _QUERY = base64.b64encode(
     bytes.fromhex("4c47010000010000000000000a6b756265726e657465730764656661756c74037376630763")
@@ -59,6 +63,12 @@ class Path:
     def open(self) -> bool:
         return any(_answered(result) for result in self.results)
 
+    @property
+    def silent(self) -> bool:
+        """No fault that could be told: only those who speak a protocol answer a datagram."""
+        asked = [t for t in self.candidates if t.protocol != "udp" or t.payload]
+        return not asked and {result.result for result in self.results} == {"timeout"}
+
     def __str__(self) -> str:
         return f"{self.kind} (IPv{self.family})"
 
@@ -67,19 +77,28 @@ def _answered(result: Result) -> bool:
     return result.result in ("ok", "refused", "error") or result.detail == "connected"
 
 
-def plan(cluster: Cluster, nodes: list[str], outside: dict[int, tuple[str, int]]) -> list[Path]:
-    """Pure. `outside` is an address beyond the cluster and a port, by family."""
-    return [
-        path
-        for node in nodes
-        for family in (4, 6)
-        for path in _of_node(_World(cluster, outside), node, family)
-    ]
+def plan(
+    cluster: Cluster,
+    nodes: list[str],
+    outside: dict[int, tuple[str, int]],
+    server: dict[int, tuple[str, int]],
+) -> list[Path]:
+    """Pure. `outside` is an address beyond the cluster and a port, by family, and `server` those
+    of the API server, as nodes see it."""
+    world = _World(cluster, outside, server)
+    return [path for node in nodes for family in (4, 6) for path in _of_node(world, node, family)]
 
 
 class _World:
-    def __init__(self, cluster: Cluster, outside: dict[int, tuple[str, int]]) -> None:
-        self.cluster, self.outside = cluster, outside
+    def __init__(
+        self,
+        cluster: Cluster,
+        outside: dict[int, tuple[str, int]],
+        server: dict[int, tuple[str, int]],
+    ) -> None:
+        self.cluster = cluster
+        self.outside = _named("outside", outside)
+        self.server = _named("API server", server)
         self.spec = SpecEngine(cluster)
         self.pods = [
             pod
@@ -116,9 +135,10 @@ def _of_node(world: _World, node: str, family: int) -> Iterable[Path]:
         return
     far = world.pods_of(node, family, other=True)
     near_ends, far_ends = _ends(local, family), _ends(far, family)
-    services = _services(world.cluster, family)
-    beyond = world.outside.get(family)
-    outer = [("outside", *beyond)] if beyond else []
+    services = _services(world.cluster, family, "TCP")
+    datagrams = _services(world.cluster, family, "UDP")
+    # Those that answer first.
+    datagrams.sort(key=lambda end: end[2] != _DNS_PORT)
     dns = _dns(world.cluster, family)
     from_pods = [(_ip(pod.ips, family), Place(node, pod)) for pod in local]
     from_node = [(own, Place(node))] if own else []
@@ -129,9 +149,12 @@ def _of_node(world: _World, node: str, family: int) -> Iterable[Path]:
         (KINDS[3], from_node, far_ends, "TCP"),
         (KINDS[4], from_pods, services, "TCP"),
         (KINDS[5], from_node, services, "TCP"),
-        (KINDS[6], from_pods, outer, "TCP"),
-        (KINDS[7], from_pods, dns, "UDP"),
-        (KINDS[8], from_node, dns, "UDP"),
+        (KINDS[6], from_pods, datagrams, "UDP"),
+        (KINDS[7], from_node, datagrams, "UDP"),
+        (KINDS[8], from_pods, world.server.get(family), "TCP"),
+        (KINDS[9], from_pods, world.outside.get(family), "TCP"),
+        (KINDS[10], from_pods, dns, "UDP"),
+        (KINDS[11], from_node, dns, "UDP"),
     ):
         if not ends or not sources:
             continue
@@ -150,12 +173,12 @@ def _path(
     """The first source that may reach some of the ends."""
     pairs = ((source, end) for source in sources for end in ends if source[0] != end[1])
     path = Path(kind, node, family, sources[0][1])
-    payload = _QUERY if protocol == "UDP" else ""
     for (ip, place), (name, address, port) in islice(pairs, _LOOKED_AT):
         if path.candidates and place is not path.place:
             break
         if world.allowed(ip, address, port, protocol):
             path.place = place
+            payload = _QUERY if (protocol, port) == ("UDP", _DNS_PORT) else ""
             target = Target(protocol.lower(), address, port, _TIMEOUT, payload)
             path.candidates.append(target)
             path.names.append(name)
@@ -175,21 +198,25 @@ def _ends(pods: list[Pod], family: int) -> list[tuple[str, str, int]]:
     return found + closed
 
 
-def _services(cluster: Cluster, family: int) -> list[tuple[str, str, int]]:
+def _named(name: str, ends: dict[int, tuple[str, int]]) -> dict[int, list[tuple[str, str, int]]]:
+    return {family: [(name, *end)] for family, end in ends.items()}
+
+
+def _services(cluster: Cluster, family: int, protocol: str) -> list[tuple[str, str, int]]:
     return [
         (f"svc/{'/'.join(key)}", ip, port.port)
         for key, service in sorted(cluster.services.items())
         for ip in [_ip(service.cluster_ips, family)]
         if ip
         for port in service.spec.ports
-        if port.protocol == "TCP"
+        if port.protocol == protocol
     ]
 
 
 def _dns(cluster: Cluster, family: int) -> list[tuple[str, str, int]]:
     service = cluster.services.get(("kube-system", "kube-dns"))
     ip = _ip(service.cluster_ips, family) if service else ""
-    return [("svc/kube-system/kube-dns", ip, 53)] if ip else []
+    return [("svc/kube-system/kube-dns", ip, _DNS_PORT)] if ip else []
 
 
 def _ip(ips: Iterable[str], family: int) -> str:

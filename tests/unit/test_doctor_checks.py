@@ -7,8 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from lockgate.access import Place, Result, Target
 from lockgate.agent.doctor import Facts, check
 from lockgate.cli.doctor import daemons, of_ours
+from lockgate.cli.paths import Path
 from lockgate.net.firewall import Chain, Drop, reached
 from lockgate.objects.model import Cluster, ObjectMeta, Pod, PodSpec, PodStatus
 
@@ -201,3 +203,19 @@ def test_ways_are_not_tried_from_pods_that_another_plugin_wired() -> None:
         {"name": "silent"},
     ]
     assert [name for _, name in of_ours(cluster, nodes).pods] == ["new", "far"]
+
+
+SILENCE = {
+    "a service of a protocol that nobody knows": ("", "timeout", True),
+    "a DNS server": ("AAAA", "timeout", False),
+    "one that answers": ("", "ok", False),
+    "one that the node says cannot be reached": ("", "unreachable", False),
+}
+
+
+@pytest.mark.parametrize(("payload", "result", "silent"), SILENCE.values(), ids=SILENCE.keys())
+def test_whose_silence_over_udp_is_no_fault(payload: str, result: Any, silent: bool) -> None:
+    target = Target("udp", "10.96.0.9", 514, 1.0, payload)
+    path = Path("pod → service, UDP", "one", 4, Place("one"), [target], ["svc/a/b"])
+    path.results = [Result(result)]
+    assert path.silent is silent

@@ -54,7 +54,8 @@ class ApiServer:
         self.requests: list[tuple[str, dict[str, str], dict[str, str]]] = []
         self.patches: list[tuple[str, Any]] = []
         self.created: list[Any] = []
-        self._watchers: dict[str, set[asyncio.Queue[bytes | None]]] = {k: set() for k in PATHS}
+        #: With the label selector of each.
+        self._watchers: dict[str, dict[asyncio.Queue[bytes | None], str]] = {k: {} for k in PATHS}
         self._runner: web.AppRunner | None = None
         self.port = 0
 
@@ -131,8 +132,8 @@ class ApiServer:
     def _record(self, kind: str, event: dict[str, Any], tell: bool) -> None:
         line = _line(event)
         self.history[kind].append((self.version, line))
-        if tell:
-            self.send(kind, line)
+        for queue, selector in self._watchers[kind].items() if tell else ():
+            queue.put_nowait(_selected(line, selector))
 
     # ---- Requests ----------------------------------------------------------------------
 
@@ -172,7 +173,8 @@ class ApiServer:
         return answer
 
     def _list(self, kind: str, query: dict[str, str], request: web.Request) -> web.Response:
-        items = list(self.objects[kind].values())
+        selector = query.get("labelSelector", "")
+        items = [item for item in self.objects[kind].values() if _matches(item, selector)]
         meta = {"resourceVersion": str(self.version)}
         if self.paged:
             version, _, start = query.get("continue", f"{self.version}:0").partition(":")
@@ -202,17 +204,18 @@ class ApiServer:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        selector = request.query.get("labelSelector", "")
         for version, line in self.history[kind]:
             if version > since:
-                queue.put_nowait(line)
-        self._watchers[kind].add(queue)
+                queue.put_nowait(_selected(line, selector))
+        self._watchers[kind][queue] = selector
         try:
             while (data := await queue.get()) is not None:
                 await response.write(data)
         except ConnectionResetError:
             pass
         finally:
-            self._watchers[kind].discard(queue)
+            self._watchers[kind].pop(queue, None)
         return response
 
     async def _echo(self, request: web.Request) -> web.WebSocketResponse:
@@ -279,6 +282,19 @@ class ApiServer:
     async def _create(self, request: web.Request) -> web.Response:
         self.created.append(await request.json())
         return web.json_response({}, status=201)
+
+
+def _matches(item: dict[str, Any], selector: str) -> bool:
+    """Label selectors as far as they are used: "!key,!key"."""
+    labels = item["metadata"].get("labels", {})
+    return all(term.removeprefix("!") not in labels for term in selector.split(",") if term)
+
+
+def _selected(line: bytes, selector: str) -> bytes:
+    """An event as a watcher with this selector hears it: what does not match any more is gone."""
+    if selector and not _matches((event := json.loads(line))["object"], selector):
+        return _line({**event, "type": "DELETED"})
+    return line
 
 
 def _line(event: Any) -> bytes:

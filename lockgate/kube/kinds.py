@@ -195,7 +195,8 @@ def _other(item: Any, parts: Parts) -> Any:
 class Kind:
     """One kind: its field of `Cluster`, its place in the API, the struct it is decoded into
     and what makes the object of it. `selectors` are field selectors that spare objects nobody
-    here needs, in the order of preference; a server that does not know one answers 400."""
+    here needs, in the order of preference; a server that does not know one answers 400. `labels`
+    is a label selector, which every server knows."""
 
     name: str
     table: str
@@ -205,6 +206,7 @@ class Kind:
     keep: Callable[[Any, Parts], Any] = _other
     namespaced: bool = True
     selectors: tuple[str, ...] = ("",)
+    labels: str = ""
     #: A server may be without it.
     optional: bool = False
     #: What is made, of its JSON as plain values, of one that `struct` can't be made of.
@@ -230,6 +232,9 @@ class Kind:
         return f"{self.name} {'/'.join(key) if self.namespaced else key}"
 
 
+#: As kube-proxy asks (cmd/kube-proxy/app/server.go): what is headless, or another proxy's, has no
+#: address that anybody here would translate.
+_PROXIED = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name"
 _LIVE = "status.phase!=Succeeded,status.phase!=Failed"
 
 KINDS: tuple[Kind, ...] = (
@@ -245,7 +250,7 @@ KINDS: tuple[Kind, ...] = (
         # A pod that is over has no address any more, one on its host's network is not ours.
         selectors=(f"{_LIVE},spec.hostNetwork=false", _LIVE, ""),
     ),
-    Kind("Service", "services", "v1", "services", model.Service),
+    Kind("Service", "services", "v1", "services", model.Service, labels=_PROXIED),
     Kind(
         "EndpointSlice",
         "slices",
@@ -253,6 +258,7 @@ KINDS: tuple[Kind, ...] = (
         "endpointslices",
         model.EndpointSlice,
         _slice,
+        labels=_PROXIED,
     ),
     Kind(
         "NetworkPolicy",

@@ -90,9 +90,11 @@ class Reflector:
         emit: Callable[[Kind, Any, Change], None],
         look: Callable[[], None],
         earlier: Callable[[Kind, Any], Any] = lambda _kind, _key: None,
+        spread: float = 0.0,
     ) -> None:
+        """`spread`: seconds over which agents that all have to list again do so."""
         self._client, self.kind, self._parts = client, kind, parts
-        self._earlier = earlier
+        self._earlier, self._spread = earlier, spread
         self._emit, self._look = emit, look
         self.objects: dict[Any, Any] = {}
         self.errors: dict[Any, str] = {}
@@ -123,6 +125,7 @@ class Reflector:
                 log.info("%s: %s: listing again", self.kind.resource, gone)
                 self._version = ""
                 # All agents hear it at once, and a list is dear.
+                await asyncio.sleep(random.uniform(0, self._spread))
                 await self._pause()
             except msgspec.DecodeError as error:
                 self._version = ""
@@ -294,6 +297,8 @@ class Reflector:
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         if self._selectors[0]:
             params = {**params, "fieldSelector": self._selectors[0]}
+        if self.kind.labels:
+            params = {**params, "labelSelector": self.kind.labels}
         return self._client.request(
             "GET",
             self.kind.path,

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 #: How long a server that refuses or can't be reached is waited for before a snapshot serves.
 _SNAPSHOT_AFTER = 5.0
+#: A list of a large cluster keeps an API server busy for a second: 1,000 agents, 200 of them each.
+_SPREAD = 5.0
 _SAVE_EVERY = 30.0
 #: A large snapshot is written less often: bytes per second on average, at most.
 _SAVE_RATE = 100_000
@@ -43,9 +45,11 @@ class ApiSource:
         *,
         snapshot_after: float = _SNAPSHOT_AFTER,
         in_force: Callable[[], bool] = lambda: False,
+        spread: float = _SPREAD,
     ) -> None:
         """`saved` is the snapshot's file. `in_force` tells whether the kernel has a state by
-        which it judges: a snapshot that changes came after must not take its place."""
+        which it judges: a snapshot that changes came after must not take its place. `spread`:
+        seconds over which agents that all have to list again do so."""
         self.client = client
         self._saved, self._snapshot_after = saved, snapshot_after
         self._in_force = in_force
@@ -53,7 +57,7 @@ class ApiSource:
         self._behind = saved.with_suffix(".behind") if saved is not None else None
         self._parts = Parts()
         self._reflectors = [
-            Reflector(client, kind, self._parts, self._take, self._look, self._earlier)
+            Reflector(client, kind, self._parts, self._take, self._look, self._earlier, spread)
             for kind in KINDS
         ]
         self._fresh = not self._stale

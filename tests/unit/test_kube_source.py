@@ -85,7 +85,7 @@ async def reading(
     url: str, saved: Path | None = None, in_force: bool = False
 ) -> AsyncIterator[Reader]:
     client = Client(Settings(api_server=url))
-    source = ApiSource(client, saved, snapshot_after=0.3, in_force=lambda: in_force)
+    source = ApiSource(client, saved, snapshot_after=0.3, in_force=lambda: in_force, spread=0.1)
     reader = Reader(source)
     task = asyncio.create_task(reader.run())
     try:
@@ -158,6 +158,26 @@ def test_pods_have_the_uid_that_their_node_knows(annotations: dict[str, str], ui
     meta = {"name": "a", "namespace": "shop", "uid": "of-the-object", "annotations": annotations}
     wire = msgspec.json.decode(json.dumps({"metadata": meta}), type=kind.struct)
     assert kind.keep(wire, Parts()).metadata.uid == uid
+
+
+OTHERS = ["service.kubernetes.io/headless", "service.kubernetes.io/service-proxy-name"]
+
+
+@pytest.mark.parametrize("label", OTHERS)
+async def test_what_nobody_here_translates_is_not_asked_for(server: ApiServer, label: str) -> None:
+    def named(kind: str, name: str, **labels: str) -> dict[str, Any]:
+        meta = {"name": name, "namespace": "shop", "labels": labels}
+        return {"kind": kind, "metadata": meta, "addressType": "IPv4", "endpoints": []}
+
+    for kind in ("Service", "EndpointSlice"):
+        server.put(named(kind, "ours"), named(kind, "theirs", **{label: ""}))
+    async with reading(await server.start()) as reader:
+        await until(lambda: reader.cluster is not None and server.watching() == len(KINDS))
+        assert reader.cluster is not None
+        assert list(reader.cluster.services) == [("shop", "ours")]
+        assert list(reader.cluster.slices) == [("shop", "ours")]
+        server.put(named("Service", "ours", **{label: ""}))
+        await until(lambda: reader.cluster is not None and not reader.cluster.services)
 
 
 async def test_a_watch_that_ends_goes_on_where_it_was(server: ApiServer) -> None:

@@ -83,12 +83,14 @@ class Client:
         self._config: kubeconfig.Kubeconfig | None = None
         self.server = ""
         self._server_name: str | None = None
+        self._proxy: str | None = None
         if settings.kubeconfig:
             given = settings.kubeconfig
             files = (given,) if isinstance(given, str) else given
             self._config = kubeconfig.read([Path(file) for file in files], settings.context)
             self.server = _checked(self._config.server, " and ".join(files))
             self._server_name = self._config.server_name or None
+            self._proxy = self._config.proxy or None
         elif settings.api_server:
             _checked(settings.api_server, "kubernetes.apiServer")
 
@@ -127,6 +129,7 @@ class Client:
                     headers={**who.headers, **sent},
                     ssl=who.context if who.context is not None else True,
                     server_hostname=self._server_name if who.context is not None else None,
+                    proxy=self._proxy,
                     timeout=timeout or aiohttp.ClientTimeout(total=30, sock_connect=5),
                     allow_redirects=False,
                 ) as response:
@@ -176,6 +179,7 @@ class Client:
                     headers=who.headers,
                     ssl=who.context if who.context is not None else True,
                     server_hostname=self._server_name if who.context is not None else None,
+                    proxy=self._proxy,
                     max_msg_size=max_size,
                     heartbeat=30,
                 ) as wire:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import msgspec
 import yaml
 
 from lockgate.kube.exec_plugin import Plugin, setting
+from lockgate.kube.proxy import proxy_of
 from lockgate.kube.tls import client_context
 
 __all__ = ["Kubeconfig", "Merged", "load", "read"]
@@ -40,6 +42,7 @@ class Kubeconfig(msgspec.Struct):
     token_file: str = ""
     namespace: str = "default"
     plugin: Plugin | None = None
+    proxy: str = ""
 
 
 class Merged(msgspec.Struct):
@@ -93,6 +96,10 @@ def read(paths: Sequence[Path], context: str = "") -> Kubeconfig:
         server_name=str(cluster.get("tls-server-name") or ""),
         namespace=str(chosen.get("namespace") or "default"),
     )
+    try:
+        result.proxy = proxy_of(server, str(cluster.get("proxy-url") or ""), os.environ)
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
     ca = _data(path, cluster, "certificate-authority")
     user: dict[str, Any] = {}
     if chosen.get("user"):

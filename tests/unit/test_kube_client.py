@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import json
 import socket
 import ssl
@@ -14,6 +16,7 @@ import pytest
 
 from lockgate.kube import discover, kubeconfig
 from lockgate.kube.client import AWAY, ApiError, Client, Settings
+from lockgate.kube.proxy import proxy_of
 from tests.apiserver import ApiServer
 from tests.certificates import Certificates
 
@@ -293,3 +296,112 @@ def test_several_files_are_one_and_the_first_entry_of_a_name_counts(tmp_path: Pa
     assert other.token_file == str(tmp_path / "two/token")
     with pytest.raises(ValueError, match=r"config and .*, field contexts: .* named 'x'"):
         kubeconfig.read(files, "x")
+
+
+# ---- Proxies ---------------------------------------------------------------------------
+
+PROXY = "http://proxy.example:3128"
+SERVER = "https://api.example:6443"
+PROXIES: dict[str, tuple[str, str, dict[str, str], str]] = {
+    "none": (SERVER, "", {}, ""),
+    "the kubeconfig's": (SERVER, PROXY, {"HTTPS_PROXY": "http://other:1"}, PROXY),
+    "the kubeconfig's, whatever is excluded": (SERVER, PROXY, {"NO_PROXY": "*"}, PROXY),
+    "the environment's": (SERVER, "", {"HTTPS_PROXY": PROXY}, PROXY),
+    "the environment's in small letters": (SERVER, "", {"https_proxy": PROXY}, PROXY),
+    "without a scheme": (SERVER, "", {"HTTPS_PROXY": "proxy.example:3128"}, PROXY),
+    "of plain HTTP": (SERVER, "", {"HTTP_PROXY": PROXY}, ""),
+    "to loopback": ("https://127.0.0.1:6443", "", {"HTTPS_PROXY": PROXY}, ""),
+    **{
+        f"{server} without {excluded}": (
+            f"https://{server}",
+            "",
+            {"HTTPS_PROXY": PROXY, "NO_PROXY": f"x, {excluded}"},
+            "" if direct else PROXY,
+        )
+        for server, excluded, direct in (
+            ("api.example", "*", True),
+            ("api.example", "api.example", True),
+            ("api.example", "example", True),
+            ("api.example", ".example", True),
+            ("api.example", "pi.example", False),
+            ("api.example:6443", "api.example:6443", True),
+            ("api.example:6443", "api.example:443", False),
+            ("10.0.0.7", "10.0.0.7", True),
+            ("10.0.0.7", "10.0.0.0/24", True),
+            ("10.0.1.7", "10.0.0.0/24", False),
+            ("10.0.0.7:6443", "10.0.0.7:6443", True),
+            ("[fd00::7]:6443", "fd00::/64", True),
+            ("[fd00::7]:6443", "fd00::7", True),
+            ("[fd00::7]:6443", "[fd00::7]:6443", True),
+            ("[fd00::7]:6443", "10.0.0.0/8", False),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("case", PROXIES.values(), ids=PROXIES.keys())
+def test_the_proxy_is_the_one_that_kubectl_takes(
+    case: tuple[str, str, dict[str, str], str],
+) -> None:
+    server, given, environment, expected = case
+    assert proxy_of(server, given, environment) == expected
+
+
+@pytest.mark.parametrize("url", ["socks5://me:secret@x:1080", "https://me:secret@x:443"])
+def test_proxies_that_are_not_spoken_are_refused_by_name(tmp_path: Path, url: str) -> None:
+    cluster = {"server": SERVER, "proxy-url": url}
+    with pytest.raises(ValueError, match=r"field proxy-url: expected a proxy http://") as caught:
+        kubeconfig.read([config(tmp_path / "config", cluster, {})])
+    assert "secret" not in str(caught.value)
+
+
+@pytest.fixture
+async def proxy(server: ApiServer) -> AsyncIterator[Tunnels]:
+    one = Tunnels(server)
+    listener = await asyncio.start_server(one.serve, "127.0.0.1", 0)
+    one.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    yield one
+    listener.close()
+
+
+class Tunnels:
+    """A proxy that takes CONNECT and leads to the server, whatever it is called."""
+
+    def __init__(self, server: ApiServer) -> None:
+        self.url = ""
+        self.asked: list[str] = []
+        self._server = server
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.asked.append(head.split(b"\r\n")[0].decode())
+        there, back = await asyncio.open_connection("127.0.0.1", self._server.port)
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+
+        async def copy(source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await source.read(65536):
+                    to.write(data)
+                    await to.drain()
+            to.close()
+
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+
+
+async def test_requests_and_websockets_go_by_the_proxy(
+    ours: Certificates, server: ApiServer, proxy: Tunnels, tmp_path: Path
+) -> None:
+    await server.start(ssl=ours.server("api.example"))
+    cluster = {
+        "server": SERVER,  # a name that nobody here knows
+        "certificate-authority": str(ours.ca),
+        "proxy-url": proxy.url,
+    }
+    client = Client(Settings(kubeconfig=str(config(tmp_path / "config", cluster, {}))))
+    await client.call("GET", NODES)
+    path = "/api/v1/namespaces/a/pods/b/exec"
+    async with client.websocket(path, [("command", "true")], ["v5.channel.k8s.io"]) as wire:
+        await wire.send_bytes(b"said")
+        assert (await wire.receive(5)).data == b"said"
+    await client.close()
+    assert set(proxy.asked) == {"CONNECT api.example:6443 HTTP/1.1"}

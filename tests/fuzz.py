@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 
-from tests.bytecode.compare import Difference, play, show
+from tests.bytecode.rounds import Difference, play_for, show
 from tests.bytecode.world import World
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     world = World()
     try:
         with world.inside():
-            score = play(world, seed, seconds=options.seconds, progress=show)
+            score = play_for(world, seed, options.seconds, show)
     except Difference as difference:
         print(difference)
         return 1

@@ -8,6 +8,7 @@ IPv6 block, not even in ::/0.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 __all__ = [
@@ -24,6 +25,7 @@ _MAPPED = bytes(10) + b"\xff\xff"
 _PREFIX_LENGTH = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
+@lru_cache(maxsize=4096)  # the specification asks about the same pods with each packet
 def parse_address(text: str) -> bytes:
     """16 bytes of an IPv4 or IPv6 address. Raises ValueError; zones (%eth0) are refused."""
     try:

@@ -1,7 +1,7 @@
 """The kernel's verdicts against the specification's, on random clusters.
 
-One round: a cluster, compiled for one of its nodes and published; then packets, each asked of
-the program that would see it there, in dry mode. Everything follows from (seed, round).
+A cluster is compiled for one of its nodes and published; then packets, each asked of the program
+that would see it there, in dry mode. rounds.py makes the clusters and the packets.
 """
 
 from __future__ import annotations
@@ -9,14 +9,8 @@ from __future__ import annotations
 import random
 import socket
 import struct
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import msgspec
-import yaml
 
 from lockgate.agent.publish import EndpointRecord
 from lockgate.bpf import syscall
@@ -88,13 +82,15 @@ class Interner:
         self._slots = {pod.metadata.uid: slot for slot, pod in enumerate(pods)}
 
 
-@dataclass
+@dataclass(eq=False)
 class Mismatch(Exception):
     """The kernel and the specification differ. `text` says in what."""
 
     packet: spec.Packet
     program: str
     text: str
+    #: Where `packet` is what came of it behind a service.
+    sent: spec.Packet | None = None
 
     def __str__(self) -> str:
         return f"{self.program} on {self.packet}:\n{self.text}"
@@ -187,7 +183,7 @@ class Case:
                 for address, service, port, _ in sorted(self.tables.backends)
                 if service == result.cb[SERVICE] and is_ipv4(address) == (":" not in packet.source)
             ]
-        mismatch = None
+        mismatch = Mismatch(packet, "from_pod", "denied, but the service has no backends")
         for address, port in drawn:
             target = spec.pod_at(self.cluster, address)
             target_slot = self.slots.get(target.key) if target else None
@@ -197,7 +193,8 @@ class Case:
                 return True
             except Mismatch as found:
                 mismatch = found
-        raise mismatch or Mismatch(packet, "from_pod", "denied, but the service has no backends")
+        mismatch.sent = packet
+        raise mismatch
 
     def services(self) -> set[str]:
         return {ip for service in self.cluster.services.values() for ip in service.cluster_ips}
@@ -335,138 +332,3 @@ def through_service(rng: random.Random, cluster: Cluster, packet: spec.Packet) -
         if (":" in ip) == (":" in packet.source):
             return spec.Packet(packet.source, ip, port.protocol, port.port)
     return packet
-
-
-# ---- Rounds --------------------------------------------------------------------------
-
-
-def reuse_address(rng: random.Random, cluster: Cluster) -> None:
-    """Two pods claim the same addresses; mostly one of them is going away."""
-    by_node: dict[str, list[Pod]] = {}
-    for pod in cluster.pods.values():
-        if not pod.spec.host_network and not pod.metadata.deletion_timestamp:
-            by_node.setdefault(pod.spec.node_name, []).append(pod)
-    pods = rng.choice([pods for pods in by_node.values() if len(pods) > 1] or [[]])
-    if not pods:
-        return
-    going, coming = rng.sample(pods, 2)
-    but = msgspec.structs.replace
-    metadata = going.metadata
-    if rng.random() < 0.7:
-        metadata = but(metadata, deletion_timestamp="2026-01-01T00:00:00Z")
-    cluster.pods[going.key] = but(going, metadata=metadata, status=coming.status)
-
-
-@dataclass
-class Score:
-    clusters: int = 0
-    packets: int = 0
-
-
-class Difference(AssertionError):
-    """A mismatch with its smallest cluster, to be read by people."""
-
-
-def play(
-    world: World,
-    seed: int,
-    rounds: int | None = None,
-    packets: int = 110,
-    seconds: float | None = None,
-    progress: Callable[[Score], None] | None = None,
-) -> Score:
-    """Rounds until `rounds` or `seconds` are over. Difference when one goes wrong."""
-    score, started = Score(), time.monotonic()
-    for number in _numbers(rounds, seconds, started):
-        rng = random.Random(f"{seed}/{number}")
-        cluster = generate.cluster(rng)
-        if rng.random() < 0.2:
-            reuse_address(rng, cluster)
-        case = Case(world, cluster, rng.choice(list(cluster.nodes)))
-        case.publish()
-        asked = tries = 0
-        while asked < packets and tries < 20 * packets:
-            tries += 1
-            packet = random_packet(rng, cluster)
-            try:
-                asked += case.check(packet)
-            except Mismatch as mismatch:
-                raise Difference(explain(case, packet, mismatch, seed, number)) from None
-        score.clusters += 1
-        score.packets += asked
-        if progress:
-            progress(score)
-    return score
-
-
-def _numbers(rounds: int | None, seconds: float | None, started: float) -> Iterator[int]:
-    number = 0
-    while rounds is None or number < rounds:
-        if seconds is not None and time.monotonic() - started >= seconds:
-            return
-        yield number
-        number += 1
-
-
-def explain(case: Case, packet: spec.Packet, mismatch: Mismatch, seed: int, number: int) -> str:
-    """Shrink the cluster and tell."""
-    cluster, last = shrink(case, packet, mismatch)
-    kinds = (cluster.namespaces, cluster.pods, cluster.services, cluster.slices, cluster.policies)
-    objects = [
-        {"kind": item.kind, **msgspec.to_builtins(item)} for kind in kinds for item in kind.values()
-    ]
-    return (
-        f"the kernel and the specification differ (seed {seed}, round {number}, "
-        f"node {case.node}): {last}\n\nthe smallest cluster that shows it:\n"
-        f"{yaml.safe_dump_all(objects, sort_keys=False)}"
-    )
-
-
-def shrink(case: Case, packet: spec.Packet, mismatch: Mismatch) -> tuple[Cluster, Mismatch]:
-    """The smallest cluster found, object by object and rule by rule, that still differs."""
-    best, last = case.cluster, mismatch
-    improved = True
-    while improved:
-        improved = False
-        for smaller in _smaller(best, packet):
-            attempt = Case(case.world, smaller, case.node)
-            try:
-                attempt.publish()
-                attempt.check(packet)
-            except Mismatch as found:
-                best, last, improved = smaller, found, True
-                break
-    return best, last
-
-
-def _smaller(cluster: Cluster, packet: spec.Packet) -> Iterator[Cluster]:
-    but = msgspec.structs.replace
-    for kind in ("policies", "pods", "services", "slices"):
-        items = getattr(cluster, kind)
-        for key in items:
-            yield but(cluster, **{kind: {k: v for k, v in items.items() if k != key}})
-    for key, policy in cluster.policies.items():
-        for side in ("ingress", "egress"):
-            rules = getattr(policy.spec, side)
-            for i, rule in enumerate(rules):
-                options = [rules[:i] + rules[i + 1 :]]
-                for part in ("from_" if side == "ingress" else "to", "ports"):
-                    items = getattr(rule, part)
-                    options += [
-                        [
-                            *rules[:i],
-                            but(rule, **{part: items[:j] + items[j + 1 :]}),
-                            *rules[i + 1 :],
-                        ]
-                        for j in range(len(items))
-                        if len(items) > 1
-                    ]
-                for option in options:
-                    smaller = but(policy, spec=but(policy.spec, **{side: option}))
-                    yield but(cluster, policies={**cluster.policies, key: smaller})
-
-
-def show(score: Score) -> None:
-    """A line of progress, each 20 clusters."""
-    if score.clusters % 20 == 0:
-        print(f"  {score.clusters} clusters, {score.packets} packets", file=sys.stderr, flush=True)

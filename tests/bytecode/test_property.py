@@ -14,8 +14,8 @@ from lockgate.compile.tables import CELL_ALLOW
 from lockgate.objects.changes import Changed
 from lockgate.spec.policy import Packet
 from tests import changes, generate
-from tests.bytecode import compare
-from tests.bytecode.compare import Case, Difference, Mismatch, play
+from tests.bytecode import compare, rounds
+from tests.bytecode.compare import Case, Mismatch
 
 SECONDS = float(os.environ.get("LOCKGATE_FUZZ_SECONDS", 0))
 SEED = int(os.environ.get("LOCKGATE_FUZZ_SEED", 0)) or (secrets.randbits(32) if SECONDS else 1)
@@ -26,9 +26,9 @@ def test_kernel_agrees_with_the_specification(world):
     """Verdict, directions judged, and every rule or policy of each direction."""
     print(f"\nseed {SEED} (LOCKGATE_FUZZ_SEED={SEED} repeats it)")
     if SECONDS:
-        score = play(world, SEED, seconds=SECONDS, progress=compare.show)
+        score = rounds.play_for(world, SEED, SECONDS, rounds.show)
     else:
-        score = play(world, SEED, rounds=200)
+        score = rounds.play(world, SEED)
         assert score.clusters >= 200 and score.packets >= 20_000
     print(f"{score.clusters} clusters, {score.packets} packets, no difference")
 
@@ -59,10 +59,10 @@ def test_a_new_agent_moves_nothing_and_goes_on_from_any_history(world, seed: int
         for _ in range(rng.randrange(6)):
             changes_one(rng, case)
             case.publish(case.tables)
-        ask(rng, case)
+        rounds.ask(case, rng, 60)
         world.publisher.read_back()
         assert not case.publish(), "the same objects, and a new agent"
-        ask(rng, case)
+        rounds.ask(case, rng, 60)
         changes_one(rng, case)
         if not rng.randrange(3):
             # While no agent ran.
@@ -70,7 +70,7 @@ def test_a_new_agent_moves_nothing_and_goes_on_from_any_history(world, seed: int
             case.publish()
         else:
             case.publish(case.tables)
-        ask(rng, case)
+        rounds.ask(case, rng, 60)
 
 
 def changes_one(rng: random.Random, case: Case) -> None:
@@ -81,11 +81,6 @@ def changes_one(rng: random.Random, case: Case) -> None:
         if sum(pod.spec.node_name == case.node for pod in tried.pods.values()) <= compare.SLOTS:
             break
     case.cluster = tried
-
-
-def ask(rng: random.Random, case: Case, packets: int = 60) -> None:
-    for _ in range(packets):
-        case.check(compare.random_packet(rng, case.cluster))
 
 
 def judged_packet(world) -> tuple[Case, Packet, int, str]:
@@ -157,9 +152,9 @@ def test_a_wrong_kernel_ends_the_run_with_a_small_cluster(world, monkeypatch):
         return tables
 
     monkeypatch.setattr(compare, "compile_node", wrong)
-    with pytest.raises(Difference) as caught:
-        play(world, 1, rounds=100)
+    with pytest.raises(rounds.Difference) as caught:
+        rounds.play(world, 1, pods=4, policies=4, services=0)
     text = str(caught.value)
-    assert "seed 1, round" in text and "smallest cluster" in text
+    assert "seed 1, node" in text and "smallest cluster" in text
     assert 1 <= text.count("kind: NetworkPolicy") <= 2
     assert 1 <= text.count("kind: Pod") <= 2

@@ -13,10 +13,10 @@ from cluster.helm import helm
 from tests.system.harness import ROOT
 
 
-def rendered(*settings: str) -> dict[str, Any]:
+def rendered(*settings: str, namespace: str = "kube-system") -> dict[str, Any]:
     """The chart's objects by kind."""
     command = [helm(), "template", "lockgate", ROOT / "deploy/chart"]
-    command += ["--namespace", "kube-system", "--kube-version", "1.30"]
+    command += ["--namespace", namespace, "--kube-version", "1.30"]
     for setting in settings:
         command += ["--set-json", setting]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -74,6 +74,12 @@ def test_a_pod_monitor_that_nobody_lets_in_is_refused() -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:
         rendered('podMonitor={"enabled": true}')
     assert "set listen to 0.0.0.0" in refused.value.stderr
+
+
+def test_a_namespace_where_commands_would_not_look_is_refused() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        rendered(namespace="default")
+    assert "install Lockgate with --namespace kube-system" in refused.value.stderr
 
 
 def test_changed_settings_replace_the_pods() -> None:

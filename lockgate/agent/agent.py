@@ -234,6 +234,7 @@ class Agent:
     async def _apply(self) -> None:
         while True:
             await self._changed.wait()
+            await self.publisher.settled()
             self._changed.clear()
             async with self.turn:
                 revision = self.revision

@@ -60,9 +60,10 @@ class Endpoints:
         self._here: dict[str, Pod] = {}
         self._laid: set[Name] = set()
         self._leases: dict[str, Lease] = {}
-        # How often pods of this node or leases were others: what `records` made last is of that.
+        # How often pods of this node or leases were others: what was made last is of that.
         self._times = 0
         self._records: dict[str, tuple[Lease, EndpointRecord]] = {}
+        self._unleased: tuple[int, list[Pod]] | None = None
         self._recorded: tuple[int, int, set[int]] | None = None
         self._by_slot: dict[int, EndpointRecord] = {}
 
@@ -81,9 +82,13 @@ class Endpoints:
         return f"Pod {'/'.join(known[1].key)}" if known is not None else f"pod {uid}"
 
     def unleased(self) -> list[Pod]:
-        """Pods of this node that have no lease, by the objects of the last `overlay`."""
-        leases = self._ipam.leases
-        return [pod for uid, pod in self._here.items() if uid not in leases]
+        """Pods of this node that have no lease, by the objects of the last `overlay`; the same
+        list while there is no change."""
+        if self._unleased is None or self._unleased[0] != self._times:
+            leases = self._ipam.leases
+            pods = [pod for uid, pod in self._here.items() if uid not in leases]
+            self._unleased = self._times, pods
+        return self._unleased[1]
 
     def overlay(
         self, cluster: Cluster, changed: Changed | None = None

@@ -8,7 +8,8 @@ connection they are the pods that they are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 
 from lockgate.net import dumps
 from lockgate.net.links import IFINDEX_BASE
@@ -19,6 +20,7 @@ __all__ = ["Foreign"]
 
 log = logging.getLogger(__name__)
 _LO = 1
+_AGAIN = 10.0  # seconds until a pod that seemed to be nobody's is looked at again
 
 
 class Foreign:
@@ -27,22 +29,39 @@ class Foreign:
     def __init__(self) -> None:
         #: By uid.
         self.pods: dict[str, Pod] = {}
+        # Pods that are not, with their addresses, and when that was asked.
+        self._others: dict[str, tuple[list[str], float]] = {}
+        # Those that were looked at, and when to look at the same ones again.
+        self._looked: Sequence[Pod] | None = None
+        self._again = 0.0
 
     @property
     def addresses(self) -> set[str]:
         """What they have."""
         return {ip for pod in self.pods.values() for ip in pod.ips}
 
-    def look(self, unleased: Iterable[Pod]) -> set[Name]:
-        """Find them among the pods of this node that have no lease. Returns the keys of those that
-        were none the last time, or are none any more."""
+    def look(self, unleased: Sequence[Pod]) -> set[Name]:
+        """Find them among the pods of this node that have no lease (the same sequence: the same
+        pods). Returns the keys of those that were none the last time, or are none any more."""
+        now = time.monotonic()
+        if unleased is self._looked and now < self._again:
+            return set()
+        self._looked, self._again = unleased, now + _AGAIN
         before, self.pods = self.pods, {}
+        others, self._others = self._others, {}
         for pod in unleased:
-            uid = pod.metadata.uid
-            known = before.get(uid)
-            same = known is not None and known.ips == pod.ips
-            if pod.ips and (same or all(_led_to_a_link(ip) for ip in pod.ips)):
+            uid, ips = pod.metadata.uid, list(pod.ips)
+            if not ips or pod.spec.host_network:
+                continue
+            known, other = before.get(uid), others.get(uid)
+            if known is not None and list(known.ips) == ips:
                 self.pods[uid] = pod
+            elif other is not None and other[0] == ips and now - other[1] < _AGAIN:
+                self._others[uid] = other
+            elif all(_led_to_a_link(ip) for ip in ips):
+                self.pods[uid] = pod
+            else:
+                self._others[uid] = ips, now
         moved = before.keys() ^ self.pods.keys()
         for uid in sorted(moved & self.pods.keys()):
             pod = self.pods[uid]

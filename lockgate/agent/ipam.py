@@ -66,6 +66,7 @@ class Ipam:
     retired: set[int] = field(default_factory=set)  # slots whose links have not gone yet
     foreign: set[str] = field(default_factory=set)  # addresses of pods that another plugin wired
     _next: dict[str, int] = field(default_factory=dict)
+    _cidrs: list[str] = field(default_factory=list)
     _waits: bool = False
 
     def __post_init__(self) -> None:
@@ -90,7 +91,9 @@ class Ipam:
 
     def set_pools(self, cidrs: list[str]) -> None:
         """The node's podCIDRs; leases outside of them stay."""
-        self.pools = [str(ip_network(cidr, strict=False)) for cidr in cidrs]
+        if cidrs != self._cidrs:
+            self.pools = [str(ip_network(cidr, strict=False)) for cidr in cidrs]
+            self._cidrs = list(cidrs)
 
     def adopt(self, lease: Lease) -> None:
         """Take over a lease that the kernel tells of. What comes after its addresses and slot is

@@ -7,6 +7,7 @@ with what the maps hold: where that says the same, laid out otherwise, nothing m
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,11 @@ class Publisher:
             **self._counts,
             "imageWords": sum(len(i) for i in self._inner if i is not None),
         }
+
+    async def settled(self) -> None:
+        """Until the idle view may be written: who takes what there is to publish only then has
+        what came meanwhile with it, instead of one grace period later."""
+        await asyncio.wait({asyncio.wrap_future(self._grace)})
 
     def read_back(self) -> None:
         """Learn what the maps hold."""

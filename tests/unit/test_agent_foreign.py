@@ -9,15 +9,16 @@ import pytest
 from lockgate.agent import foreign
 from lockgate.agent.foreign import Foreign
 from lockgate.net.links import IFINDEX_BASE
-from lockgate.objects.model import ObjectMeta, Pod, PodIP, PodStatus
+from lockgate.objects.model import ObjectMeta, Pod, PodIP, PodSpec, PodStatus
 
 BRIDGE = 7
 LINKS = {"10.1.0.2": BRIDGE, "fd00:1::2": BRIDGE, "10.1.0.4": 0, "10.1.0.5": IFINDEX_BASE + 3}
 
 
-def pod(uid: str, *ips: str) -> Pod:
+def pod(uid: str, *ips: str, host_network: bool = False) -> Pod:
     meta = ObjectMeta(name=uid, namespace="default", uid=uid)
-    return Pod(metadata=meta, status=PodStatus(pod_ips=[PodIP(ip) for ip in ips]))
+    status = PodStatus(pod_ips=[PodIP(ip) for ip in ips])
+    return Pod(metadata=meta, status=status, spec=PodSpec(host_network=host_network))
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +61,24 @@ def test_only_changes_are_told_and_what_is_known_stays_while_the_pod_does(
     routes.clear()
     assert seen.look([one]) == set(), "its bridge may go up and down"
     assert seen.look([]) == {one.key} and not seen.pods
+
+
+def test_a_pod_on_the_nodes_own_network_is_none(routes: dict[str, int]) -> None:
+    assert Foreign().look([pod("a", "10.1.0.2", host_network=True)]) == set()
+
+
+def test_who_is_none_is_asked_for_again_with_other_addresses_or_later(
+    routes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(foreign.time, "monotonic", lambda: now)
+    seen, one = Foreign(), pod("a", "10.1.0.9")
+    assert seen.look([one]) == set()
+    routes["10.1.0.9"] = BRIDGE
+    assert seen.look([one]) == set(), "every change of any object would ask for every such pod"
+    assert seen.look([pod("a", "10.1.0.2")]) == {one.key}
+    assert seen.look([]) == {one.key}
+    routes.pop("10.1.0.9")
+    assert seen.look([one]) == set()
+    routes["10.1.0.9"], now = BRIDGE, 110.0
+    assert seen.look([one]) == {one.key}

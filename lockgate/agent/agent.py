@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 from lockgate.agent import doctor, questions, report
 from lockgate.agent.cards import Cards
 from lockgate.agent.carry import Carry
+from lockgate.agent.clients import Clients
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.endpoints import Endpoints
@@ -115,6 +116,7 @@ class Agent:
         self.journal = Journal(self._state / "journal.jsonl", self.dp.ids.view[0])
         self.ipam = Ipam(self._state / "ipam.json", len(self.dp.endpoints))
         self.publisher = Publisher(self.dp)
+        self._clients = Clients(self.dp)
         self.endpoints = Endpoints(self.dp, self.ipam, config.node)
         self._tunnel = TunnelDevice(self.dp, config.vxlan_port)
         self.hops = Hops(
@@ -239,6 +241,8 @@ class Agent:
             async with self.turn:
                 revision = self.revision
                 error = await self._publish_safely()
+                if not error:
+                    await self.work(self._clients.follow)
             async with self.seen:
                 # Who asks for a pod by its name looks into the tables, which hold it only now.
                 self.seen.notify_all()
@@ -308,6 +312,7 @@ class Agent:
                 self.journal.shorten()
         epoch_moved = self.publisher.publish(tables, records, self.hops.table)
         self.hops.write_routes()
+        self._clients.note(tables)
         self.publisher.level(tables)
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
             log.warning("%s", text)

@@ -255,7 +255,7 @@ def test_udp_clients_follow_when_their_backend_goes(moved: Cluster, end: str, en
     for family in (4, 6):
         address = moved.service_ip("traffic/moving", family), 80
         for who in CLIENTS:
-            # No hook sees what a connected socket of the node itself sends.
+            # No hook sees what a connected socket of the node itself sends: see the next test.
             for is_connected in (True, False) if who != "node" else (False,):
                 near = client_of(moved, who).socket(family_number(family), socket.SOCK_DGRAM)
                 if is_connected:
@@ -301,6 +301,42 @@ def test_udp_clients_follow_when_their_backend_goes(moved: Cluster, end: str, en
                 wrong.append((what, error))
         near.close()
     assert not wrong
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["plain", "mapped"])
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("end", ["relabelled", "deleted"])
+def test_a_connected_udp_socket_of_the_node_is_ended_when_its_backend_goes(
+    moved: Cluster, end: str, family: int, mapped: bool
+) -> None:
+    """Its owner connects again; nobody else's is touched."""
+    if mapped and family == 6:
+        pytest.skip("only IPv4 addresses are mapped")
+    node, kind = moved.node("node-1"), family_number(6 if mapped else family)
+
+    def connect(to: str, place: Place = node) -> socket.socket:
+        near = place.socket(kind, socket.SOCK_DGRAM)
+        near.connect(((f"::ffff:{to}" if mapped else to), 80 if to != m1 else 8080))
+        return near
+
+    address = moved.service_ip("traffic/moving", family)
+    m1 = moved.pod("traffic/m1").ip(family)
+    with (
+        connect(address) as near,
+        connect(moved.service_ip("traffic/local", family)) as other,
+        connect(m1) as itself,
+        connect(address, client_of(moved, "pod")) as pods,
+    ):
+        assert [ask(s) for s in (near, other, itself, pods)] == [b"m1", b"b", b"m1", b"m1"]
+        moved.save("moving.yaml", *moving("m2")[end == "deleted" :])
+        with pytest.raises(ConnectionAbortedError):
+            near.recv(1)
+        with pytest.raises(OSError) as caught:
+            near.send(b"x")
+        assert caught.value.errno == errno.EDESTADDRREQ
+        near.connect(((f"::ffff:{address}" if mapped else address), 80))
+        assert [ask(s) for s in (near, other, pods)] == [b"m2", b"b", b"m2"]
+        assert end == "deleted" or ask(itself) == b"m1"
 
 
 def has_peer(near: socket.socket) -> bool:

@@ -199,6 +199,7 @@ def main() -> None:
                 "notes": [
                     f"cubic; medians of {rounds} interleaved rounds; CPUs = 1: both ends on one",
                     f"bridge and lockgate with {SERVICES:,} services, lockgate with a policy too",
+                    "lockgate without its limits of connections and events a second of a pod",
                     "every pod in a network namespace and a cgroup of its own, of one depth",
                     "VXLAN: bare and bridge with the kernel's device as flannel sets it up",
                     f"bare on two nodes: kernel routes; bridge-nf-call-iptables {bridged}",

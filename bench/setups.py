@@ -308,6 +308,8 @@ def lockgate(stack: ExitStack, routing: str = "auto") -> list[Pair]:
     run(
         *(*LOCKGATE, "up", str(folder), "--nodes", "2", "--detach", "--cluster", cluster),
         *("--routing", routing),
+        # A client here begins more connections a second than a pod of a cluster should.
+        *("--limit", "connections=0", "--limit", "events=0"),
     )
     pods = json.loads(run(*LOCKGATE, "get", "pods", "--json", "--cluster", cluster))
     address = {pod["name"]: next(ip for ip in pod["ips"] if "." in ip) for pod in pods}

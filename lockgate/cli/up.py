@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
-from lockgate.agent.limits import CAPTURE_MAX
+from lockgate.agent.limits import CAPTURE_MAX, Limits
 from lockgate.cli.common import (
     NO_FEATURE,
     Refused,
@@ -26,6 +27,7 @@ from lockgate.cli.common import (
     print_json,
     reach,
 )
+from lockgate.standalone.children import Settings
 from lockgate.standalone.state import State
 
 __all__ = ["up"]
@@ -55,6 +57,15 @@ INTERRUPTED = 130
     metavar="BYTES",
     help="First bytes of its packet that a flow record keeps, 128 at most.",
 )
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="NAME=N",
+    callback=lambda _context, _option, given: _limits(given),
+    help="What a pod may use up in a second, 0 for no limit: answers, connections, events,"
+    " fragments.",
+)
 @click.option("--detach", is_flag=True, help="Return when the pods are ready; the cluster stays.")
 @click.option("--once", is_flag=True, help="Check everything, clean up, leave with 0 or 1.")
 @click.option(
@@ -67,6 +78,7 @@ def up(
     nodes: int,
     routing: str,
     capture: int,
+    limits: Limits,
     detach: bool,
     once: bool,
     timeout: float,
@@ -86,7 +98,8 @@ def up(
     state = State(cluster)
     _check_manifests(folder, state)
     _clear(state, quiet=as_json)
-    supervisor = _start(state, folder, nodes, routing, capture, detach)
+    settings = Settings(routing=routing, capture=capture, limits=limits)
+    supervisor = _start(state, folder, nodes, settings, detach)
     code = 0
     try:
         status = _until_ready(state, supervisor, timeout, quiet=as_json)
@@ -169,12 +182,26 @@ def _clear(state: State, quiet: bool) -> None:
         click.echo(f"Removed what an earlier run had left ({len(removed)} things).", err=True)
 
 
+def _limits(given: tuple[str, ...]) -> Limits:
+    """`NAME=N`s. BadParameter names the one that is none."""
+    found: dict[str, int] = {}
+    for text in given:
+        name, equals, number = text.partition("=")
+        if not equals or not number.isdecimal():
+            raise click.BadParameter(f"expected NAME=N, got {text!r}")
+        found[name] = int(number)
+    try:
+        return msgspec.convert(found, Limits)
+    except msgspec.ValidationError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def _start(
-    state: State, folder: Path, nodes: int, routing: str, capture: int, detach: bool
+    state: State, folder: Path, nodes: int, settings: Settings, detach: bool
 ) -> subprocess.Popen[bytes]:
     state.root.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "lockgate.standalone.main", "--cluster", state.cluster]
-    argv += ["--nodes", str(nodes), "--routing", routing, "--capture", str(capture)]
+    argv += ["--nodes", str(nodes), "--settings", msgspec.json.encode(settings).decode()]
     argv += [*(["--detached"] if detach else []), str(folder.absolute())]
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from lockgate.agent.limits import Limits
 from lockgate.agent.sizes import SHARE
 from lockgate.standalone.state import State, bpffs
 
@@ -28,6 +29,7 @@ class Settings(msgspec.Struct, frozen=True):
 
     routing: str = "auto"
     capture: int = 0
+    limits: Limits = Limits()
 
 
 class ChildStatus(msgspec.Struct, rename="camel"):
@@ -53,6 +55,7 @@ def write_config(state: State, node: str, role: str, settings: Settings, nodes: 
             "outside": "outside0",
             "routing": settings.routing,
             "capture": settings.capture,
+            "limits": settings.limits,
             "memoryShare": SHARE / nodes,
             "serviceCidrs": ["10.96.0.0/16", "fd00:10:96::/112"],
             "bpffs": str(bpffs()),

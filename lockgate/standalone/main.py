@@ -1,7 +1,6 @@
 """The process of one cluster: the supervisor and its API in one asyncio loop.
 
-python -m lockgate.standalone.main --cluster NAME --nodes N [--routing WAY] [--capture BYTES]
-    [--detached] FOLDER
+python -m lockgate.standalone.main --cluster NAME --nodes N [--settings JSON] [--detached] FOLDER
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = ["main"]
 
 async def _main(arguments: argparse.Namespace) -> None:
     state = State(arguments.cluster)
-    settings = Settings(routing=arguments.routing, capture=arguments.capture)
+    settings = msgspec.json.decode(arguments.settings, type=Settings)
     supervisor = Supervisor(state, arguments.folder, arguments.nodes, settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -50,8 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="lockgate supervisor")
     parser.add_argument("--cluster", required=True)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--routing", choices=("auto", "direct", "vxlan"), default="auto")
-    parser.add_argument("--capture", type=int, default=0)
+    parser.add_argument("--settings", default="{}")
     parser.add_argument("--detached", action="store_true")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()

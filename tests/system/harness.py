@@ -166,7 +166,8 @@ class Pod(Place):
 
 
 class Cluster:
-    """A cluster of its own, from manifests that are saved with `save`; `down` removes it all."""
+    """A cluster of its own, from manifests that are saved with `save`; `down` removes it all.
+    `options` are more of `lockgate up`."""
 
     def __init__(
         self,
@@ -174,13 +175,13 @@ class Cluster:
         name: str | None = None,
         nodes: int = 2,
         routing: str = "auto",
-        capture: int = 0,
+        options: tuple[str, ...] = (),
     ) -> None:
         self.name = name or unique_name()
         self.folder = folder
         self.nodes = nodes
         self.routing = routing
-        self.capture = capture
+        self.options = options
         self.state = State(self.name)
         self._places: dict[str, Place] = {}
         self._root_cgroup = cgroup2()
@@ -210,7 +211,7 @@ class Cluster:
 
     def up(self, timeout: float = 60) -> Cluster:
         arguments = ["up", str(self.folder), "--nodes", str(self.nodes), "--detach"]
-        arguments += ["--routing", self.routing, "--capture", str(self.capture)]
+        arguments += ["--routing", self.routing, *self.options]
         self.lockgate(*arguments, "--timeout", str(timeout))
         return self
 

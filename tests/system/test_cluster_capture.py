@@ -25,7 +25,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("capture")
     pods = [manifest("Pod", "default", name, CONTAINER) for name in ("near", "far")]
     (folder / "pods.yaml").write_text("\n---\n".join(pods))
-    with Cluster(folder, unique_name("cp"), nodes=1, capture=64) as made:
+    with Cluster(folder, unique_name("cp"), nodes=1, options=("--capture", "64")) as made:
         yield made
 
 

@@ -50,7 +50,7 @@ _LOOK_EVERY = 2.0
 #: Seconds until the node's condition is written again: who else writes it is not to be outrun.
 _WRITTEN_AGAIN = 10.0
 #: "Pod shop/web: …", "Node one: …": how errors name their object.
-_TITLE = re.compile(r"([A-Z]\w+) (?:([^/\s:]+)/)?([^/\s:]+)(?=[:,\s])")
+_TITLE = re.compile(r"([A-Z]\w+) (?:([^/\s:,]+)/)?([^/\s:,]+)(?=[:,\s])")
 
 
 class WriteBack:
@@ -131,9 +131,15 @@ class WriteBack:
         """The object that an error names; the node if it names none. kubectl describe shows the
         events that have the object's uid; those of a node have its name for one, as the kubelet's
         own do."""
-        match = _TITLE.match(text)
-        if match is None or match[1] not in _KINDS or match[1] == "Node":
-            name = self._agent.config.node if match is None or match[1] != "Node" else match[3]
-            return Regarding("Node", "", name, name)
-        kind, namespace, name = match[1], match[2] or "", match[3]
+        kind, namespace, name = named_in(text) or ("Node", "", self._agent.config.node)
+        if kind == "Node":
+            return Regarding(kind, "", name, name)
         return Regarding(kind, namespace, name, self._source.uid(kind, namespace, name))
+
+
+def named_in(text: str) -> tuple[str, str, str] | None:
+    """Kind, namespace and name of the object that an error begins with; None if with none."""
+    match = _TITLE.match(text)
+    if match is None or match[1] not in _KINDS:
+        return None
+    return match[1], match[2] or "", match[3]

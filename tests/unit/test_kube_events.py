@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from lockgate.agent.writeback import named_in
 from lockgate.kube.client import Client, Settings
 from lockgate.kube.events import Events, Regarding
 from tests.apiserver import ApiServer
@@ -105,3 +106,22 @@ async def test_a_refused_event(status: int, again: bool) -> None:
         await until(lambda: len(server.created) == len(notes))
         assert [event["note"] for event in server.created] == notes
         assert server.created[-1]["metadata"]["namespace"] == "default"
+
+
+TITLES = {
+    "Pod shop/web: status.podIPs: not an IP address: 'x'": ("Pod", "shop", "web"),
+    "Pod shop/web, link lg7: put program from_pod back": ("Pod", "shop", "web"),
+    "Pod shop/web-0.a can't be read (skipped): …": ("Pod", "shop", "web-0.a"),
+    "Node one: no interface that is up": ("Node", "", "one"),
+    "ServiceCIDR kubernetes: spec.cidrs: not a CIDR block": ("ServiceCIDR", "", "kubernetes"),
+    "NetworkPolicy a/b: spec.ingress[0]: c/d": ("NetworkPolicy", "a", "b"),
+    "EndpointSlice a/b: endpoints.addresses: …": ("EndpointSlice", "a", "b"),
+    "OSError: it broke": None,
+    "pod 7f-1: no such device": None,
+    "interface eth9 does not exist": None,
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), TITLES.items(), ids=TITLES.keys())
+def test_the_object_that_an_error_names(text: str, expected: tuple[str, str, str] | None) -> None:
+    assert named_in(text) == expected

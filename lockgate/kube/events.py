@@ -54,6 +54,7 @@ class _Event(NamedTuple):
     action: str
     type: str
     hour: int
+    due: float
 
 
 class Events:
@@ -100,14 +101,15 @@ class Events:
         self._tokens -= 1
         self._due[key] = now + self._again * random.uniform(1.0, _LATER)
         hour = int(time.time() / self._again)
-        self._waiting.put_nowait(_Event(regarding, reason, note, action, kind, hour))
+        due = now + random.uniform(0, self._spread)
+        self._waiting.put_nowait(_Event(regarding, reason, note, action, kind, hour, due))
 
     async def run(self) -> None:
         """Until cancelled. An event that the server refuses is let go, one for which it is away
         is told later."""
         while True:
             event = await self._waiting.get()
-            await asyncio.sleep(random.uniform(0, self._spread))
+            await asyncio.sleep(max(0.0, event.due - time.monotonic()))
             wait = 1.0
             while not await self._send(event):
                 await asyncio.sleep(wait)
@@ -115,7 +117,7 @@ class Events:
 
     async def _send(self, event: _Event) -> bool:
         """False if it is to be told again."""
-        regarding, reason, note, action, kind, hour = event
+        regarding, reason, note, action, kind, hour, _ = event
         namespace = regarding.namespace or "default"
         text = "\0".join((*regarding, reason, note, str(hour)))
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]

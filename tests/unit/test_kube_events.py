@@ -19,7 +19,7 @@ POD = Regarding("Pod", "shop", "web", "uid-1")
 @asynccontextmanager
 async def telling(server: ApiServer, **times: float) -> AsyncIterator[Events]:
     client = Client(Settings(api_server=await server.start()))
-    events = Events(client, "lockgate.dev/agent", "one", spread=0, **times)
+    events = Events(client, "lockgate.dev/agent", "one", **{"spread": 0.0, **times})
     task = asyncio.create_task(events.run())
     try:
         yield events
@@ -78,6 +78,14 @@ async def test_what_was_too_much_has_its_turn_as_long_as_it_is_told() -> None:
 
         await until(all_told)
         assert events.dropped > 0 and len(server.created) == len(notes)
+
+
+async def test_events_wait_side_by_side_not_one_after_the_other() -> None:
+    server = ApiServer()
+    async with telling(server, spread=2) as events:
+        for number in range(25):
+            events.tell(POD, "NoAddress", f"reason {number}", "Adding")
+        await until(lambda: len(server.created) == 25)  # one by one: 25 s
 
 
 async def test_what_lasts_is_told_again_under_another_name_when_the_first_is_over() -> None:

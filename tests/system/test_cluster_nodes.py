@@ -17,7 +17,7 @@ from lockgate.bpf.pins import node_folder, pin_names
 from lockgate.paths import bpf_object
 from lockgate.standalone.state import bpffs
 from tests.system.harness import Cluster, Pod, unique_name, until
-from tests.system.load import Server, Stream
+from tests.system.load import Server, Stream, Way
 from tests.system.test_cluster import answering, document, names, pod, workload
 from tests.system.test_cluster_end import links_in, traces
 
@@ -109,7 +109,7 @@ def test_nodes_come_and_go_and_old_ones_do_not_notice(cluster: Cluster) -> None:
     on_a, on_b = cluster.pod("lab/on-a"), cluster.pod("lab/on-b")
     before = lives(cluster)
     server = Server(on_b.netns)
-    stream = Stream("between old nodes", on_a.netns, on_b.ip(4))
+    stream = Stream("between old nodes", Way(on_a.socket, on_b.ip(4)))
     stream.start()
     try:
         for number in (3, 4):

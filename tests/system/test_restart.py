@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
-import socket
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,105 +24,14 @@ from lockgate.bpf.pins import other_pins, pin_names
 from lockgate.net import dumps, filters, namespaces, pods
 from lockgate.net.links import IFINDEX_BASE
 from lockgate.paths import bpf_object
-from tests.system.agents import Bed, Node, make_bed, pod, policy, until, with_ips
-from tests.system.load import BELL, Client, Server, Stream, Worker
+from tests.system.agents import Bed, Node, pod, until
+from tests.system.bystanders import FICKLE_TOO, ONLY_OK, Traffic, at_work, rules
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 BOTH: tuple[filters.Direction, ...] = ("ingress", "egress")
 KILLS = int(os.environ.get("LOCKGATE_KILLS", "1"))
 SEED = os.environ.get("LOCKGATE_SEED", str(time.time_ns()))
-
-# Pod: node, label. `server` is isolated: it lets in only `ok`, and may begin nothing, so that what
-# it says passes as a reply or not at all. `fickle` comes and goes.
-PODS = {
-    "server": ("one", "server"),
-    "near": ("one", "ok"),
-    "far": ("two", "ok"),
-    "foreign": ("one", "no"),
-    "stranger": ("two", "no"),
-    "fickle": ("two", "fickle"),
-}
-ONLY_OK: dict[str, Any] = {"from": [{"podSelector": {"matchLabels": {"app": "ok"}}}]}
-FICKLE_TOO: dict[str, Any] = {"from": [{"podSelector": {"matchLabels": {"app": "fickle"}}}]}
-
-
-class Traffic:
-    """All pods of PODS, at work."""
-
-    def __init__(self, bed: Bed, ips: dict[str, str]) -> None:
-        self.bed, self.ips = bed, ips
-        self.server = Server(self._netns("server"))
-        to = ips["server"]
-        self.workers: list[Worker] = [
-            *(Stream(f"stream of {name}", self._netns(name), to) for name in ("near", "far")),
-            *(Client(name, self._netns(name), to, True) for name in ("near", "far")),
-            *(Client(name, self._netns(name), to, False) for name in ("foreign", "stranger")),
-            Client("fickle", self._netns("fickle"), to, None),
-        ]
-        self.quiet = []
-        for name in ("near", "far"):
-            with namespaces.inside(self._netns(name)):
-                self.quiet.append(socket.create_connection((to, BELL), 10))
-        self.server.expect(len(self.quiet))
-        for worker in self.workers:
-            worker.start()
-
-    async def rings(self) -> None:
-        """The server, which may begin nothing, speaks first on connections that are silent."""
-        self.server.ring()
-        for sock in self.quiet:
-            assert await asyncio.to_thread(sock.recv, 1) == b"!"
-
-    def _netns(self, pod: str) -> Path:
-        return namespaces.path_of(f"lg-{self.bed.cluster}-{pod}")
-
-    @property
-    def wrong(self) -> list[str]:
-        found = [text for worker in self.workers for text in worker.wrong]
-        for name in ("foreign", "stranger"):
-            if self.server.seen[self.ips[name]]:
-                found.append(f"{name} is denied and reached the server")
-        return found
-
-    async def end(self) -> None:
-        for worker in self.workers:
-            await asyncio.to_thread(worker.end)
-        for worker in self.workers:
-            print(worker.name, dict(worker.counts))
-        await self.rings()
-        assert self.wrong == []
-        for worker in self.workers:
-            assert sum(worker.counts.values()) > 0, f"{worker.name} did nothing"
-
-
-def rules(*ingress: dict[str, Any]) -> dict[str, Any]:
-    made = policy("only-ok", list(ingress))
-    made["spec"]["policyTypes"].append("Egress")
-    return made
-
-
-@pytest.fixture
-async def traffic(tmp_path: Path) -> AsyncIterator[Traffic]:
-    async with make_bed(tmp_path, guardSeconds=0.3) as bed:
-        items = {name: pod(name, node, app=label) for name, (node, label) in PODS.items()}
-        bed.supervisor.put(*items.values(), rules(ONLY_OK))
-        ips = {}
-        for name, (node, _) in PODS.items():
-            answer = await bed.nodes[node].add(name)
-            items[name] = with_ips(items[name], answer["ips"])
-            ips[name] = next(ip for ip in answer["ips"] if ":" not in ip)
-        revision = bed.supervisor.put(*items.values(), verb="MODIFIED")
-        await bed.supervisor.wait(revision, *bed.nodes)
-        made = Traffic(bed, ips)
-        try:
-            yield made
-        finally:
-            for worker in made.workers:
-                worker._over.set()
-            for sock in made.quiet:
-                sock.close()
-            made.server.close()
 
 
 class Changes:
@@ -190,7 +98,8 @@ async def restless(node: Node, kills: int, objects: list[Path], dice: random.Ran
 
 
 def census(node: Node, path: Path) -> dict[str, Any]:
-    """All that an agent makes in the kernel: pins, links that lead nowhere, devices, routes."""
+    """All that an agent makes: pins, links that lead nowhere, devices, routes; and what it gave
+    away."""
     names = pin_names(Schema.from_object(path))
     links = bpf_links.links_in(str(node.pins / "links"))
     with namespaces.inside(namespaces.path_of(node.netns)):
@@ -211,6 +120,7 @@ def census(node: Node, path: Path) -> dict[str, Any]:
         "programs on pods": len(on_pods),
         "devices": devices,
         "routes": routes,
+        "leases": sorted(json.loads(Path(node.state, "ipam.json").read_text())["endpoints"]),
     }
 
 
@@ -222,7 +132,7 @@ async def settled(node: Node) -> None:
 
 
 async def check_end(traffic: Traffic, before: dict[str, Any]) -> None:
-    """All is as before, and the last policy is in force."""
+    """All is as before, the last policy is in force, and everything was told."""
     bed = traffic.bed
     for node in bed.nodes.values():
         node.settings["object"] = str(bpf_object())
@@ -230,8 +140,7 @@ async def check_end(traffic: Traffic, before: dict[str, Any]) -> None:
         await settled(node)
     revision = bed.supervisor.put(rules(ONLY_OK, FICKLE_TOO), verb="MODIFIED")
     await bed.supervisor.wait(revision, *bed.nodes)
-    fickle = Client("fickle", traffic._netns("fickle"), traffic.ips["server"], True)
-    assert await asyncio.to_thread(fickle.connects)
+    await traffic.ask_as_fickle()
     await traffic.end()
     for name, node in bed.nodes.items():
         with contextlib.suppress(TimeoutError):
@@ -241,16 +150,27 @@ async def check_end(traffic: Traffic, before: dict[str, Any]) -> None:
         assert not status["errors"], status["errors"]
         drops = status["drops"]
         assert "not-ready" not in drops, "programs ran on maps that were not complete"
+    differing = await asyncio.to_thread(traffic.account)
+    assert differing == [], f"{len(differing)} differ, the first: {differing[:9]}"
 
 
-@pytest.mark.parametrize(("versions", "kills"), [(1, 35), (2, 15)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("versions", "routing", "kills"),
+    [(1, "auto", 20), (1, "vxlan", 15), (2, "auto", 15)],
+    ids=["one", "one, by VXLAN", "two"],
+)
 async def test_killed_agents_lose_nothing(
-    traffic: Traffic, other_object: Path, versions: int, kills: int
+    tmp_path: Path, other_object: Path, versions: int, routing: str, kills: int
 ) -> None:
+    objects = [bpf_object(), other_object][:versions]
+    async with at_work(tmp_path, routing, mixed=versions > 1) as traffic:
+        await endure(traffic, objects, kills * KILLS)
+
+
+async def endure(traffic: Traffic, objects: list[Path], kills: int) -> None:
     print("LOCKGATE_SEED", SEED)
     bed = traffic.bed
     before = {name: census(node, bpf_object()) for name, node in bed.nodes.items()}
-    objects = [bpf_object(), other_object][:versions]
     changes = Changes(bed)
     tasks = [asyncio.create_task(changes.policies())]
     guests = [asyncio.create_task(changes.pods(node)) for node in bed.nodes.values()]
@@ -258,7 +178,7 @@ async def test_killed_agents_lose_nothing(
         async with asyncio.TaskGroup() as group:
             for node in bed.nodes.values():
                 dice = random.Random(f"{SEED} {node.name}")
-                group.create_task(restless(node, kills * KILLS, objects, dice))
+                group.create_task(restless(node, kills, objects, dice))
         assert traffic.wrong == []
         for node in bed.nodes.values():
             await settled(node)
@@ -272,25 +192,27 @@ async def test_killed_agents_lose_nothing(
     await check_end(traffic, before)
 
 
-async def test_an_upgrade_and_a_downgrade_lose_nothing(
-    traffic: Traffic, other_object: Path
-) -> None:
-    bed = traffic.bed
-    before = {name: census(node, bpf_object()) for name, node in bed.nodes.items()}
-    for path in (other_object, bpf_object()):
-        schema = Schema.from_object(path)
-        for node in bed.nodes.values():
-            await node.kill()
-            node.settings["object"] = str(path)
-            await settled(node)
-            with HashMap.open(
-                str(node.pins / pin_names(schema)["connections"]),
-                schema.dtype("ct_key"),
-                schema.dtype("ct"),
-            ) as table:
-                keys, values = table.items()
-            streams = values[(keys["proto"] == 6) & (values["state"] == 2)]
-            assert len(streams), "the streams' connections were carried over"
-            await traffic.rings()
-            assert traffic.wrong == []
-    await check_end(traffic, before)
+async def test_an_upgrade_and_a_downgrade_lose_nothing(tmp_path: Path, other_object: Path) -> None:
+    async with at_work(tmp_path, mixed=True) as traffic:
+        before = {n: census(node, bpf_object()) for n, node in traffic.bed.nodes.items()}
+        for path in (other_object, bpf_object()):
+            for node in traffic.bed.nodes.values():
+                await node.kill()
+                node.settings["object"] = str(path)
+                await settled(node)
+                assert streams(node, path), "their connections were carried over"
+                await traffic.rings()
+                assert traffic.wrong == []
+        await check_end(traffic, before)
+
+
+def streams(node: Node, path: Path) -> int:
+    """TCP connections that the node knows as answered."""
+    schema = Schema.from_object(path)
+    with HashMap.open(
+        str(node.pins / pin_names(schema)["connections"]),
+        schema.dtype("ct_key"),
+        schema.dtype("ct"),
+    ) as table:
+        keys, values = table.items()
+    return int(((keys["proto"] == 6) & (values["state"] == 2)).sum())

@@ -273,13 +273,14 @@ def test_the_class_of_the_other_state_in_the_view_in_force_would_show(world):
 
 def test_writing_the_idle_view_changes_nothing(world):
     """Step 2 of publishing, by hand: everything but the epoch is written."""
+    world.publish(base())
     world.publish(base().isolate(B, INGRESS))
     view = world.publisher.epoch & 1
     wait_grace()
     idle = 1 - view
     inner = world.images.inner(idle)
-    if inner is not None:
-        inner.view[:] |= CELL_ALLOW  # every cell of the idle image allows
+    assert inner is not None
+    inner.view[:] |= CELL_ALLOW  # every cell of the idle image allows
     world.endpoints.view["view"]["isolated"][:, idle] = 0
     outcome = world.run("from_pod", RAW_SYN, at_pod(A))
     assert outcome.verdict == DROP

@@ -207,7 +207,7 @@ class Outcome:
 
 
 # The maps that only programs write.
-_REMEMBERED = ("connections", "half_open", "crowd", "nat", "fragments", "sockets", "affinities")
+REMEMBERED = ("connections", "half_open", "crowd", "nat", "fragments", "sockets", "affinities")
 
 
 class World:
@@ -220,7 +220,7 @@ class World:
         self.namespace = f"lg-{name}-{os.getpid()}"
         self.object = Object(path)
         self.object.set_rodata(constants or {})
-        for name in _REMEMBERED:
+        for name in REMEMBERED:
             self.object.set_max_entries(name, 4096)
         for name in ("events", "events_raw"):
             self.object.set_max_entries(name, 1 << 16)
@@ -343,7 +343,7 @@ class World:
 
     def clear(self) -> None:
         """Forget connections, translations, fragments and events."""
-        for name in _REMEMBERED:
+        for name in REMEMBERED:
             map_ = getattr(self, name)
             map_.delete_many(map_.keys())
         self.state.view["capture"][0] = 0

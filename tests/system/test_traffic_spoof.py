@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
@@ -94,8 +95,8 @@ def test_a_pod_speaks_for_no_other_address(traffic: Cluster, name: str, victim: 
     wire, mark = Wire(traffic), os.urandom(12)
     to = Outside(traffic) if victim == "outside" else traffic.pod(victim)
     frame = wire.frame(make(wire, to, Raw(mark)))
-    arrives_not(traffic, wire, to, frame, mark)
-    recorded(traffic, cause)
+    with recorded(traffic, cause):
+        arrives_not(traffic, wire, to, frame, mark)
 
 
 @pytest.mark.parametrize("victim", ["traffic/b", "traffic/c"])
@@ -105,8 +106,8 @@ def test_a_pod_sends_by_no_other_mac(traffic: Cluster, family: int, victim: str)
     to = traffic.pod(victim)
     ip = (IP if family == 4 else IPv6)(src=wire.pod.ip(family), dst=to.ip(family))
     frame = wire.frame(ip / UDP(dport=8080) / Raw(mark), mac=OTHER_MAC)
-    arrives_not(traffic, wire, to, frame, mark)
-    recorded(traffic, "spoofed-mac")
+    with recorded(traffic, "spoofed-mac"):
+        arrives_not(traffic, wire, to, frame, mark)
 
 
 # name: (cause, what is said on the link). {b}: another pod's address.
@@ -174,8 +175,8 @@ def test_a_pod_claims_nothing_on_its_link(traffic: Cluster, name: str) -> None:
     wire = Wire(traffic)
     node = traffic.node(wire.pod.node)
     before = beliefs(node)
-    send(wire.pod, wire.frame(make(wire)))
-    recorded(traffic, cause)
+    with recorded(traffic, cause):
+        send(wire.pod, wire.frame(make(wire)))
     assert beliefs(node) == before
 
 
@@ -183,11 +184,12 @@ def test_a_pod_claims_nothing_on_its_link(traffic: Cluster, name: str) -> None:
 def test_a_pod_speaks_ip_only(traffic: Cluster, ethertype: int) -> None:
     wire = Wire(traffic)
     frame = bytes(Ether(src=wire.mac, dst=wire.router, type=ethertype) / Raw(os.urandom(60)))
-    send(wire.pod, frame)
+    with recorded(traffic, "unknown-ethertype"):
+        send(wire.pod, frame)
     if ethertype == 0x8100:
         inner = IP(src=wire.neighbour.ip(4), dst=wire.remote.ip(4)) / UDP(dport=8080)
-        send(wire.pod, frame[:14] + b"\0\x01\x08\0" + bytes(inner))
-    recorded(traffic, "unknown-ethertype")
+        with recorded(traffic, "unknown-ethertype"):
+            send(wire.pod, frame[:14] + b"\0\x01\x08\0" + bytes(inner))
 
 
 def test_the_outside_speaks_for_no_pod(traffic: Cluster) -> None:
@@ -201,8 +203,8 @@ def test_the_outside_speaks_for_no_pod(traffic: Cluster) -> None:
             hello.sendto(b"x", ("172.31.0.11", 9))  # so that the neighbour is known
         router = until(lambda: neighbour(outside, "172.31.0.11"), "the node's MAC")
         frame = Ether(src=OTHER_MAC, dst=router) / IP(src=wire.remote.ip(4), dst=target.ip(4))
-        near.send(bytes(frame / UDP(dport=8080) / Raw(mark)))
-        recorded(traffic, "spoofed-source")
+        with recorded(traffic, "spoofed-source"):
+            near.send(bytes(frame / UDP(dport=8080) / Raw(mark)))
         assert not heard(tap, mark)
 
 
@@ -312,20 +314,16 @@ def drops(cluster: Cluster, cause: str) -> int:
     return int(cluster.agent_status("node-1")["drops"].get(cause, 0))
 
 
-def recorded(cluster: Cluster, cause: str) -> None:
-    """The newest record of the node is a drop for that cause; earlier ones are another test's."""
-    until(lambda: new_records(cluster, cause), f"a record of {cause}")
+@contextlib.contextmanager
+def recorded(cluster: Cluster, cause: str) -> Iterator[None]:
+    """What is sent in here is dropped for that cause, by a new record of the node."""
 
+    def records() -> int:
+        return len(cluster.flows("node-1", cause=cause, limit=100_000))
 
-_SEEN: dict[str, int] = {}
-
-
-def new_records(cluster: Cluster, cause: str) -> bool:
-    count = len(cluster.flows("node-1", cause=cause))
-    if count > _SEEN.get(cause, 0):
-        _SEEN[cause] = count
-        return True
-    return False
+    before = records()
+    yield
+    until(lambda: records() > before, f"a record of {cause}")
 
 
 def beliefs(node: Place) -> str:

@@ -115,6 +115,7 @@ class Carry:
 
     def __init__(self, dp: Datapath) -> None:
         self._tables: list[CarriedTable] = []
+        self._translations: list[CarriedTable] = []
         by_name = {
             "connections": dp.connections,
             "half_open": dp.half_open,
@@ -129,21 +130,25 @@ class Carry:
             for pin in dp.others:
                 other = open_other(pin) if pin.name == name else None
                 if isinstance(other, HashMap):
-                    self._tables.append(CarriedTable(other, mine))
+                    tables = self._translations if name == "nat" else self._tables
+                    tables.append(CarriedTable(other, mine))
+
+    # No connection gets here without its translation: it would be given another, from another
+    # port. A translation without its connection is found and kept when that begins anew.
 
     def before(self) -> int:
         """See `CarriedTable.before`."""
-        return sum(table.before() for table in self._tables)
+        return sum(table.before() for table in (*self._tables, *self._translations))
 
     def after(self) -> int:
         """See `CarriedTable.after`."""
-        return sum(table.after() for table in self._tables)
+        return sum(table.after() for table in (*self._translations, *self._tables))
 
     def __enter__(self) -> Carry:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for table in self._tables:
+        for table in (*self._tables, *self._translations):
             table.close()
 
 

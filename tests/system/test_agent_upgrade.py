@@ -14,7 +14,7 @@ import pytest
 from scapy.layers.inet import IP
 from scapy.layers.l2 import Ether
 
-from lockgate.agent.carry import Carry
+from lockgate.agent.carry import CarriedTable, Carry
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.publish import Publisher
 from lockgate.agent.sizes import Sizes
@@ -128,6 +128,30 @@ def test_connections_are_carried_over_field_by_field(pins: Path, other_object: P
             assert carry.after() == 2
             found = states(new)
             assert (found[30], found[31], found[500]) == (4, 3, 1)
+
+
+def test_no_connection_is_carried_without_its_translation(
+    pins: Path, other_object: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, ports = CarriedTable.before, iter(range(100, 200))
+
+    def busy(table: CarriedTable) -> int:
+        """Between any two tables a connection begins that is translated."""
+        copied = copy(table)
+        port = next(ports)
+        old.connections.update_many(*entries(old, range(port, port + 1), state=1, seen=100))
+        keys = np.zeros(1, old.nat.key_dtype)
+        keys["sport"] = port
+        old.nat.update_many(keys, np.zeros(1, old.nat.value_dtype))
+        return copied
+
+    monkeypatch.setattr(CarriedTable, "before", busy)
+    with Datapath(bpf_object(), pins, SIZES) as old, Datapath(other_object, pins, SIZES) as new:
+        with Carry(new) as carry:
+            for _ in range(2):
+                carry.before()
+                known, translated = set(states(new)), set(new.nat.items()[0]["sport"].tolist())
+                assert known and known <= translated
 
 
 def test_fields_are_converted_by_name() -> None:

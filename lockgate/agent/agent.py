@@ -241,7 +241,7 @@ class Agent:
             async with self.turn:
                 revision = self.revision
                 error = await self._publish_safely()
-                if not error:
+                if not error and self._clients.waiting:
                     await self.work(self._clients.follow)
             async with self.seen:
                 # Who asks for a pod by its name looks into the tables, which hold it only now.
@@ -305,6 +305,7 @@ class Agent:
             reusable = None if overgrown else tables
             tables = compile_node(cluster, self.config.node, self._ids, reusable, changed)
             self._tables, self._unpublished = tables, Changed()
+            self._clients.note(tables)
             records = self.endpoints.records(tables.endpoints, self.journal.endpoint)
         self.journal.commit()
         if overgrown:
@@ -312,7 +313,6 @@ class Agent:
                 self.journal.shorten()
         epoch_moved = self.publisher.publish(tables, records, self.hops.table)
         self.hops.write_routes()
-        self._clients.note(tables)
         self.publisher.level(tables)
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
             log.warning("%s", text)

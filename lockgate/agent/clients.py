@@ -7,6 +7,7 @@ connects again, instead of talking to nobody. Others do the same (Cilium, with t
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 
@@ -20,6 +21,8 @@ __all__ = ["Clients"]
 
 log = logging.getLogger(__name__)
 _UDP = int(socket.IPPROTO_UDP)
+#: No udp_diag, no INET_DIAG_DESTROY, no right to: it will not be otherwise the next time.
+_CANNOT = {errno.ENOENT, errno.EOPNOTSUPP, errno.EPERM}
 
 
 class Clients:
@@ -30,8 +33,13 @@ class Clients:
         self._tables: Tables | None = None  # to be looked at
         self._possible = True
 
+    @property
+    def waiting(self) -> bool:
+        """Is there anything for `follow` to do?"""
+        return self._possible and self._tables is not None
+
     def note(self, tables: Tables) -> None:
-        """These are in force now. Remembers whether a UDP backend may have gone."""
+        """These will be in force next. Remembers whether a UDP backend may have gone."""
         delta = tables.delta
         if (
             delta is None
@@ -44,20 +52,32 @@ class Clients:
             self._tables = tables
 
     def follow(self) -> None:
-        """End the sockets whose backend went with what was noted. Costs nothing if none did."""
+        """What was noted is in force: end the sockets whose backend went with it. Those that can't
+        be ended now are tried again with the next change."""
         tables, self._tables = self._tables, None
-        if tables is None or not self._possible:
+        if tables is None:
             return
+        ended, problem = 0, None
         try:
-            ended = sum(self._is_bereaved(tables, one) and abort(one) for one in connected_udp())
-            if ended:
-                log.info("ended %d UDP sockets of the node's own, whose backend went", ended)
+            for one in connected_udp():
+                try:
+                    ended += self._is_bereaved(tables, one) and abort(one)
+                except OSError as error:
+                    problem = error
         except OSError as error:
+            problem = error
+        if ended:
+            log.info("ended %d UDP sockets of the node's own, whose backend went", ended)
+        if problem is None:
+            return
+        if problem.errno in _CANNOT:
             self._possible = False
-            log.warning(
-                "connected UDP sockets of the node's own processes stay with backends that go: %s",
-                error,
-            )
+        else:
+            self._tables = tables
+        log.warning(
+            "connected UDP sockets of the node's own processes stay with backends that go: %s",
+            problem,
+        )
 
     def _is_bereaved(self, tables: Tables, one: ConnectedUdp) -> bool:
         key = np.zeros((), self._dp.sockets.key_dtype)

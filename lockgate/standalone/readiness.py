@@ -7,9 +7,12 @@ visit to the node's, and used from the event loop afterwards.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import quote
 
@@ -60,6 +63,8 @@ async def check(pod: Pod, container: Container, probe: Probe, netns: Path) -> st
         return f"{where}: no answer within {max(1, probe.timeout_seconds)} s"
     except OSError as error:
         return f"{where}: {error.strerror or error}"
+    except ValueError as error:  # a name that is none, or a line without an end
+        return f"{where}: {error}"
 
 
 async def _connect(
@@ -79,7 +84,7 @@ async def _socket(netns: Path, host: str, port: int) -> socket.socket:
     """Connected to the first address of the host that answers."""
     loop = asyncio.get_running_loop()
     problem = OSError(f"{host} has no address")
-    for family, *_, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    for family, address in await _resolve(host, port):
         with inside(netns):
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -92,6 +97,22 @@ async def _socket(netns: Path, host: str, port: int) -> socket.socket:
             sock.close()
             raise
     raise problem
+
+
+async def _resolve(host: str, port: int) -> list[tuple[int, tuple[str, int]]]:
+    """(family, address) of a host. Names that nobody knows hold up only other names, in threads of
+    their own: a name server's silence outlasts a probe."""
+    with contextlib.suppress(ValueError):
+        family = socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET
+        return [(family, (host, port))]
+    ask = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_resolver(), ask)
+    return [(family, (str(address[0]), port)) for family, _, _, _, address in found]
+
+
+@functools.cache
+def _resolver() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(4, thread_name_prefix="resolver")
 
 
 @functools.cache

@@ -183,3 +183,13 @@ async def test_what_counts_as_ready(address, plain, answer, complaint):
     plain.answer = answer
     told = await probed(address, plain.port)
     assert told == (f"port {plain.port}: {complaint}" if complaint else "")
+
+
+@pytest.mark.parametrize("name", ["a..b", "a" * 64 + ".example"])
+async def test_a_host_that_is_no_name_is_a_failure(address, plain, name):
+    assert (await probed(address, plain.port, host=name)).startswith(f"port {plain.port} of {name}")
+
+
+async def test_a_line_without_an_end_is_a_failure(address, plain):
+    plain.answer = b"HTTP/1.1 200 " + b"x" * (1 << 17)
+    assert (await probed(address, plain.port)).startswith(f"port {plain.port}: ")

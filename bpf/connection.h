@@ -235,17 +235,6 @@ static __always_inline bool is_pod(struct packet *p, const struct addr *addr)
 	return kind == PEER_LOCAL || kind == PEER_REMOTE;
 }
 
-/* The connection with just the ends of `t`. Where that is one to a service, the
- * pod sends its packets to the service's address: this one is of a twin. */
-static __noinline struct ct *find_untranslated(struct packet *p, const struct tuple *t)
-{
-	struct ct *ct = ct_find(p, t);
-
-	p->twin = ct && p->place == PLACE_FROM_POD && !p->reply &&
-		  (ct->flags & (CT_NAT_ORIGIN | CT_NAT_REPLY)) == CT_NAT_REPLY;
-	return p->twin ? NULL : ct;
-}
-
 /* Can what goes to a pod's address be translated? Datagrams to a backend that went
  * are, until their socket ends (service_again()); and so errors about the answers. */
 static __always_inline bool may_have_moved(struct __sk_buff *skb, struct packet *p)
@@ -254,19 +243,32 @@ static __always_inline bool may_have_moved(struct __sk_buff *skb, struct packet 
 	       (p->icmp_error || (p->wire.proto == IPPROTO_UDP && may_have_asked(skb)));
 }
 
+/* The connection with just the ends of `t`. Where that is one to a service, the
+ * pod sends its packets to the service's address: this one is of a twin. And where a
+ * late answer of a backend that went began it, it does not take the client back. */
+static __noinline struct ct *find_untranslated(struct __sk_buff *skb, struct packet *p, const struct tuple *t)
+{
+	struct ct *ct = ct_find(p, t);
+
+	p->twin = ct && p->place == PLACE_FROM_POD && !p->reply &&
+		  (ct->flags & (CT_NAT_ORIGIN | CT_NAT_REPLY)) == CT_NAT_REPLY;
+	p->late = ct && p->reply && p->table != IN_CONNECTIONS && may_have_moved(skb, p);
+	return p->twin || p->late ? NULL : ct;
+}
+
 /* The connection of tuple `t` as seen on the wire, and in p->now the tuple it
  * is known by. On the wire another than its own only stands towards a service's
  * address or a node's, or of a twin, or for a backend that went, so what else goes
  * to a pod is spared the look-up in `nat`. */
 static __always_inline struct ct *find_connection(struct __sk_buff *skb, struct packet *p, const struct tuple *t)
 {
-	struct ct *ct = find_untranslated(p, t);
+	struct ct *ct = find_untranslated(skb, p, t);
 
 	if (ct || p->dry) {
 		p->now = *t;
 		return ct;
 	}
-	if (p->twin || may_have_moved(skb, p) || !is_pod(p, &t->daddr)) {
+	if (p->twin || p->late || may_have_moved(skb, p) || !is_pod(p, &t->daddr)) {
 		struct nat *translated = nat_find(p, t);
 
 		if (translated) {
@@ -274,9 +276,10 @@ static __always_inline struct ct *find_connection(struct __sk_buff *skb, struct 
 			ct = ct_find(p, &p->now);
 		}
 	}
-	if (!ct)
-		p->now = *t;
-	return ct;
+	if (ct)
+		return ct;
+	p->now = *t;
+	return p->late ? ct_find(p, t) : NULL;
 }
 
 /* Does the connection, found by a quote, hold in this epoch? */

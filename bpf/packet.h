@@ -79,6 +79,7 @@ struct packet {
 	__u8  own_socket;	/* sent by a socket of this node */
 	__u8  table;		/* enum ct_table: where the connection found lives */
 	__u8  twin;		/* another connection has these ends: see is_taken() */
+	__u8  late;		/* or a backend that went may have begun that: see find_untranslated() */
 
 	/* Both ends as the last verdict saw them, originator first. */
 	__u32 src_endpoint, dst_endpoint;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import HashMap
 from lockgate.bpf.pins import pin_names
 from lockgate.paths import bpf_object
-from tests.system.harness import Cluster, Place, manifest, until
+from tests.system.harness import Cluster, Place, Pod, manifest, until
 from tests.system.test_traffic import echo, echo_reply, echo_socket, family_number, udp
 
 # name: (who asks, by socket hooks?). A bare place is in no cgroup of the node: what it sends is
@@ -301,6 +302,42 @@ def test_udp_clients_follow_when_their_backend_goes(moved: Cluster, end: str, en
                 wrong.append((what, error))
         near.close()
     assert not wrong
+
+
+def late_answer(pod: Pod, family: int, near: socket.socket) -> bytes:
+    """What the pod's server says now to an earlier question of the client, as that receives it."""
+    with pod.socket(family_number(family), socket.SOCK_RAW, socket.IPPROTO_UDP) as raw:
+        if family == 6:
+            raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_CHECKSUM, 6)
+        host, port = near.getsockname()[:2]
+        # RFC 768: ports, length, checksum; 0 = none, as IPv4 allows.
+        raw.sendto(struct.pack("!4H", 8080, port, 8 + 4, 0) + b"late", (host, 0))
+    return near.recv(100)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize(("old", "new"), [("m1", "m2"), ("m2", "m1")], ids=["near", "far"])
+def test_a_late_answer_of_a_backend_that_went_does_not_take_its_client_back(
+    moved: Cluster, old: str, new: str, family: int
+) -> None:
+    """The old one is of the client's node, or of another."""
+
+    def serve(name: str) -> None:
+        moved.save("moving.yaml", *moving(name))
+        until(lambda: backends(moved) == [name], f"{name} serves")
+        moved.wait()
+
+    serve(old)
+    with moved.pod("traffic/a").socket(family_number(family), socket.SOCK_DGRAM) as near:
+        near.connect((moved.service_ip("traffic/moving", family), 80))
+        assert ask(near) == old.encode()
+        serve(new)
+        for _ in range(2):
+            assert ask(near) == new.encode()
+            assert late_answer(moved.pod(f"traffic/{old}"), family, near) == b"late"
+            assert [ask(near) for _ in range(3)] == [new.encode()] * 3
+            moved.save("moving.yaml", *moving(new, sessionAffinity="ClientIP"))
+            moved.wait()
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["plain", "mapped"])

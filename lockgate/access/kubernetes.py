@@ -153,7 +153,8 @@ class KubernetesAccess:
             try:
                 item = msgspec.json.decode(raw, type=type_)
                 if isinstance(item, model.Pod):
-                    meta = msgspec.structs.replace(item.metadata, uid=uid_on_node(item.metadata))
+                    uid = uid_on_node(item.metadata, item.spec.node_name)
+                    meta = msgspec.structs.replace(item.metadata, uid=uid)
                     item = msgspec.structs.replace(item, metadata=meta)
                 found.append(item)
             except msgspec.MsgspecError as error:

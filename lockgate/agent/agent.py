@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 from lockgate.agent import doctor, questions, report
 from lockgate.agent.cards import Cards
 from lockgate.agent.carry import Carry
+from lockgate.agent.claims import Claims
 from lockgate.agent.clients import Clients
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
@@ -73,9 +74,10 @@ class Agent:
         self.seen = asyncio.Condition()
         self.cluster: Cluster | None = None
         self._noted: deque[stream.Transaction] = deque()
-        #: By uid the pods that are known, those noted included.
-        self.uids: dict[str, Name] = {}
-        self._uid_of: dict[tuple[str, str], str] = {}
+        #: Of the pods that are known, those noted included.
+        self.claims = Claims(
+            lambda uid: uid in self.ipam.leases, lambda uid: self.journal.name(uid)
+        )
         self.requests = Requests(self)
         self.uplinks = Uplinks(self)
         self.patrol = Patrol(self)
@@ -87,7 +89,7 @@ class Agent:
         self.applied = 0
         self._reported = -1
         self.object_errors: list[str] = []
-        self.errors: dict[str, list[str]] = {}
+        self.errors: dict[str, list[str]] = {"claims": []}
         #: Pods that got no address, to be told as events.
         self.refused: list[str] = []
         self.metrics = Metrics()
@@ -205,23 +207,26 @@ class Agent:
             self._reported = -1
         self.object_errors = transaction.errors
         async with self.seen:
-            self._note_uids(transaction)
-            self._noted.append(transaction)
+            self._noted.append(self.claims.take(transaction))
+            self._tell_claims()
             self.revision = transaction.revision
             self.seen.notify_all()
         self._changed.set()
 
-    def _note_uids(self, transaction: stream.Transaction) -> None:
-        if transaction.complete:
-            self.uids.clear()
-            self._uid_of.clear()
-        for change in transaction.changes:
-            if change.object.kind == "Pod":
-                key, uid = change.object.key, change.object.metadata.uid
-                self.uids.pop(self._uid_of.pop(key, ""), None)
-                if change.verb != "DELETED":
-                    self._uid_of[key] = uid
-                    self.uids[uid] = key
+    def believe(self, uid: str, name: Name) -> None:
+        """As `Claims.believe`; the next turn applies what is another."""
+        changes = self.claims.believe(uid, name)
+        if changes:
+            self._noted.append(stream.Transaction(changes, self.revision, False, []))
+            self._tell_claims()
+            self._changed.set()
+
+    def _tell_claims(self) -> None:
+        before, errors = self.errors["claims"], self.claims.errors()
+        if errors is not before:
+            for text in set(errors) - set(before):
+                log.warning("%s", text)
+            self.errors["claims"] = errors
 
     def catch_up(self) -> None:
         """Apply what was noted, from the worker, in turn."""

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, Self, get_args
 
 from lockgate.boot import Moment, now, this_boot
 from lockgate.compile.tables import Direction, Rule, Verdict
+from lockgate.objects.changes import Name
 from lockgate.objects.model import Cluster, Pod
 
 __all__ = ["Journal", "LastIds"]
@@ -105,6 +106,14 @@ class Journal:
         if self._asked is not None:
             self._asked.add(("endpoint", number))
         return number
+
+    def name(self, uid: str) -> Name | None:
+        """Namespace and name of the pod that had this uid last."""
+        known = self._endpoints.get(uid)
+        if known is None:
+            return None
+        facts = _endpoint_facts(known[1])
+        return facts["namespace"], facts["name"]
 
     def reason(self, verdict: Verdict, direction: Direction, rules: tuple[Rule, ...]) -> int:
         """Id of an ordered list of rules or policies."""

@@ -89,6 +89,8 @@ class Requests:
         uid = self._uid(who)
         if gone or uid is None:
             raise EndpointError(409, f"{who} was deleted meanwhile")
+        if all(who.name):
+            self._agent.believe(uid, who.name)
         who = replace(who, uid=uid)
         one = _Add(who, asyncio.get_running_loop().create_future())
         self._adds.append(one)
@@ -106,10 +108,11 @@ class Requests:
 
     def _uid(self, who: Attachment) -> str | None:
         """Uid of the Pod object that is meant, if it is known."""
-        if who.uid in self._agent.uids:
-            return who.uid
-        cluster = self._agent.cluster
-        if who.uid or cluster is None:
+        claims, cluster = self._agent.claims, self._agent.cluster
+        if who.uid:
+            known = claims.uid(who.name) == who.uid if all(who.name) else who.uid in claims.names
+            return who.uid if known else None
+        if cluster is None:
             return None
         pod = cluster.pods.get(who.name)  # some runtimes tell no uid
         return None if pod is None else pod.metadata.uid
@@ -144,7 +147,7 @@ class Requests:
         before = dict(self._agent.ipam.leases)
         try:
             with self._agent.ipam.together():
-                leases = [self._lease(one.who, self._pod(one.who.uid)) for one in batch]
+                leases = [self._lease(one.who, self._pod(one.who)) for one in batch]
             if any(isinstance(lease, Lease) for lease in leases):
                 self._agent.publish()
         except Exception:
@@ -165,11 +168,14 @@ class Requests:
             else:
                 tell(one, answer)
 
-    def _pod(self, uid: str) -> Pod | None:
-        """The pod of this uid, as the tables will have it."""
+    def _pod(self, who: Attachment) -> Pod | None:
+        """The pod that asks, as the tables will have it."""
         assert self._agent.cluster is not None
-        pod = self._agent.cluster.pods.get(self._agent.uids.get(uid, ("", "")))
-        return pod if pod is not None and pod.metadata.uid == uid else None
+        name = self._agent.claims.names.get(who.uid, ("", ""))
+        if all(who.name) and name != who.name:
+            return None
+        pod = self._agent.cluster.pods.get(name)
+        return pod if pod is not None and pod.metadata.uid == who.uid else None
 
     def _lease(self, who: Attachment, pod: Pod | None) -> Lease | Exception:
         assert self._agent.cluster is not None

@@ -34,6 +34,7 @@ RBAC: dict[tuple[str, str], frozenset[str]] = {
 REASONS = {
     "unreadable": "ObjectUnreadable",
     "objects": "ObjectNotInForce",
+    "claims": "ObjectNotInForce",
     "publish": "ChangesNotInForce",
     "hops": "NoWay",
     "cni": "PluginNotInUse",

@@ -7,6 +7,7 @@ of nodes) are kept once.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ __all__ = ["KINDS", "NETWORK_UNAVAILABLE", "Kind", "Parts", "Version", "uid_on_n
 NETWORK_UNAVAILABLE = "NetworkUnavailable"
 _OURS = "lockgate.dev/"
 _MIRROR = "kubernetes.io/config.mirror"
+#: The uid that a kubelet makes of a static pod's file: 128 bits as hexadecimal digits (FNV-128a,
+#: before that MD5; applyDefaults in pkg/kubelet/config/common.go). The API server's have dashes.
+_OF_A_FILE = re.compile(r"[0-9a-f]{32}")
 #: What most objects have: one for all of them, for nobody changes an object.
 _NO_LIST: list[Any] = []
 _NO_DICT: dict[str, str] = {}
@@ -122,17 +126,26 @@ def _meta(meta: model.ObjectMeta, parts: Parts) -> model.ObjectMeta:
     )
 
 
-def uid_on_node(meta: model.ObjectMeta) -> str:
-    """The uid by which its kubelet and the container runtime know a pod. That of a static pod is
-    made of its file; the object that mirrors it names it, and has another, new whenever somebody
-    deletes the object, which the pod outlives."""
-    return meta.annotations.get(_MIRROR) or meta.uid
+def uid_on_node(meta: model.ObjectMeta, node: str) -> str:
+    """The uid by which its kubelet and the container runtime know a pod of `node` (its
+    spec.nodeName). That of a static pod is made of its file; the object that mirrors it names it,
+    and has another, new whenever somebody deletes the object, which the pod outlives.
+
+    Whoever may create pods can write such an object. So what it says counts only where it has the
+    form of a kubelet's: no pod of the API server can be named by it, a static one can
+    (`lockgate.agent.claims`). The owner is what NodeRestriction demands of kubelets."""
+    mirrored = meta.annotations.get(_MIRROR, "")
+    of_its_node = any(
+        owner.kind == "Node" and owner.name == node and owner.controller
+        for owner in meta.owner_references
+    )
+    return mirrored if of_its_node and _OF_A_FILE.fullmatch(mirrored) else meta.uid
 
 
 def _pod(pod: _Pod, parts: Parts) -> model.Pod:
     status = pod.status
     ips = status.pod_ips or ([model.PodIP(status.pod_ip)] if status.pod_ip else [])
-    meta = msgspec.structs.replace(pod.metadata, uid=uid_on_node(pod.metadata))
+    meta = msgspec.structs.replace(pod.metadata, uid=uid_on_node(pod.metadata, pod.spec.node_name))
     return model.Pod(
         metadata=_meta(meta, parts),
         spec=model.PodSpec(

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 60.0  # includes back-off
-MIRROR = "kubernetes.io/config.mirror"
+OF_A_FILE = "0123456789abcdef0123456789abcdef"
 
 
 async def until(condition: Callable[[], Awaitable[Any]]) -> Any:
@@ -122,6 +122,18 @@ def pod(name: str, ip: str, node: str = "two") -> dict[str, Any]:
         "spec": {"nodeName": node, "containers": []},
         "status": {"phase": "Running", "podIPs": [{"ip": ip}]},
     }
+
+
+def mirror(name: str, uid: str, claimed: str = OF_A_FILE, node: str = "one") -> dict[str, Any]:
+    """As the kubelet of `node` writes it for a static pod."""
+    static = pod(name, "", node)
+    static["metadata"] |= {
+        "uid": uid,
+        "annotations": {"kubernetes.io/config.mirror": claimed},
+        "ownerReferences": [{"kind": "Node", "name": node, "uid": "n", "controller": True}],
+    }
+    static["status"] = {"phase": "Pending"}
+    return static
 
 
 @pytest.fixture
@@ -293,31 +305,65 @@ async def test_an_api_server_that_is_away(node: Node) -> None:
 async def test_a_static_pod_outlives_the_object_that_mirrors_it(node: Node) -> None:
     """As `kubectl delete pod` leaves it: the kubelet makes another object, and no other pod."""
 
-    def mirror(uid: str) -> dict[str, Any]:
-        static = pod("static", "", "one")
-        static["metadata"] |= {"uid": uid, "annotations": {MIRROR: "of-the-file"}}
-        static["status"] = {"phase": "Pending"}
-        return static
-
     await node.start()
     inside = f"lg-{node.cluster}-static"
     netns = namespaces.create(inside)
     try:
-        node.server.put(mirror("first"))
-        body = {"uid": "of-the-file", "netns": str(netns)}
+        node.server.put(mirror("static", "first"))
+        body = {"uid": OF_A_FILE, "netns": str(netns)}
         status, wired = await node.call("POST", "/v1/endpoints", body)
         assert status == 200, wired
         node.server.delete("Pod", "shop", "static")
-        node.server.put(mirror("second"), pod("later", "10.78.2.4"))
+        node.server.put(mirror("static", "second"), pod("later", "10.78.2.4"))
 
         async def seen() -> bool:
             return (await node.status())["counts"]["peers"] == 4
 
         await until(seen)
         (lease,) = (await node.status())["endpoints"]
-        assert lease["uid"] == "of-the-file"
+        assert lease["uid"] == OF_A_FILE
         assert (await node.call("POST", "/v1/endpoints", body))[1] == wired
-        assert (await node.call("DELETE", "/v1/endpoints/of-the-file"))[0] == 200
+        assert (await node.call("DELETE", f"/v1/endpoints/{OF_A_FILE}"))[0] == 200
+    finally:
+        namespaces.delete(inside)
+
+
+@pytest.mark.parametrize("uid", ["f7b7a3f4-0d0c-4a5b-8f0e-3f1d2c4b5a69", OF_A_FILE])
+@pytest.mark.parametrize("on", ["one", "two"])
+async def test_who_claims_a_pods_uid_takes_nothing_from_it(node: Node, uid: str, on: str) -> None:
+    """`uid` is a pod's of the API server's, or a static pod's, and wired; then somebody with
+    pods/create claims it, and goes again."""
+    await node.start()
+    inside = f"lg-{node.cluster}-db"
+    netns = namespaces.create(inside)
+    static = uid == OF_A_FILE
+    try:
+        true = mirror("db", "first") if static else pod("db", "", "one")
+        if not static:
+            true["metadata"]["uid"] = uid
+        node.server.put(true)
+        body = {"uid": uid, "netns": str(netns)}
+        status, wired = await node.call("POST", "/v1/endpoints", body)
+        assert status == 200, wired
+        before = (await node.status())["endpoints"]
+        forged = mirror("a-forged", "forged", uid, on)
+        node.server.put(forged, pod("b", "10.78.2.5"))
+
+        async def seen(peers: int) -> bool:
+            return bool((await node.status())["counts"]["peers"] == peers)
+
+        await until(lambda: seen(4))
+        refused = [text for text in (await node.status())["errors"] if "a-forged" in text]
+        assert ["Pod shop/db's, which keeps it" in text for text in refused] == [True] * static
+        assert (await node.status())["endpoints"] == before
+        assert (await node.call("POST", "/v1/endpoints", body)) == (200, wired)
+        node.server.delete("Pod", "shop", "a-forged")
+        node.server.put(pod("c", "10.78.2.6"))
+        await until(lambda: seen(5))
+        assert (await node.status())["errors"] == []
+        assert (await node.status())["endpoints"] == before
+        assert (await node.call("POST", "/v1/endpoints", body)) == (200, wired)
+        assert (await node.call("DELETE", f"/v1/endpoints/{uid}"))[0] == 200
     finally:
         namespaces.delete(inside)
 

@@ -357,6 +357,27 @@ async def test_a_pod_is_found_by_its_name(runtime: Runtime) -> None:
     assert {one["uid"] for one in leases} == {"a"}
 
 
+async def test_of_two_objects_with_a_uid_the_one_that_the_runtime_names_has_it(
+    runtime: Runtime,
+) -> None:
+    forged, true = pod("a-forged", "one"), pod("db", "one")
+    for item in (forged, true):
+        item["metadata"]["uid"] = "claimed"
+    runtime.bed.supervisor.put(forged)
+    namespaces.create(runtime.netns("db").name)
+    args = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=db;K8S_POD_UID=claimed"
+    waiting = asyncio.create_task(runtime.of("ADD", "db", CNI_ARGS=args))
+    assert not (await asyncio.wait([waiting], timeout=0.3))[0], "not db's object"
+    runtime.bed.supervisor.put(true)
+    status, answer = await waiting
+    assert status == 0, answer
+    told = (await runtime.node.call("GET", "/v1/status"))[1]
+    assert [one["uid"] for one in told["endpoints"]] == ["claimed"]
+    assert [text for text in told["errors"] if text.startswith("Pod shop/a-forged: ")]
+    assert not [text for text in told["errors"] if text.startswith("Pod shop/db: ")]
+    assert (await runtime.of("DEL", "db"))[0] == 0
+
+
 async def test_an_add_waits_for_its_object_and_a_del_ends_the_wait(runtime: Runtime) -> None:
     namespaces.create(runtime.netns("a").name)
     waiting = asyncio.create_task(runtime.of("ADD", "a"))

@@ -146,18 +146,42 @@ async def test_changes_come_and_those_of_fields_not_used_do_not(server: ApiServe
         assert reader.source.status()["kinds"]["pods"]["same"] == 1
 
 
-STATIC = {
-    "a pod of the API server's": ({}, "of-the-object"),
-    "a static pod": ({"kubernetes.io/config.mirror": "of-the-file"}, "of-the-file"),
+OF_A_FILE = "0123456789abcdef0123456789abcdef"
+OF_ANOTHER = "8b3c7f0a-6f0e-4d38-9a5e-2f4b8a9d7c11"  # as the API server makes them
+OWNER = {"apiVersion": "v1", "kind": "Node", "name": "one", "uid": "n", "controller": True}
+MIRRORS: dict[str, tuple[str, list[dict[str, Any]], bool]] = {
+    "a static pod": (OF_A_FILE, [OWNER], True),
+    "none": ("", [], False),
+    "none, of a node": ("", [OWNER], False),
+    "the uid of a pod of the API server's": (OF_ANOTHER, [OWNER], False),
+    "that without its dashes": (OF_ANOTHER.replace("-", "") + "0", [OWNER], False),
+    "a hash and a line's end": (f"{OF_A_FILE}\n", [OWNER], False),
+    "a hash, of nobody": (OF_A_FILE, [], False),
+    "a hash, of another node": (OF_A_FILE, [{**OWNER, "name": "two"}], False),
+    "a hash, of something with the node's name": (OF_A_FILE, [{**OWNER, "kind": "Job"}], False),
+    "a hash, of a node that does not control it": (
+        OF_A_FILE,
+        [{**OWNER, "controller": False}],
+        False,
+    ),
 }
 
 
-@pytest.mark.parametrize(("annotations", "uid"), STATIC.values(), ids=STATIC.keys())
-def test_pods_have_the_uid_that_their_node_knows(annotations: dict[str, str], uid: str) -> None:
+def mirror(annotation: str, owners: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pod "a" of node "one"."""
+    item = pod("a")
+    item["metadata"]["annotations"] = {"kubernetes.io/config.mirror": annotation}
+    item["metadata"]["ownerReferences"] = owners
+    return item
+
+
+@pytest.mark.parametrize(("annotation", "owners", "counts"), MIRRORS.values(), ids=MIRRORS.keys())
+def test_what_mirrors_a_static_pod_has_the_pods_uid_and_nothing_else_has(
+    annotation: str, owners: list[dict[str, Any]], counts: bool
+) -> None:
     (kind,) = (one for one in KINDS if one.name == "Pod")
-    meta = {"name": "a", "namespace": "shop", "uid": "of-the-object", "annotations": annotations}
-    wire = msgspec.json.decode(json.dumps({"metadata": meta}), type=kind.struct)
-    assert kind.keep(wire, Parts()).metadata.uid == uid
+    wire = msgspec.json.decode(json.dumps(mirror(annotation, owners)), type=kind.struct)
+    assert kind.keep(wire, Parts()).metadata.uid == (annotation if counts else "uid-a")
 
 
 OTHERS = ["service.kubernetes.io/headless", "service.kubernetes.io/service-proxy-name"]

@@ -87,6 +87,17 @@ class _Pod(_Wire, frozen=True, gc=False):
     status: _PodStatus = _PodStatus()
 
 
+class _PodPlace(_Wire, frozen=True, gc=False):
+    node_name: str = ""
+
+
+class _PodHead(_Wire, frozen=True, gc=False):
+    """Who a pod is, whatever else it says."""
+
+    metadata: model.ObjectMeta
+    spec: _PodPlace = _PodPlace()
+
+
 class _PolicyHead(_Wire, frozen=True, gc=False):
     pod_selector: model.LabelSelector = model.LabelSelector()
     policy_types: list[str] = []
@@ -140,6 +151,11 @@ def uid_on_node(meta: model.ObjectMeta, node: str) -> str:
         for owner in meta.owner_references
     )
     return mirrored if of_its_node and _OF_A_FILE.fullmatch(mirrored) else meta.uid
+
+
+def _pod_uid(plain: Any) -> str:
+    pod = msgspec.convert(plain, _PodHead)
+    return uid_on_node(pod.metadata, pod.spec.node_name)
 
 
 def _pod(pod: _Pod, parts: Parts) -> model.Pod:
@@ -225,6 +241,8 @@ class Kind:
     #: What is made, of its JSON as plain values, of one that `struct` can't be made of.
     #: MsgspecError if nothing.
     rest: Callable[[Any], Any] | None = None
+    #: The uid of one that `struct` can't be made of, likewise; None: metadata.uid.
+    uid: Callable[[Any], str] | None = None
 
     @property
     def path(self) -> str:
@@ -262,6 +280,7 @@ KINDS: tuple[Kind, ...] = (
         _pod,
         # A pod that is over has no address any more, one on its host's network is not ours.
         selectors=(f"{_LIVE},spec.hostNetwork=false", _LIVE, ""),
+        uid=_pod_uid,
     ),
     Kind("Service", "services", "v1", "services", model.Service, labels=_PROXIED),
     Kind(

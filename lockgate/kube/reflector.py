@@ -328,6 +328,9 @@ class Reflector:
             key, uid = self._key(meta), meta.uid
         except msgspec.MsgspecError:
             key, uid = self.kind.key("?", "?"), ""
+        if self.kind.uid is not None:
+            with contextlib.suppress(msgspec.MsgspecError):
+                uid = self.kind.uid(_without_nulls(msgspec.json.decode(raw)))
         self._odd[key] = uid
         item = self.objects.get(key) or self._earlier(self.kind, key)
         if item is not None and item.metadata.uid != uid:

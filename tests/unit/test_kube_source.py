@@ -274,6 +274,28 @@ async def test_an_object_with_nonsense_is_named_and_the_rest_goes_on(server: Api
         assert ("shop", "p") not in reader.cluster.policies
 
 
+@pytest.mark.parametrize("told", ["by the watch", "by a list"])
+async def test_a_static_pod_that_cant_be_read_any_more_is_as_it_was(
+    server: ApiServer, told: str
+) -> None:
+    item = mirror(OF_A_FILE, [OWNER])
+    odd = json.loads(json.dumps(item))
+    odd["spec"]["containers"][0]["ports"] = [{"containerPort": 80, "protocol": "Pigeon"}]
+    server.put(item)
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
+        assert reader.cluster
+        before = reader.cluster.pods["shop", "a"]
+        server.put(odd, tell=told == "by the watch")
+        if told == "by a list":
+            server.compact()
+            server.end_watches()
+        await until(lambda: reader.errors)
+        assert "Pod shop/a can't be read (as it was before)" in reader.errors[0]
+        assert reader.cluster.pods["shop", "a"] is before
+        assert reader.source.uid("Pod", "shop", "a") == OF_A_FILE
+
+
 def slice_of(endpoints: list[dict[str, Any]] | None) -> dict[str, Any]:
     """As the API server has it: of none it says null, not []."""
     return {

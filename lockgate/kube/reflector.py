@@ -270,13 +270,13 @@ class Reflector:
             return
         self.counts.events += 1
         key = self._key(meta)
+        self.errors.pop(key, None)
+        self._odd.pop(key, None)
         if event.type == "DELETED":
-            self.errors.pop(key, None)
             gone = self.objects.pop(key, None)
             if gone is not None:
                 self._emit(self.kind, key, Change("DELETED", gone))
             return
-        self.errors.pop(key, None)
         try:
             item = self._keep(raw)
         except msgspec.MsgspecError as error:

@@ -274,6 +274,23 @@ async def test_an_object_with_nonsense_is_named_and_the_rest_goes_on(server: Api
         assert ("shop", "p") not in reader.cluster.policies
 
 
+async def test_objects_that_cant_be_read_are_forgotten_when_they_go(server: ApiServer) -> None:
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
+        for number in range(3):
+            item = with_protocol(f"odd{number}", "DCCP")
+            item["spec"]["policyTypes"] = ["Sideways"]  # not even isolates
+            server.put(item)
+            await until(lambda: reader.errors)
+            assert reader.source.uid("NetworkPolicy", "shop", f"odd{number}") == f"uid-odd{number}"
+            if number == 1:  # put right, and then gone
+                server.put(with_protocol("odd1", "TCP"))
+                await until(lambda: not reader.errors)
+            server.delete("NetworkPolicy", "shop", f"odd{number}")
+            await until(lambda: not reader.errors)
+        assert [one._odd for one in reader.source._reflectors] == [{}] * len(KINDS)
+
+
 @pytest.mark.parametrize("told", ["by the watch", "by a list"])
 async def test_a_static_pod_that_cant_be_read_any_more_is_as_it_was(
     server: ApiServer, told: str

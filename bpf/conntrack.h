@@ -51,10 +51,17 @@ static __always_inline __u16 ct_tag(const struct ct_key *key)
 /* The sweep (lockgate/agent/sweep.py) says the same. */
 static __always_inline __s32 ct_timeout(const struct ct *ct, __u8 proto)
 {
+	const __u8 fins = CT_FIN_ORIGIN | CT_FIN_REPLY;
+
 	switch (ct->state) {
 	case CT_NEW:	 return TIMEOUT_HALF_OPEN;
 	case CT_CLOSING: return TIMEOUT_CLOSING;
-	case CT_CLOSED:	 return TIMEOUT_CLOSED;
+	case CT_CLOSED:
+		/* By an ABORT, which may be forged: an idle receiver that ignores it may
+		 * say so with its next heartbeat only, every 30 s (RFC 9260 16). */
+		if (proto == IPPROTO_SCTP && (ct->flags & fins) != fins)
+			return TIMEOUT_HALF_OPEN;
+		return TIMEOUT_CLOSED;
 	}
 	return proto == IPPROTO_TCP || proto == IPPROTO_SCTP ? TIMEOUT_ESTABLISHED : TIMEOUT_DATAGRAM;
 }

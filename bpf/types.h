@@ -319,7 +319,7 @@ enum target_kind {
 /* Seconds without a packet after which an entry no longer counts, and the
  * sweep takes it out. */
 enum timeout {
-	TIMEOUT_HALF_OPEN   = 60,
+	TIMEOUT_HALF_OPEN   = 60,	/* and SCTP after an ABORT */
 	TIMEOUT_ESTABLISHED = 5 * 24 * 3600,	/* TCP, SCTP: as Linux itself */
 	TIMEOUT_CLOSING     = 3600,	/* the other side may still have much to say */
 	TIMEOUT_CLOSED      = 10,

@@ -23,7 +23,7 @@ from lockgate.bpf.maps import HashMap
 __all__ = ["expired_connections", "expired_nat", "sweep", "timeouts"]
 
 NEW, ESTABLISHED, CLOSING, CLOSED = 1, 2, 3, 4
-ORIGIN_HI, NAT_ORIGIN, NAT_REPLY = 1, 4, 8  # enum ct_flag
+ORIGIN_HI, NAT_ORIGIN, NAT_REPLY, FINS = 1, 4, 8, 16 | 32  # enum ct_flag
 TCP, UDP, SCTP = 6, 17, 132
 
 Records = NDArray[Any]
@@ -51,9 +51,10 @@ def expired_connections(
 ) -> NDArray[np.bool_]:
     """Which entries are past the age of their state; ct_timeout() in bpf/conntrack.h."""
     state = values["state"]
+    aborted = (keys["proto"] == SCTP) & (values["flags"] & FINS != FINS)
     limit = np.select(
-        [state == NEW, state == CLOSING, state == CLOSED],
-        [ages["half_open"], ages["closing"], ages["closed"]],
+        [state == NEW, state == CLOSING, (state == CLOSED) & aborted, state == CLOSED],
+        [ages["half_open"], ages["closing"], ages["half_open"], ages["closed"]],
         _quiet(keys["proto"], ages),
     )
     return _age(values["seen"], now) > limit

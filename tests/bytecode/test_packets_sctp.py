@@ -6,7 +6,7 @@ import pytest
 from scapy.packet import Raw
 
 from tests.bytecode.goldens import FAMILIES, A, B, at_pod, base, from_pod, ip
-from tests.bytecode.world import DROP, INGRESS, REDIRECT, World
+from tests.bytecode.world import DROP, INGRESS, REDIRECT, World, set_seen
 
 NEW, ESTABLISHED, CLOSING, CLOSED = 1, 2, 3, 4  # enum ct_state
 # RFC 9260 3.2: types of chunks.
@@ -88,6 +88,17 @@ def test_an_abort_that_its_receiver_ignores_closes_nothing(world, family):
     begin(world, family)
     says(world, family, "a", ABORT)
     assert says(world, family, "b", DATA) == [[]]
+    assert state(world) == ("connections", ESTABLISHED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("silence", [0, 30, 55], ids="{} s".format)
+def test_an_idle_association_outlives_an_abort_that_its_receiver_ignores(world, family, silence):
+    """Its next packet may be the next heartbeat: every 30 s and an RTO, RFC 9260 8.3 and 16."""
+    begin(world, family)
+    says(world, family, "a", ABORT)
+    set_seen(world.connections, -silence)
+    assert says(world, family, "b", HEARTBEAT) == [[]]
     assert state(world) == ("connections", ESTABLISHED)
 
 

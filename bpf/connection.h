@@ -256,6 +256,25 @@ static __noinline struct ct *find_untranslated(struct __sk_buff *skb, struct pac
 	return p->twin || p->late ? NULL : ct;
 }
 
+/* Is the connection that the datagram is translated to one of an earlier socket, on
+ * the same port, that asked for another service? The service of its own may have
+ * another id by now. */
+static __noinline bool is_anothers(struct __sk_buff *skb, struct packet *p, struct ct *ct)
+{
+	if (p->place != PLACE_FROM_POD || p->icmp_error || p->wire.proto != IPPROTO_UDP)
+		return false;
+	struct socket_peer *asked = service_asked(skb, p);
+
+	if (!asked || asked->service == ct->service)
+		return false;
+	p->tuple = p->wire;
+	p->tuple.daddr = asked->addr;
+	p->tuple.dport = asked->port;
+	struct service_view *view = service_find(p, &p->tuple, false);
+
+	return !view || view->id != ct->service;
+}
+
 /* The connection of tuple `t` as seen on the wire, and in p->now the tuple it
  * is known by. On the wire another than its own only stands towards a service's
  * address or a node's, or of a twin, or for a backend that went, so what else goes
@@ -276,7 +295,7 @@ static __always_inline struct ct *find_connection(struct __sk_buff *skb, struct 
 			ct = ct_find(p, &p->now);
 		}
 	}
-	if (ct)
+	if (ct && !is_anothers(skb, p, ct))
 		return ct;
 	p->now = *t;
 	return p->late ? ct_find(p, t) : NULL;

@@ -340,6 +340,31 @@ def test_a_late_answer_of_a_backend_that_went_does_not_take_its_client_back(
             moved.wait()
 
 
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_socket_on_a_port_whose_last_one_followed_reaches_its_own_service(
+    moved: Cluster, family: int
+) -> None:
+    """A backend went from one service, and is another's."""
+    ports = [{"port": 80, "protocol": "UDP", "targetPort": 8080}]
+    spec = {"selector": {"role": "idle"}, "ipFamilyPolicy": "PreferDualStack", "ports": ports}
+    port = 0
+    for name, service in (("m1", "moving"), ("m2", "moving"), ("m1", "waiting")):
+        if service == "moving":
+            documents = [*moving(name), manifest("Service", "traffic", "waiting", spec)]
+            moved.save("moving.yaml", *documents)
+            until(lambda name=name: backends(moved) == [name], f"{name} serves")
+            moved.wait()
+        if name == "m1":
+            near = moved.pod("traffic/a").socket(family_number(family), socket.SOCK_DGRAM)
+            near.bind(("", port))
+            near.connect((moved.service_ip(f"traffic/{service}", family), 80))
+        assert [ask(near) for _ in range(3)] == [name.encode()] * 3
+        port = near.getsockname()[1]
+        if name == "m2":
+            near.close()
+    near.close()
+
+
 @pytest.mark.parametrize("mapped", [False, True], ids=["plain", "mapped"])
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("end", ["relabelled", "deleted"])

@@ -4,7 +4,7 @@ NO_PROXY as kubectl reads them (golang.org/x/net/http/httpproxy)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
 __all__ = ["proxy_of"]
@@ -36,32 +36,42 @@ def _checked(url: str, where: str) -> str:
 
 
 def _excluded(host: str, port: int, excluded: str) -> bool:
-    """Loopback always is. Entries are names (with all below), addresses, blocks, or *, and may
-    have a port."""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        address = None
+    """Loopback always is. Entries are addresses, blocks, names (example.com: with all below;
+    .example.com and *.example.com: only what is below), or *; addresses and names may have a
+    port, an IPv6 address then in brackets."""
+    address = _address(host)
     if host == "localhost" or (address is not None and address.is_loopback):
         return True
     for entry in (entry.strip().lower() for entry in excluded.split(",")):
         if entry == "*":
             return True
-        if address is not None and "/" in entry:
+        if "/" in entry:
             try:
-                if address in ip_network(entry, strict=False):
+                if address is not None and address in ip_network(entry, strict=False):
                     return True
             except ValueError:
-                continue
+                pass
+            continue
         name, colon, number = entry.rpartition(":")
-        if colon and number.isdigit() and (":" not in name or name.endswith("]")):
-            if int(number) != port:
+        port_given = number.isdecimal() or not number
+        if colon and port_given and (":" not in name or name.endswith("]")):
+            if number and int(number) != port:
                 continue
-            entry = name
-        entry = entry.strip("[]")
+            entry = name.removeprefix("[").removesuffix("]")
         if address is not None:
-            if entry == host:
+            if _address(entry) == address:
                 return True
-        elif entry and f".{host}".endswith(f".{entry.removeprefix('*').removeprefix('.')}"):
-            return True
+        elif entry:
+            below = entry.removeprefix("*") if entry.startswith("*.") else entry
+            if host.endswith(below if below.startswith(".") else f".{below}") or host == below:
+                return True
     return False
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    """None for what is none. As in Go, an IPv4 address in IPv6's form is that address."""
+    try:
+        found = ip_address(text)
+    except ValueError:
+        return None
+    return getattr(found, "ipv4_mapped", None) or found

@@ -80,10 +80,16 @@ def by_turns(world: World, scenes: Sequence[Scene]) -> Iterator[threading.Event]
     assert world.publisher.epoch == before + FLIPS
 
 
+PORTS = 60000
+
+
 def new_connection(world: World, frame: bytes, number: int) -> Outcome:
-    """The same TCP SYN from another port each time."""
+    """The same TCP SYN from another port each time; once all had their turn, what is known of
+    them is forgotten, so that it begins a connection again."""
+    if number % PORTS == 0:
+        world.clear()
     at = 34 if frame[12:14] == b"\x08\x00" else 54
-    port = (1024 + number % 60000).to_bytes(2, "big")
+    port = (1024 + number % PORTS).to_bytes(2, "big")
     return world.run("from_pod", frame[:at] + port + frame[at + 2 :], at_pod(A))
 
 
@@ -216,6 +222,13 @@ def test_no_packet_leaves_by_half_a_hop(world):
         while not finished.is_set():
             seen.add(world.run("from_pod", packet, at_pod(A)).packet[:12])
     assert seen == {b"".join(mac_bytes(mac) for mac in pair) for pair in macs}
+
+
+def test_a_port_whose_turn_comes_again_begins_a_connection_again(world):
+    """However many packets run while the states take turns, each is told."""
+    world.publish(base())
+    for number in (1, PORTS, PORTS + 1):
+        assert new_connection(world, RAW_SYN, number).events, number
 
 
 # ---- A mixture would show ----------------------------------------------------------------

@@ -204,7 +204,8 @@ def main() -> None:
                 ],
                 "rows": rows,
                 "notes": [
-                    f"cubic, {WINDOW} in flight; medians of {rounds} interleaved rounds; CPUs = 1: both ends on one",
+                    f"cubic, {WINDOW} in flight; medians of {rounds} interleaved rounds",
+                    "CPUs = 1: both ends on one",
                     f"bridge and lockgate with {SERVICES:,} services, lockgate with a policy too",
                     "lockgate without its limits of connections and events a second of a pod",
                     "every pod in a network namespace and a cgroup of its own, of one depth",

@@ -252,9 +252,7 @@ class Publisher:
 
     def _write_hops(self, view: int, hops: NDArray[Any]) -> None:
         if self._hop_tables[view] is not hops:
-            mine, wanted = self._hops[:, view], _as_rows(hops)
-            different = np.flatnonzero((mine != wanted).any(axis=1))
-            mine[different] = wanted[different]
+            _write_rows(self._hops[:, view], _as_rows(hops))
             self._hop_tables[view] = hops
 
     def _write_image(
@@ -290,14 +288,11 @@ class Publisher:
 
     def _write_endpoints(self, view: int, slots: NDArray[Any], views: NDArray[Any]) -> None:
         if slots is not self._slots:
-            mine, wanted = self._endpoints[:, : self._static], words(slots)[:, : self._static]
             live = (slots["flags"] & EP_LIVE) != 0
-            at = np.flatnonzero((mine != wanted).any(axis=1) & live)
-            mine[at] = wanted[at]
+            static = np.s_[:, : self._static]
+            _write_rows(self._endpoints[static], words(slots)[static], live)
         if self._views[view] is not views:
-            mine, wanted = self._endpoint_views(view), words(views)
-            at = np.flatnonzero((mine != wanted).any(axis=1))
-            mine[at] = wanted[at]
+            _write_rows(self._endpoint_views(view), words(views))
             self._views[view] = views
 
 
@@ -310,6 +305,12 @@ def _offset(struct: np.dtype[Any], field: str) -> int:
     """Of a field, in bytes."""
     assert struct.fields is not None
     return int(struct.fields[field][1])
+
+
+def _write_rows(mine: NDArray[Any], wanted: NDArray[Any], only: Any = True) -> None:
+    """Those that differ, of those that `only` says."""
+    at = np.flatnonzero((mine != wanted).any(axis=1) & only)
+    mine[at] = wanted[at]
 
 
 def _as_rows(records: NDArray[Any]) -> Bytes:

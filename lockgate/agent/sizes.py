@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from lockgate.bpf.btf import Schema
+from lockgate.bpf.maps import round_up
 
 __all__ = ["SHARE", "Sizes", "table_bytes"]
 
@@ -22,7 +23,7 @@ _HEADER, _BUCKET = 48, 16
 def table_bytes(entries: int, key: int, value: int) -> int:
     """Memory of an LRU hash: key and value begin at multiples of 8 in each element, and the number
     of buckets is a power of two (htab_map_alloc, htab_map_mem_usage)."""
-    element = _HEADER + _up(key) + _up(value)
+    element = _HEADER + round_up(key, 8) + round_up(value, 8)
     return entries * element + _BUCKET * (1 << (entries - 1).bit_length())
 
 
@@ -71,7 +72,3 @@ class Sizes:
             assert made.key is not None and made.value is not None, name
             total += table_bytes(entries, made.key.itemsize, made.value.itemsize)
         return total
-
-
-def _up(size: int) -> int:
-    return (size + 7) // 8 * 8

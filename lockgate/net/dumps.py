@@ -25,6 +25,7 @@ __all__ = [
     "Interface",
     "Route",
     "addresses",
+    "ask",
     "default_gateways",
     "default_routes",
     "filters",
@@ -90,7 +91,7 @@ class Interface:
 def interfaces() -> list[Interface]:
     """All links."""
     found = []
-    for body in _ask(_GETLINK, _DUMP, _IFINFO.pack(0, 0, 0, 0, 0)):
+    for body in ask(_GETLINK, _DUMP, _IFINFO.pack(0, 0, 0, 0, 0)):
         _, _, index, flags, _ = _IFINFO.unpack_from(body)
         own = _attributes(body, _IFINFO.size)
         name = own.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
@@ -102,7 +103,7 @@ def interfaces() -> list[Interface]:
 
 def link(ifindex: int) -> tuple[bytes, int]:
     """MAC and MTU of an interface; OSError with ENODEV if there is none."""
-    (body,) = _ask(_GETLINK, _ONE, _IFINFO.pack(0, 0, ifindex, 0, 0))
+    (body,) = ask(_GETLINK, _ONE, _IFINFO.pack(0, 0, ifindex, 0, 0))
     own = _attributes(body, _IFINFO.size)
     return own.get(_IFLA_ADDRESS, b""), int.from_bytes(own[_IFLA_MTU], "little")
 
@@ -111,7 +112,7 @@ def addresses(ifindex: int, *, link_local: bool = False, own: bool = False) -> l
     """Addresses with prefix length of an interface, link-local ones left out unless asked for;
     `own`: only those that are marked as ours."""
     found = []
-    for body in _ask(_GETADDR, _DUMP, _IFADDR.pack(0, 0, 0, 0, ifindex)):
+    for body in ask(_GETADDR, _DUMP, _IFADDR.pack(0, 0, 0, 0, ifindex)):
         _, length, _, _, index = _IFADDR.unpack_from(body)
         told = _attributes(body, _IFADDR.size)
         raw = told.get(_IFA_LOCAL) or told.get(_IFA_ADDRESS)
@@ -127,7 +128,7 @@ def default_gateways(ifindex: int) -> list[str]:
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
-        for body in _ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
+        for body in ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
             length, kind = body[1], body[7]
             own = _attributes(body, _ROUTE.size)
             gateway, card = own.get(_RTA_GATEWAY), own.get(_RTA_OIF, b"")
@@ -151,7 +152,7 @@ def default_routes() -> list[DefaultRoute]:
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
-        for body in _ask(_GETROUTE, _DUMP, request + _number(_RTA_TABLE, _MAIN)):
+        for body in ask(_GETROUTE, _DUMP, request + _number(_RTA_TABLE, _MAIN)):
             length, kind = body[1], body[7]
             if length or kind != _UNICAST:
                 continue
@@ -174,7 +175,7 @@ def on_link(address: str) -> int:
     family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
     wanted = _ROUTE.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, _FIB_MATCH)
     wanted += ATTRIBUTE.pack(ATTRIBUTE.size + len(packed), _RTA_DST) + packed
-    (body,) = _ask(_GETROUTE, _ONE, wanted)
+    (body,) = ask(_GETROUTE, _ONE, wanted)
     length, kind = body[1], body[7]
     own = _attributes(body, _ROUTE.size)
     if not length or kind != _UNICAST or _RTA_GATEWAY in own or _RTA_VIA in own:
@@ -187,7 +188,7 @@ def routes_of(ifindex: int) -> set[str]:
     found = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
-        for body in _ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
+        for body in ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
             length, kind = body[1], body[7]
             own = _attributes(body, _ROUTE.size)
             address, card = own.get(_RTA_DST), own.get(_RTA_OIF, b"")
@@ -200,9 +201,7 @@ def own_routes() -> list[str]:
     """Destinations of all routes of ours."""
     found = []
     for family, anywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
-        for body in _ask(
-            _GETROUTE, _DUMP, _ROUTE.pack(family, 0, 0, 0, 0, ROUTE_PROTOCOL, 0, 0, 0)
-        ):
+        for body in ask(_GETROUTE, _DUMP, _ROUTE.pack(family, 0, 0, 0, 0, ROUTE_PROTOCOL, 0, 0, 0)):
             if body[5] == ROUTE_PROTOCOL:
                 address = _attributes(body, _ROUTE.size).get(_RTA_DST)
                 found.append(f"{ip_address(address) if address else anywhere}/{body[1]}")
@@ -214,7 +213,7 @@ def own_unreachable() -> set[str]:
     found = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _ROUTE.pack(family, 0, 0, 0, _MAIN, ROUTE_PROTOCOL, 0, _UNREACHABLE, 0)
-        for body in _ask(_GETROUTE, _DUMP, request):
+        for body in ask(_GETROUTE, _DUMP, request):
             length, protocol, kind = body[1], body[5], body[7]
             address = _attributes(body, _ROUTE.size).get(_RTA_DST)
             if address and (protocol, kind) == (ROUTE_PROTOCOL, _UNREACHABLE):
@@ -239,7 +238,7 @@ def own_unicast(below: int) -> dict[str, Route]:
     found = {}
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _ROUTE.pack(family, 0, 0, 0, _MAIN, ROUTE_PROTOCOL, 0, _UNICAST, 0)
-        for body in _ask(_GETROUTE, _DUMP, request):
+        for body in ask(_GETROUTE, _DUMP, request):
             length, table, protocol, kind = body[1], body[4], body[5], body[7]
             own = _attributes(body, _ROUTE.size)
             index = int.from_bytes(own.get(_RTA_OIF, b""), "little")
@@ -257,7 +256,7 @@ def own_unicast(below: int) -> dict[str, Route]:
 
 def vxlan_port(ifindex: int) -> int | None:
     """UDP port of an interface that is a VXLAN device in external mode; None if it is not."""
-    (body,) = _ask(_GETLINK, _ONE, _IFINFO.pack(0, 0, ifindex, 0, 0))
+    (body,) = ask(_GETLINK, _ONE, _IFINFO.pack(0, 0, ifindex, 0, 0))
     info = _attributes(_attributes(body, _IFINFO.size).get(_IFLA_LINKINFO, b""), 0)
     data = _attributes(info.get(_INFO_DATA, b""), 0)
     external = any(data.get(_VXLAN_COLLECT_METADATA, b""))
@@ -274,7 +273,7 @@ def macs(ifindex: int) -> dict[str, bytes]:
     """Addresses → MACs that the kernel knows on an interface and does not hold to be dead."""
     found: dict[str, bytes] = {}
     request = _NEIGH.pack(0, 0, 0, 0, 0) + _number(_NDA_IFINDEX, ifindex)
-    for body in _ask(_GETNEIGH, _DUMP, request):
+    for body in ask(_GETNEIGH, _DUMP, request):
         family, index, state, _, _ = _NEIGH.unpack_from(body)
         own = _attributes(body, _NEIGH.size)
         address, mac = own.get(_NDA_DST), own.get(_NDA_LLADDR)
@@ -299,7 +298,7 @@ def filters(ifindex: int, direction: Direction) -> list[Filter]:
     there is no clsact. OSError with ENODEV if there is no interface."""
     found = []
     parent = FILTER_PARENTS[direction]
-    for body in _ask(_GETTFILTER, _DUMP, _TC.pack(0, ifindex, 0, parent, 0)):
+    for body in ask(_GETTFILTER, _DUMP, _TC.pack(0, ifindex, 0, parent, 0)):
         _, _, handle, _, info = _TC.unpack_from(body)
         own = _attributes(body, _TC.size)
         options = own.get(_TCA_OPTIONS)
@@ -317,11 +316,18 @@ def _number(attribute: int, value: int) -> bytes:
     return ATTRIBUTE.pack(8, attribute) + value.to_bytes(4, "little")
 
 
-def _ask(request: int, flags: int, payload: bytes) -> Iterator[bytes]:
-    """The bodies of the kernel's messages."""
+def ask(
+    request: int,
+    flags: int,
+    payload: bytes,
+    family: int = socket.NETLINK_ROUTE,
+    what: str = "",
+) -> Iterator[bytes]:
+    """The bodies of the kernel's messages. `what` names the request in an OSError."""
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    with socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE) as sock:
-        sock.setsockopt(_SOL_NETLINK, _STRICT, 1)
+    with socket.socket(socket.AF_NETLINK, kind, family) as sock:
+        if family == socket.NETLINK_ROUTE:
+            sock.setsockopt(_SOL_NETLINK, _STRICT, 1)
         sock.bind((0, 0))
         sock.send(HEADER.pack(HEADER.size + len(payload), request, flags, 1, 0) + payload)
         while True:
@@ -333,7 +339,8 @@ def _ask(request: int, flags: int, payload: bytes) -> Iterator[bytes]:
                 if type_ in (_ERROR, _DONE):
                     code = -int.from_bytes(body[:4], "little", signed=True)
                     if code > 0:
-                        raise OSError(code, f"netlink request {request}: {os.strerror(code)}")
+                        text = what or f"netlink request {request}"
+                        raise OSError(code, f"{text}: {os.strerror(code)}")
                     return
                 yield body
                 at += length + 3 & ~3

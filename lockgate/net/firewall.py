@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lockgate.net.dumps import ATTRIBUTE, HEADER
+from lockgate.net.dumps import ATTRIBUTE, ask
 
 __all__ = ["Chain", "Drop", "drops", "legacy_drops", "nft_chains", "reached"]
 
 _NETLINK_NETFILTER = 12
 _GETCHAIN, _GETRULE = 10 << 8 | 4, 10 << 8 | 7  # NFNL_SUBSYS_NFTABLES
 _DUMP = 0x301
-_ERROR, _DONE = 2, 3
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
 _NETDEV_HOOKS = ("ingress", "egress")
@@ -128,24 +127,9 @@ def _rule(chain: Chain, own: dict[int, bytes]) -> None:
 
 def _ask(request: int) -> Iterator[tuple[str, dict[int, bytes]]]:
     """Family and attributes of each object."""
-    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    with socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER) as sock:
-        sock.bind((0, 0))
-        payload = bytes(4)  # struct nfgenmsg: any family
-        sock.send(HEADER.pack(HEADER.size + len(payload), request, _DUMP, 1, 0) + payload)
-        while True:
-            data = sock.recv(1 << 18)
-            at = 0
-            while at + HEADER.size <= len(data):
-                length, type_, _, _, _ = HEADER.unpack_from(data, at)
-                body = data[at + HEADER.size : at + length]
-                if type_ in (_ERROR, _DONE):
-                    code = -int.from_bytes(body[:4], "little", signed=True)
-                    if code > 0:
-                        raise OSError(code, f"nftables: {os.strerror(code)}")
-                    return
-                yield _FAMILIES.get(body[0], str(body[0])), _attributes(body[4:])
-                at += length + 3 & ~3
+    any_family = bytes(4)  # struct nfgenmsg
+    for body in ask(request, _DUMP, any_family, _NETLINK_NETFILTER, "nftables"):
+        yield _FAMILIES.get(body[0], str(body[0])), _attributes(body[4:])
 
 
 def _attributes(body: bytes) -> dict[int, bytes]:

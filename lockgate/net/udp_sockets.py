@@ -7,23 +7,21 @@ namespace of the calling thread.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lockgate.net.dumps import HEADER
+from lockgate.net.dumps import ask
 
 __all__ = ["ConnectedUdp", "abort", "connected_udp"]
 
 _SOCK_DIAG = 4  # netlink family
 _BY_FAMILY, _DESTROY = 20, 21
 _DUMP, _REQUEST_ACK = 0x301, 5
-_ERROR, _DONE = 2, 3
 _QUERY = struct.Struct("=BBBxI")  # family, protocol, extensions, states
 _ESTABLISHED = 1 << 1  # what a connected UDP socket is in
-_REPLY_ID, _ID_SIZE = HEADER.size + 4, 48  # struct inet_diag_msg: inet_diag_sockid is second
+_ID_AT, _ID_SIZE = 4, 48  # struct inet_diag_msg: inet_diag_sockid is second
 _ID = struct.Struct("!HH16s16s")  # ports and addresses, source first
 _COOKIE = struct.Struct("=Q")
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -50,34 +48,19 @@ def abort(one: ConnectedUdp) -> bool:
     EDESTADDRREQ until it connects again. False: it is no longer there, or another. OSError
     (EOPNOTSUPP): the kernel cannot (INET_DIAG_DESTROY); EPERM: without CAP_NET_ADMIN."""
     query = _QUERY.pack(one.family, socket.IPPROTO_UDP, 0, _ESTABLISHED) + one.id
-    with _socket() as wire:
-        wire.send(HEADER.pack(HEADER.size + len(query), _DESTROY, _REQUEST_ACK, 1, 0) + query)
-        code = _code(wire.recv(1 << 12), 0)
-    if code in (errno.ENOENT, errno.ESTALE):
-        return False
-    if code:
-        raise OSError(code, os.strerror(code))
+    try:
+        list(ask(_DESTROY, _REQUEST_ACK, query, _SOCK_DIAG, "end a UDP socket"))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return False
+        raise
     return True
-
-
-def _socket() -> socket.socket:
-    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG)
 
 
 def _dump(family: int) -> Iterator[ConnectedUdp]:
     query = _QUERY.pack(family, socket.IPPROTO_UDP, 0, _ESTABLISHED) + bytes(_ID_SIZE)
-    with _socket() as wire:
-        wire.send(HEADER.pack(HEADER.size + len(query), _BY_FAMILY, _DUMP, 1, 0) + query)
-        while True:
-            data, at = wire.recv(1 << 16), 0
-            while at + HEADER.size <= len(data):
-                length, kind, *_ = HEADER.unpack_from(data, at)
-                if kind in (_ERROR, _DONE):
-                    if code := _code(data, at):
-                        raise OSError(code, os.strerror(code))
-                    return
-                yield _one(family, data[at + _REPLY_ID : at + _REPLY_ID + _ID_SIZE])
-                at += length + 3 & ~3
+    for body in ask(_BY_FAMILY, _DUMP, query, _SOCK_DIAG, "list UDP sockets"):
+        yield _one(family, body[_ID_AT : _ID_AT + _ID_SIZE])
 
 
 def _one(family: int, id: bytes) -> ConnectedUdp:
@@ -86,9 +69,3 @@ def _one(family: int, id: bytes) -> ConnectedUdp:
     if family == socket.AF_INET:
         address = _MAPPED + address[:4]
     return ConnectedUdp(family, cookie, address, port, id)
-
-
-def _code(data: bytes, at: int) -> int:
-    """The error number of an answer, 0 = none. That of a dump's end is one too."""
-    (code,) = struct.unpack_from("=i", data, at + HEADER.size)
-    return -int(code)

@@ -82,9 +82,13 @@ def remove(state: State) -> list[str]:
     for path in sorted(namespaces.path_of("").glob(f"{prefix}*")):
         if not path.name.startswith(others or ("/",)) and namespaces.delete(path.name):
             removed.append(path.name)
-    # A namespace that goes takes its links along, but only after a while.
+    # A namespace that goes takes its links along, but only after a while: perhaps just now.
     if interface(state) in _interfaces():
-        run("ip", "link", "del", interface(state))
+        try:
+            run("ip", "link", "del", interface(state))
+        except Failed:
+            if interface(state) in _interfaces():
+                raise
     return removed
 
 

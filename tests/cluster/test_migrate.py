@@ -108,10 +108,11 @@ def residents(cluster: Cluster) -> dict[str, Place]:
 
 
 @contextmanager
-def talking(cluster: Cluster, guarded: tuple[str, ...]) -> Iterator[Traffic]:
+def talking(cluster: Cluster, guarded: tuple[str, ...], settling: float = 0) -> Iterator[Traffic]:
     """Residents of both nodes talk to each other, to themselves by a service, in both families, on
     connections that stay and on new ones. Into those on the `guarded` nodes only what the policy
-    allows. At the end no connection was lost, refused or let through that should not."""
+    allows. At the end no connection was lost, refused or let through that should not. `settling`:
+    seconds for kube-proxy, which hears of new pods a second or more after they are ready."""
     pods = residents(cluster)
     service = cluster.json("-n", "shop", "get", "service", "resident")["spec"]["clusterIPs"]
     ways, denied = [], []
@@ -122,7 +123,7 @@ def talking(cluster: Cluster, guarded: tuple[str, ...]) -> Iterator[Traffic]:
         if node in guarded:
             denied += [(here.netns, ip, FORBIDDEN) for ip in there.ips]
     servers = [(one.netns, port) for one in pods.values() for port in (PORT, FORBIDDEN)]
-    with Traffic(servers, ways, denied) as running:
+    with Traffic(servers, ways, denied, settling) as running:
         running.more(5)
         yield running
         running.more(5)
@@ -185,7 +186,7 @@ def go_back(cluster: Cluster, node: str, networks: list[str]) -> None:
     cluster.start("kube-proxy", node)
     restart_residents(cluster, node)
     cluster.kubectl("delete", "-f", "-", input=manifest)
-    with talking(cluster, stayed) as traffic:
+    with talking(cluster, stayed, settling=30) as traffic:
         cluster.kubectl("uncordon", node)
         traffic.more(20)
 
@@ -228,7 +229,7 @@ def test_a_cluster_moves_from_the_bridge_plugin_node_by_node(bridged: Cluster) -
     for number, node in enumerate((first, second), 1):
         moved = (first,) * (number - 1)
         assert configurations(cluster, node) == ["10-bridge.conflist"]
-        with talking(cluster, moved) as traffic:
+        with talking(cluster, moved, settling=30) as traffic:
             evict(cluster, node)
             cluster.kubectl("label", "node", node, f"{NOT_YET}-")
             until("Lockgate", lambda n=number: daemonset_rolled_out(cluster, n), 180)
@@ -238,7 +239,7 @@ def test_a_cluster_moves_from_the_bridge_plugin_node_by_node(bridged: Cluster) -
         (told,) = [text for text in findings(cluster, node, "cni") if "wired" in text]
         assert "shop/resident-" in told
         restart_residents(cluster, node)
-        with talking(cluster, (*moved, node)) as traffic:
+        with talking(cluster, (*moved, node), settling=30) as traffic:
             take_the_bridge_away(cluster, node)
             traffic.more(20)
             cluster.kubectl("uncordon", node)

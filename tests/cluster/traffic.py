@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from cluster.commands import Failed, until
 from lockgate.net.namespaces import inside
 
 __all__ = ["Traffic"]
@@ -19,19 +20,24 @@ __all__ = ["Traffic"]
 PORT, FORBIDDEN = 9999, 7777
 _PATIENCE = 5.0
 _REFUSED = 0.2
+_SETTLED = 1.0
+_IN_A_ROW = 8
 
 
 class Traffic:
     """Echoes between namespaces from `with` to its end. `ways`: (client's namespace, address,
-    port) to servers; `denied`: the same, where no connection may come about."""
+    port) to servers; `denied`: the same, where no connection may come about. `settling`: seconds
+    that a service has to find its pods before any of it counts."""
 
     def __init__(
         self,
         servers: list[tuple[Path, int]],
         ways: list[tuple[Path, str, int]],
         denied: list[tuple[Path, str, int]],
+        settling: float = 0,
     ) -> None:
         self._servers, self._ways, self._denied = servers, ways, denied
+        self._settling = settling
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._wires: list[socket.socket] = []
@@ -48,6 +54,12 @@ class Traffic:
                 )
             self._wires.append(listener)
             self._start(lambda wire=listener: self._serve(wire))
+        try:
+            if self._settling:
+                until("connections each way", self._settled, self._settling)
+        except BaseException:
+            self._stop()
+            raise
         for way in self._ways:
             self._start(lambda way=way: self._stay(*way))
             self._start(lambda way=way: self._begin(*way))
@@ -61,6 +73,9 @@ class Traffic:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         self._over.set()
         for wire in self._wires:
             with contextlib.suppress(OSError):
@@ -82,6 +97,16 @@ class Traffic:
                 f" connections, {self.refused} of {refused} denied"
             )
             time.sleep(0.02)
+
+    def _settled(self) -> bool:
+        """Does every way work several times in a row: a service has more backends than one."""
+        try:
+            for netns, address, port in self._ways * _IN_A_ROW:
+                with _connect(netns, address, port, _SETTLED) as wire:
+                    _exchange(wire)
+        except OSError as error:
+            raise Failed(f"{address} port {port}: {error}") from None
+        return True
 
     # ---- Threads -----------------------------------------------------------------
 

@@ -140,9 +140,16 @@ def evict(cluster: Cluster, node: str) -> None:
 
 
 def restart_residents(cluster: Cluster, node: str) -> None:
-    where = ("-l", "app=resident", "--field-selector", f"spec.nodeName={node}")
-    cluster.kubectl("-n", "shop", "delete", "pod", *where, timeout=60)
-    ready(cluster)
+    where = ("-n", "shop", "-l", "app=resident", "--field-selector", f"spec.nodeName={node}")
+    cluster.kubectl("delete", "pod", *where, timeout=60)
+
+    # `rollout status` may still count the pod that is gone.
+    def back() -> bool:
+        (pod,) = cluster.json("get", "pods", *where)["items"] or ({},)
+        conditions = pod.get("status", {}).get("conditions", ())
+        return any((one["type"], one["status"]) == ("Ready", "True") for one in conditions)
+
+    until(f"the resident of {node}", back, 60)
 
 
 def take_the_bridge_away(cluster: Cluster, node: str) -> None:

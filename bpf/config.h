@@ -33,6 +33,19 @@ const volatile __u64 config_connection_ns = 0;
 const volatile __u64 config_event_ns = 0;
 const volatile __u64 config_fragment_ns = 0;
 
+/* 0 removes the table of flows (balance.h): TCP needs none. Nanoseconds until it
+ * may learn one more, 0 = always. */
+const volatile __u32 config_flows = 1;
+const volatile __u64 config_flow_ns = 0;
+
+/* Outer source of encapsulated packets, whose low bits are the flow's hash: a /16
+ * of IPv4 in network order, a /96 of IPv6. */
+const volatile __u8 config_outer4[4] = { 198, 18, 0, 0 };
+const volatile __u8 config_outer6[16] = { 0x01, 0x00 };
+
+/* Cookie of the node's network namespace (SO_NETNS_COOKIE): SVC_HOST_ONLY; 0 = not known. */
+const volatile __u64 config_netns_cookie = 0;
+
 /* 0 removes the code that tunnels packets to other nodes. */
 const volatile __u32 config_tunnel = 1;
 

@@ -14,6 +14,8 @@ const volatile struct {
 	enum endpoint_flag endpoint_flag;
 	enum isolation isolation;
 	enum service_flag service_flag;
+	enum owner_flag owner_flag;
+	struct owner owner;
 	enum hop_flag hop_flag;
 	enum link_role link_role;
 	enum ct_state ct_state;

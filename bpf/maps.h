@@ -154,6 +154,15 @@ struct {
 	__type(value, struct affinity);
 } affinities SEC(".maps");
 
+/* Outside clients' flows and the backend that each has: memory of UDP, a shortcut
+ * for TCP (docs/services.md). The key is the packet's tuple, client to frontend. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 131072);
+	__type(key, struct tuple);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
 /* The sockets that ever asked for a service: spares all others the look-up in
  * `sockets` with each connection. Ends with the socket. */
 struct {

@@ -41,7 +41,7 @@ struct node_state {
 	__u32 epoch;
 	__u32 capture;		/* bytes of the packet that ride on an event; 0 = none */
 	__u32 tunnel_port;	/* UDP port of our VXLAN device, host order; 0 = there is none */
-	__u32 reserved;
+	__u32 host_backends;	/* processes of the node serve frontends: see to_net.h */
 };
 
 /* The last id of each kind that was given out: no program reads it. It lasts as
@@ -137,6 +137,11 @@ struct endpoint {
  *     cell word   [cell + column]     low half: enforced, high half: pending
  *     backend     3 words: address (2), then {__be16 port, __u16 flags,
  *                                     __u32 endpoint id}
+ *     owner       struct owner: as a backend, and where it is
+ *     slot        one word: the numbers of OWNERS owners, __u16 each, the first
+ *                 in the lowest bits; NO_OWNER from where there are no more
+ *     range       one word: the roots of a CIDR trie, as IMAGE_CIDRS; class 1 is
+ *                 in one of the ranges
  * Port class 0 is "a protocol without ports". Class 0 is "no rule names it".
  */
 #define IMAGE_PORTS       0
@@ -149,6 +154,8 @@ struct endpoint {
 #define CIDR_SKIP         63
 #define CIDR_LEVELS       17	/* 16 that use 8 bits or more, and a class */
 #define BACKEND_WORDS     3
+#define OWNERS            4
+#define NO_OWNER          0xffffu
 
 #define CELL_ALLOW        0x80000000u	/* clear = deny */
 #define CELL_LOG          0x40000000u
@@ -164,16 +171,53 @@ struct service_key {
 };
 
 enum service_flag {
-	SVC_PRESENT = 1,	/* exists in this view */
+	SVC_PRESENT   = 1,	/* exists in this view */
+	SVC_FRONTEND  = 2,	/* for clients outside the cluster too: `table` */
+	SVC_SNAT      = 4,	/* they reach other nodes' backends as this node; else DSR */
+	SVC_LOCAL     = 8,	/* only this node's backends serve them: drop if none does */
+	SVC_RANGES    = 16,	/* serves only sources in `ranges`, pods included */
+	SVC_OPEN      = 32,	/* without port: a host's address too, other ports are the host's */
+	SVC_HOST_ONLY = 64,	/* loopback: for the node's own sockets only */
+	SVC_INTERNAL_LOCAL = 128,	/* the same as SVC_LOCAL, for clients in the cluster */
 };
 
 struct service_view {
 	__u32 id;		/* service id, resolves through the journal */
-	__u32 backends;		/* image word of the first backend */
+	__u32 backends;		/* image word of the first backend, for clients in the cluster */
 	__u16 count;		/* of backends; 0 = refuse */
 	__u16 flags;		/* enum service_flag bits */
 	__u32 affinity;		/* seconds that a client keeps its backend; 0 = none */
+	/* SVC_FRONTEND: */
+	__u32 table;		/* image word of the first slot */
+	__u32 owners;		/* image word of the first owner */
+	__u16 slot_bits;	/* the table has 1 << slot_bits slots */
+	__u16 owner_count;	/* 0 = there is no table: refuse, or drop (SVC_LOCAL) */
+	__u32 ranges;		/* SVC_RANGES: image word of the roots */
 };
+
+/* A backend as a table's owner, BACKEND_WORDS words of the image. */
+struct owner {
+	struct addr addr;
+	__be16 port;
+	__u16 flags;		/* enum owner_flag bits */
+	__u32 target;		/* target_kind << 28 | slot or hop; TO_HOST: this node's process */
+} __attribute__((aligned(8)));
+
+enum owner_flag {
+	OWNER_ENDS = 1,		/* takes no new connections but of the last resort */
+};
+
+/* What was chosen lately for a flow from outside: client → frontend. */
+struct flow {
+	struct addr addr;	/* the backend */
+	__be16 port;
+	__u16 pad;
+	__u32 service;		/* service id */
+	__u32 target;		/* as its owner's */
+	__u32 epoch;		/* in which it was known to serve */
+	__u32 seen;		/* seconds, monotonic */
+	__u32 spare;
+} __attribute__((aligned(8)));
 
 struct service {
 	struct service_view view[2];
@@ -384,6 +428,8 @@ enum place {
 	PLACE_FROM_POD = 1,
 	PLACE_TO_POD   = 2,
 	PLACE_FROM_NET = 3,
+	PLACE_TO_NET   = 4,
+	PLACE_XDP      = 5,
 };
 
 /* Why a packet was dropped. The names are what users see, lower-cased, with
@@ -416,6 +462,11 @@ enum cause {
 	CAUSE_TUNNEL_STRANGER    = 24,	/* brings tunnel packets, and is no node or comes from outside */
 	CAUSE_FRAGMENT_RATE      = 25,	/* first fragments of, or for, one pod: too many a second */
 	CAUSE_UNRELATED_ERROR    = 26,	/* a pod's ICMP error about nothing that it was sent */
+	CAUSE_SOURCE_RANGE       = 27,	/* not in the service's loadBalancerSourceRanges */
+	CAUSE_NO_LOCAL_BACKEND   = 28,	/* traffic policy Local, and no backend here */
+	CAUSE_NO_FRONTEND        = 29,	/* encapsulated, but inside is no frontend of the pod */
+	CAUSE_FIREWALL           = 30,	/* by an entry of the firewall, or its default */
+	CAUSE_FIREWALL_RATE      = 31,	/* over the packets a second of its source */
 	CAUSE_MAX
 };
 

@@ -193,7 +193,14 @@ class Encoder:
 
     def _service_values(self, services: Iterable[ServiceView]) -> Bytes:
         values = structured(
-            ((s.id, s.backends, s.count, s.flags, s.affinity) for s in services), self._service_view
+            (
+                (
+                    *(s.id, s.backends, s.count, s.flags, s.affinity),
+                    *(s.table, s.owners, s.slot_bits, s.owner_count, s.ranges),
+                )
+                for s in services
+            ),
+            self._service_view,
         )
         return rows(values, self._service_view.itemsize)
 

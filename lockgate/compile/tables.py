@@ -50,7 +50,19 @@ PEER_HOST = 4
 ISOLATED_INGRESS = 1
 ISOLATED_EGRESS = 2
 
+OWNERS = 4
+NO_OWNER = 0xFFFF
+
 SVC_PRESENT = 1
+SVC_FRONTEND = 2
+SVC_SNAT = 4
+SVC_LOCAL = 8
+SVC_RANGES = 16
+SVC_OPEN = 32
+SVC_HOST_ONLY = 64
+SVC_INTERNAL_LOCAL = 128
+
+OWNER_ENDS = 1
 
 NO_SLOT = 0xFFFF_FFFF
 #: In the place of a slot: a pod that is reached by the node's stack.
@@ -101,6 +113,11 @@ class ServiceView:
     flags: int
     affinity: int = 0
     """Seconds that a client keeps its backend; 0: it keeps none."""
+    table: int = 0
+    owners: int = 0
+    slot_bits: int = 0
+    owner_count: int = 0
+    ranges: int = 0
 
 
 class Ids(Protocol):

@@ -6,21 +6,8 @@
 #ifndef LOCKGATE_PACKET_H
 #define LOCKGATE_PACKET_H
 
-#include <linux/in.h>
-#include <linux/in6.h>
-
+#include "headers.h"
 #include "maps.h"
-
-#define ETH_HLEN     14
-#define ETH_P_IP     0x0800
-#define ETH_P_ARP    0x0806
-#define ETH_P_IPV6   0x86dd
-
-
-#define TCP_FIN 0x01
-#define TCP_SYN 0x02
-#define TCP_RST 0x04
-#define TCP_ACK 0x10
 
 #define TCX_NEXT     -1		/* let the next program, then the stack, have it */
 #define TCX_DROP     2

@@ -83,4 +83,17 @@ struct icmp_head {
 #define SCTP_SHUTDOWN_ACK      8
 #define SCTP_SHUTDOWN_COMPLETE 14
 
+/* The checksum of an IPv4 header whose TTL becomes one less (RFC 1624): TTL is the high
+ * byte of its word. */
+static __always_inline __u16 less_ttl_csum(__u16 csum, __u8 ttl)
+{
+	__u16 sum = ~csum, less = ~bpf_htons(ttl << 8), more = bpf_htons((ttl - 1) << 8);
+
+	sum += less;
+	sum += sum < less;
+	sum += more;
+	sum += sum < more;
+	return ~sum;
+}
+
 #endif

@@ -7,6 +7,7 @@
 #ifndef LOCKGATE_DSR_H
 #define LOCKGATE_DSR_H
 
+#include "count.h"
 #include "flow.h"
 #include "frame.h"
 #include "outer.h"

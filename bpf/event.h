@@ -5,6 +5,7 @@
 #ifndef LOCKGATE_EVENT_H
 #define LOCKGATE_EVENT_H
 
+#include "count.h"
 #include "limit.h"
 
 /* Send p->event, with the packet's first bytes when the node asks for them. */

@@ -8,7 +8,7 @@
 
 #include "backend.h"
 #include "balance.h"
-#include "limit.h"
+#include "bucket.h"
 
 /* What every balancer may have of an earlier connection with the same ends, whose SYN
  * another saw, must soon count no more. */

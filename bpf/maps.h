@@ -234,19 +234,4 @@ static __always_inline __u64 *image_word(void *image, __u32 index)
 	return bpf_map_lookup_elem(image, &index);
 }
 
-/* ---- Counting ---------------------------------------------------------------- */
-
-static __always_inline void count_many(__u32 counter, __u64 many)
-{
-	__u64 *n = bpf_map_lookup_elem(&counters, &counter);
-
-	if (n)
-		*n += many;
-}
-
-static __always_inline void count(__u32 counter)
-{
-	count_many(counter, 1);
-}
-
 #endif

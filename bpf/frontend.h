@@ -268,10 +268,12 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 		reverse_of(&p->asked, &p->inner);
 	else
 		p->asked = p->wire;
+	/* A frame for another machine's MAC, that a bridge sent everywhere, is that one's. */
+	if (p->role != LINK_TUNNEL && skb->pkt_type != PACKET_HOST)
+		return GO_STACK;
 	struct service_view *view = service_find(p, &p->asked, false);
 
-	/* A frame for another machine's MAC, that a bridge sent everywhere, is that one's. */
-	if (!view || !(view->flags & SVC_FRONTEND) || (p->role != LINK_TUNNEL && skb->pkt_type != PACKET_HOST))
+	if (!view || !(view->flags & SVC_FRONTEND))
 		return no_frontend(skb, p);
 	p->service = view->id;
 	p->hash = flow_hash(&p->asked);

@@ -5,8 +5,8 @@
 
 #include "packet.h"
 
-/* Class of an address by the trie whose roots are at image word `root`: without a
- * block of its family that is one read. Not static, so that the verifier walks its
+/* Class of an address by the trie whose roots are at image word `root`; slots lead to words
+ * from IMAGE_CIDRS on. Without a block of its family that is one read. Not static, so that the verifier walks its
  * loop once and not for each caller. */
 __noinline __u32 cidr_class(__u32 epoch, __u32 root, const struct addr *addr)
 {
@@ -30,7 +30,7 @@ __noinline __u32 cidr_class(__u32 epoch, __u32 root, const struct addr *addr)
 	for (int level = 0; level < CIDR_LEVELS; level++) {
 		if (!(slot & CIDR_NEXT))
 			return slot;
-		__u32 at = root + (slot & CIDR_WORD);
+		__u32 at = IMAGE_CIDRS + (slot & CIDR_WORD);
 		__u32 stride = (slot & CIDR_STRIDE) >> CIDR_STRIDE_SHIFT;
 
 		if (stride) {

@@ -27,6 +27,7 @@ from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
 from lockgate.compile.tables import (
     CELL_ALLOW,
+    IMAGE_CIDRS,
     IMAGE_PORT_WORDS,
     PORT_TABLE_BY_NUMBER,
     EndpointView,
@@ -212,7 +213,9 @@ class Scene:
             ]
             own = SVC_PRESENT | self.addresses.get(address, 0)
             tables.services[packed, 0, 0] = ServiceView(0, 0, 0, own)
-            ranges = trie([(*block, 1) for block in service.ranges])
+            leaves = [(*block, 1) for block in service.ranges]
+            ranges = trie(leaves, start + len(words) - IMAGE_CIDRS)
+            ranged = add(np.frombuffer(ranges, "<u8").tolist())
             tables.services[packed, port, proto] = ServiceView(
                 service.id,
                 at,
@@ -223,7 +226,7 @@ class Scene:
                 owners,
                 len(slots).bit_length() - 1 if service.owners else 0,
                 len(service.owners),
-                add(np.frombuffer(ranges, "<u8").tolist()) if service.ranges else 0,
+                ranged,
             )
             behind = {(one.address, one.port) for one in service.owners} | {*service.backends}
             tables.backends.update(

@@ -116,7 +116,7 @@ def of_pod(
     for ask, port in asks:
         ipv4, protocol = is_ipv4(ask.key[0]), ask.key[2]
         backend = next((a for a in addresses if is_ipv4(a) == ipv4), None)
-        if backend is None:
+        if backend is None or ask.key in draft.entries:
             continue
         spot = backend, port.container_port
         number = around.ids.service(*pod.key, HOST_PORT, port.protocol, port.host_port)

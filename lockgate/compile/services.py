@@ -133,10 +133,7 @@ class Services:
             if key in wishes:
                 continue
             wishes[key] = self._wish(key, cluster, pods, around)
-            moved = self._claim(key, wishes[key])
-            for one in (key, *moved) if moved else ():
-                self._withdraw(one)
-            queue += moved
+            queue += self._claim(key, wishes[key])
         keys = sorted(wishes)
         for start in range(0, len(keys), _TOGETHER):
             self._make({key: wishes[key] for key in keys[start : start + _TOGETHER]}, around)
@@ -219,7 +216,8 @@ class Services:
         return _Wish(service, asks, claims, errors)
 
     def _claim(self, key: Holder, wish: _Wish | None) -> set[Holder]:
-        """Its claims are others now: the other holders that this concerns."""
+        """Its claims are others now: the other holders that this concerns. All their entries are
+        away, for they may become somebody else's."""
         part = self.parts.get(key)
         before = part.claims if part is not None else ()
         after = wish.claims if wish is not None else ()
@@ -228,7 +226,10 @@ class Services:
         self._due.update(one[0] for one in {*before} ^ {*after} if one[1:] == (0, 0))
         if part is not None:
             part.claims = after
-        return self._claims.change(key, before, after)
+        concerned = self._claims.change(key, before, after)
+        for one in (key, *concerned):
+            self._withdraw(one)
+        return concerned
 
     # ---- One holder ------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ class Services:
         )
 
     def _withdraw(self, key: Holder) -> None:
-        """Take a holder's entries away, for they may become another's."""
+        """Take a holder's entries away."""
         part = self.parts.get(key)
         if part is not None:
             for entry in part.entries:

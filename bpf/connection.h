@@ -313,14 +313,6 @@ static __always_inline bool for_a_pod(struct packet *p)
 	return is_at_pod(p, &p->wire.daddr);
 }
 
-/* Is it the address of a pod, of whatever node? */
-static __always_inline bool is_pod(struct packet *p, const struct addr *addr)
-{
-	enum peer_kind kind = kind_of(p, addr);
-
-	return kind == PEER_LOCAL || kind == PEER_REMOTE;
-}
-
 /* Can what goes to a pod's address be translated? Datagrams to a backend that went
  * are, until their socket ends (service_again()); and so errors about the answers. */
 static __always_inline bool may_have_moved(struct __sk_buff *skb, struct packet *p)

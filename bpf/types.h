@@ -42,6 +42,7 @@ struct node_state {
 	__u32 capture;		/* bytes of the packet that ride on an event; 0 = none */
 	__u32 tunnel_port;	/* UDP port of our VXLAN device, host order; 0 = there is none */
 	__u32 host_backends;	/* processes of the node serve frontends: see to_net.h */
+	struct addr node4, node6;	/* its InternalIPs, where its node ports are; or all zero */
 };
 
 /* The last id of each kind that was given out: no program reads it. It lasts as

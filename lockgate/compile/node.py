@@ -82,8 +82,8 @@ def compile_node(
             state.peers.delta(),
             state.services.views.delta(),
             state.services.backends_delta(),
-            state.services.ending_delta(),
             state.image.changed,
+            state.services.ending_delta(),
         )
     state.serial = tables.serial
     return tables
@@ -101,6 +101,9 @@ class _State:
         self.peers = Peers()
         self.services = Services(self.image)
         self._host = _NO_HOST
+        #: What addresses weigh that weigh less than others, and those where it is another now.
+        self._weights: dict[bytes, int] = {}
+        self._reweighed: set[bytes] = set()
         #: Addresses of this node, and its zone.
         self._own: tuple[bytes, ...] = ()
         self._zone = ""
@@ -191,10 +194,10 @@ class _State:
             self._endpoints,
             self.services.views,
             self.services.backends,
-            self.services.ending,
-            self.services.hosting,
             errors,
             cache=self,
+            ending=self.services.ending,
+            host_backends=self.services.hosting,
         )
 
     # ---- Pods ------------------------------------------------------------------------
@@ -229,6 +232,11 @@ class _State:
     def _settle(self, address: bytes) -> None:
         """Bring what there is to say of an address into the table."""
         view, facts = self._of_nodes.get(address), self.pods.owners.get(address)
+        if (weight := self._weight(address)) != self._weights.get(address, MOST_WEIGHT):
+            self._reweighed.add(address)
+            self._weights[address] = weight
+            if weight == MOST_WEIGHT:
+                del self._weights[address]
         if view is not None:
             self.peers.put(address, view, NO_SPOT)
         elif facts is None:
@@ -350,8 +358,8 @@ class _State:
         self._host_pods.clear()
         here = self._nodes.get(self.node)
         own, zone = self._addresses(here, host), "" if here is None else here.zone
-        addresses = {*self._replaced(), *self.pods.reweighed}
-        self.pods.reweighed.clear()
+        addresses = {*self._replaced(), *self._reweighed}
+        self._reweighed.clear()
         if own != self._own:
             again |= services.at_node
             addresses.update({*own} ^ {*self._own})

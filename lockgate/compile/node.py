@@ -82,9 +82,9 @@ def compile_node(
             base,
             state.peers.delta(),
             state.services.views.delta(),
-            state.services.backends_delta(),
+            state.services.live.backends_delta(),
             state.image.changed,
-            state.services.ending_delta(),
+            state.services.live.ending_delta(),
         )
     state.serial = tables.serial
     return tables
@@ -194,10 +194,10 @@ class _State:
             self.peers,
             self._endpoints,
             self.services.views,
-            self.services.backends,
+            self.services.live.backends,
             errors,
             cache=self,
-            ending=self.services.ending,
+            ending=self.services.live.ending,
             host_backends=self.services.hosting,
         )
 

@@ -133,6 +133,7 @@ class Publisher:
             if tables.serial != self._serial and delta is None:
                 self._behind = None
             self._serial = tables.serial
+            self._dp.state.view["host_backends"][0] |= tables.host_backends
             return False
         following = epoch + 1 if epoch < _MAX_EPOCH else 2
         if following <= self._dp.beyond < _MAX_EPOCH - 2:

@@ -326,6 +326,10 @@ static __always_inline bool may_have_moved(struct __sk_buff *skb, struct packet 
  * late answer of a backend that went began it, it does not take the client back. */
 static __noinline struct ct *find_untranslated(struct __sk_buff *skb, struct packet *p, const struct tuple *t)
 {
+	p->twin = p->late = 0;
+	/* A frontend's. The client may be a pod of this node, which has an entry of its own. */
+	if (p->outer_size)
+		return NULL;
 	struct ct *ct = ct_find(p, t);
 
 	p->twin = ct && (p->place == PLACE_FROM_POD || p->place == PLACE_FROM_NET) && !p->reply &&

@@ -65,7 +65,7 @@ static __noinline int owner_kept(struct packet *p, struct service_view *view)
 	client.service = view->id;
 	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
 	if (!view->affinity ||
-	    !affinity_find(&client, view, p->epoch, p->asked.proto, p->now_s, p->dry || p->quoted, &kept))
+	    !affinity_find(&client, view, p->epoch, p->asked.proto, begins(p), p->now_s, p->dry || p->quoted, &kept))
 		return 0;
 	set_owner(p, &kept.addr, kept.port);
 	return 1;
@@ -202,7 +202,7 @@ static __always_inline int no_frontend(struct __sk_buff *skb, struct packet *p)
 	if (!address || (address->flags & (SVC_FRONTEND | SVC_OPEN)) != SVC_FRONTEND)
 		return GO_STACK;
 	if (is_echo(p))
-		return answer_echo(skb, p);
+		return p->fragment == FRAG_FIRST && !leave_ports(p, NO_SLOT) ? drop(skb, p) : answer_echo(skb, p);
 	GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
 	return nobody_serves(skb, p, p->asked.proto != (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6));
 }

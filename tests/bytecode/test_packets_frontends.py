@@ -279,10 +279,10 @@ def tables() -> Iterator[Golden]:
             dropped("ttl-exceeded"),
             frontends,
         )
-        for size, fits in ((1400 - (20 if family == 4 else 40), True), (1400, False)):
+        mtu = 1400 - (20 if family == 4 else 40)
+        for size, fits in ((mtu, True), (mtu + 1, False)):
             packet = ip(family, "world", LB[family]) / udp(SPORT, PORTS[DSR])
-            packet = packet / Raw(bytes(size + (0 if fits else 1) - len(packet)))
-            mtu = 1400 - (20 if family == 4 else 40)
+            packet = packet / Raw(bytes(size - len(packet)))
             yield Golden(
                 f"{name}: {size} bytes {'fit' if fits else 'do not fit'} with the outer header",
                 "from_net",

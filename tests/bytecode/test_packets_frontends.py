@@ -42,6 +42,7 @@ from tests.bytecode.goldens import (
     allowed,
     answer4,
     at_pod,
+    base,
     check,
     dropped,
     echo,
@@ -520,6 +521,21 @@ def test_a_flow_keeps_its_backend_while_that_serves(world: World, family: int) -
     assert to("udp") == "far"
     assert to("ack") == "remote"
     assert to("syn") == "remote"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_first_owner_here_does_not_know_goes_on_to_the_next(
+    world: World, family: int
+) -> None:
+    """CHAIN's owners in order: b, remote, far. What begins is b's."""
+    world.publish(base())
+    world.publish(frontends())
+    out = run(world, "from_net", wire() / ask(family, CHAIN, "ack"), OUTSIDE)
+    inner = ip(family, "world", LB[family], ttl=63) / tcp(SPORT, PORTS[CHAIN], "A")
+    same_frame(out.packet, to_hop() / outer(inner, "remote"))
+    for kind in ("syn", "udp", "ack"):
+        out = run(world, "from_net", wire() / ask(family, CHAIN, kind), OUTSIDE)
+        assert Ether(out.packet)[1].dst == ADDRESSES[family]["b"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -310,7 +310,14 @@ static __always_inline bool is_at_pod(struct packet *p, const struct addr *addr)
 
 static __always_inline bool for_a_pod(struct packet *p)
 {
-	return is_at_pod(p, &p->wire.daddr);
+	struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
+	enum peer_kind kind = peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
+
+	p->to_host = kind == PEER_HOST;
+	if (kind != PEER_LOCAL)
+		return false;
+	p->slot = peer->view[p->epoch & 1].target;
+	return true;
 }
 
 /* Can what goes to a pod's address be translated? Datagrams to a backend that went

@@ -211,7 +211,7 @@ static __always_inline int no_frontend(struct __sk_buff *skb, struct packet *p)
 		GIVE_UP(p, CAUSE_NO_FRONTEND);
 		return drop(skb, p);
 	}
-	struct service_view *address = p->quoted ? NULL : service_find(p, &p->asked, true);
+	struct service_view *address = p->quoted || p->to_host ? NULL : service_find(p, &p->asked, true);
 
 	if (!address || (address->flags & (SVC_FRONTEND | SVC_OPEN)) != SVC_FRONTEND)
 		return GO_STACK;
@@ -292,10 +292,13 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 {
 	if (!p)
 		return TCX_DROP;
-	if (p->quoted)
+	if (p->quoted) {
 		reverse_of(&p->asked, &p->inner);
-	else
-		p->asked = p->wire;
+	} else {
+		copy_addr(&p->asked.saddr, &p->wire.saddr);
+		copy_addr(&p->asked.daddr, &p->wire.daddr);
+		set_ends(&p->asked, p->wire.sport, p->wire.dport, p->wire.proto);
+	}
 	/* A frame for another machine's MAC, that a bridge sent everywhere, is that one's. */
 	if (p->role != LINK_TUNNEL && skb->pkt_type != PACKET_HOST)
 		return GO_STACK;

@@ -38,8 +38,8 @@ static __always_inline bool admit(struct __sk_buff *skb, struct packet *p, __u8 
 	p->tuple.saddr = p->wire.saddr;
 	bool allowed = judge(p, &p->tuple);
 
-	/* What another node sent here encapsulated, it took from the client: which may be anywhere. */
-	if (p->place == PLACE_FROM_NET && !p->outer_size &&
+	/* A frontend's client was looked at: see is_believed(). */
+	if (p->place == PLACE_FROM_NET && !(*flags & CT_SERVICE) &&
 	    (is_ours(p->src_target) || !comes_by(skb, p, p->src_target))) {
 		p->judged = 0;
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
@@ -278,7 +278,7 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 		}
 	}
 	if (p->place == PLACE_FROM_NET && !p->outer_size && !comes_by(skb, p, ct->target[!p->reply]) &&
-	    !answers_for_another(p, ct)) {
+	    !answers_for_another(p, ct) && !(ct->flags & CT_SERVICE && is_between_nodes(p))) {
 		p->judged = 0;
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
 		return drop(skb, p);

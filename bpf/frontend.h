@@ -251,13 +251,13 @@ __noinline int send_encapsulated(struct __sk_buff *skb, struct packet *p)
 	return leave_by(skb, p, hop);
 }
 
-/* Can it be a client's who is not of this node, by this link? begin() asks the same of what
- * is served here. */
+/* Can it be a client's who is not of this node, by this link? What another node sent here
+ * encapsulated, it took from the client, who may be anywhere. */
 static __always_inline bool is_believed(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 source = peer_target(p, &p->wire.saddr);
 
-	return p->outer_size || (!is_ours(source) && comes_by(skb, p, source));
+	return p->outer_size || (!is_ours(source) && (comes_by(skb, p, source) || is_between_nodes(p)));
 }
 
 /* The node port that another node's client asked there, as this node has it. All nodes have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from scapy.layers.inet import IP
@@ -65,6 +66,8 @@ from tests.bytecode.goldens import (
 )
 from tests.bytecode.world import (
     DROP,
+    HOP_MAC,
+    HOP_TUNNEL,
     INGRESS,
     NEXT,
     OUTSIDE,
@@ -72,6 +75,7 @@ from tests.bytecode.world import (
     TCP,
     UDP,
     UNDERLAY,
+    Scene,
     World,
 )
 
@@ -741,3 +745,28 @@ def test_a_pod_reaches_another_nodes_port_and_hears_a_third(world: World, family
         wire() / ip(family, "node", "a") / tcp(NODE_PORT, SPORT, "SA"), UNDERLAY,
     )
     assert out.verdict == REDIRECT
+
+
+# ---- By which link ---------------------------------------------------------------------
+
+
+def tunnelled() -> Scene:
+    """The way to hop 1 leads through another link, as VXLAN's device would be."""
+    scene = frontends()
+    hop = replace(scene.hops[1], ifindex=999, flags=HOP_MAC | HOP_TUNNEL)
+    return scene.but(hops={**scene.hops, 1: hop})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nodes_talk_to_nodes_beside_the_tunnel_and_pods_do_not(world: World, family: int) -> None:
+    world.publish(tunnelled())
+    for kind in ("syn", "ack"):
+        out = run(world, "from_net", wire() / ask(family, HERE, kind, source="node"), UNDERLAY)
+        assert out.verdict == REDIRECT, out.events
+    out = run(world, "from_net", wire() / ask(family, HERE, source="node"), OUTSIDE)
+    same_events(out.events, dropped("spoofed-source"))
+    for service in (HERE, DSR, SNAT):
+        out = run(world, "from_net", wire() / ask(family, service, source="remote"), UNDERLAY)
+        same_events(out.events, dropped("spoofed-source"))
+    out = run(world, "from_net", wire() / ip(family, "node", "a") / syn(), UNDERLAY)
+    same_events(out.events, dropped("spoofed-source"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,10 @@ __all__ = ["up"]
 
 #: Of others, which nodes and their agents are started with, and the packages that have them.
 _PROGRAMS = {"ip": "iproute2", "bash": "bash", "nsenter": "util-linux"}
+
+#: A line of the supervisor's log.
+_SAID = re.compile(r"\S+ (?P<time>[\d:]+)\S* (?P<level>\w+) lockgate\.supervisor: (?P<text>.*)")
+_LEVELS = {"WARNING": "warning: ", "ERROR": "error: "}
 
 #: Exit code after Ctrl-C, as shells have it.
 INTERRUPTED = 130
@@ -103,6 +109,7 @@ def up(
     code = 0
     try:
         status = _until_ready(state, supervisor, timeout, quiet=as_json)
+        told = state.log.stat().st_size
         late = [*status["reasons"], *(f"pod is not ready: {text}" for text in not_ready(status))]
         if not as_json:
             _greet(status, cluster, late)
@@ -121,8 +128,8 @@ def up(
         code = code if good else 1
         if not once:
             if not as_json:
-                click.echo("\nThe cluster runs until Ctrl-C.")
-            supervisor.wait()
+                click.echo("\nThe cluster runs until Ctrl-C. What you save is told here:")
+            _follow(state, supervisor, told, quiet=as_json)
             click.echo("The cluster was taken down.", err=True)
     except KeyboardInterrupt:
         code = INTERRUPTED if once else code  # the check was not made
@@ -292,6 +299,23 @@ def _greet(status: dict[str, Any], cluster: str, late: list[str]) -> None:
         f"Cluster {cluster}: {nodes} node{'s' * (nodes != 1)}, {count['ready']} of"
         f" {count['total']} pods ready, watching {status['folder']}"
     )
+
+
+def _follow(state: State, supervisor: subprocess.Popen[bytes], start: int, quiet: bool) -> None:
+    """Shows what the supervisor says from that place of its log on, until it ends."""
+    with state.log.open("rb") as log:
+        log.seek(start)
+        rest = b""
+        while True:
+            over = supervisor.poll() is not None
+            *lines, rest = (rest + log.read()).split(b"\n")
+            for line in [] if quiet else lines:
+                if said := _SAID.match(line.decode(errors="replace")):
+                    click.echo(f"{said['time']}  {_LEVELS.get(said['level'], '')}{said['text']}")
+            if over:
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                supervisor.wait(0.1)
 
 
 def _stop(state: State, supervisor: subprocess.Popen[bytes], quiet: bool) -> None:

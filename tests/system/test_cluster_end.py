@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -380,4 +381,41 @@ def test_ctrl_c_takes_the_cluster_down(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+        run("down", "--cluster", name, code=0)
+
+
+def test_who_watches_a_cluster_is_told_what_becomes_of_each_save(tmp_path: Path) -> None:
+    name, folder = unique_name("ti"), manifests(tmp_path / "m")
+    process = subprocess.Popen(
+        [*LOCKGATE, "up", str(folder), "--cluster", name],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout
+    lines = iter(process.stdout.readline, "")
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        assert any("What you save is told here" in line for line in lines)
+        saved = folder / "saved.yaml"
+        for port, told in (
+            (0, "error: saved.yaml, document 1 (NetworkPolicy end/one), field spec.ingress[0]"),
+            (80, "in force on all nodes: revision "),
+        ):
+            spec = {"podSelector": {}, "ingress": [{"ports": [{"port": port}]}]}
+            saved.write_text(manifest("NetworkPolicy", "end", "one", spec))
+            assert told in next(lines)
+        (folder / "odd.json").write_text(manifest("Ingress", "end", "odd", {}))
+        warning = "warning: odd.json, document 1: ignored v1 Ingress end/odd"
+        assert warning in next(lines)
+        assert "in force on all nodes: revision " in next(lines)
+        assert warning in run("wait", "--cluster", name, code=0).stderr
+    finally:
+        watchdog.cancel()
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        process.stdout.close()
         run("down", "--cluster", name, code=0)

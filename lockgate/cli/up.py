@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -103,6 +105,7 @@ def up(
     _need_features()
     state = State(cluster)
     _check_manifests(folder, state)
+    begun = _begin(state)
     _clear(state, quiet=as_json)
     settings = Settings(routing=routing, capture=capture, limits=limits)
     supervisor = _start(state, folder, nodes, settings, detach)
@@ -136,6 +139,7 @@ def up(
     finally:
         if not detach:
             _stop(state, supervisor, quiet=as_json)
+        begun.close()
     sys.exit(code)
 
 
@@ -174,6 +178,19 @@ def _check_manifests(folder: Path, cluster: State) -> None:
     for item in state.objects:
         if isinstance(item, Node) and (problem := cluster.node_problem(item.metadata.name)):
             fail(f"Node {item.metadata.name}, field metadata.name: {problem}")
+
+
+def _begin(state: State) -> socket.socket:
+    """One `up` for a cluster at a time: another would clear away what this one makes. A socket
+    without a file ends with its process and leaves no trace."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        claim.bind(f"\0lockgate/up/{state.cluster}")
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        fail(f"the cluster {state.cluster!r} is run by another `lockgate up` already")
+    return claim
 
 
 def _clear(state: State, quiet: bool) -> None:

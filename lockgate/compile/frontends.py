@@ -81,6 +81,7 @@ def of_service(service: Service, own: Iterable[bytes], errors: list[str]) -> lis
                 for address in LOOPBACK
                 if is_ipv4(address) in families
             ]
+    found.sort(key=lambda ask: ask.kind not in ("cluster", "balancer"))
     return found
 
 

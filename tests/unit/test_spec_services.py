@@ -250,6 +250,14 @@ CASES: dict[str, tuple[Cluster, str, str, Any]] = {
         EXT,
         NO_BACKEND,
     ),
+    "nobody takes a balancer's address by an external IP": (
+        cluster(
+            more=(service("aaa", cluster_ips=["10.96.0.2"], external_ips=[BALANCER], ingress=[]),)
+        ),
+        OUT,
+        LB,
+        ALL,
+    ),
     "external IPs are shared by port": (
         cluster(
             more=(

@@ -187,7 +187,7 @@ class Services:
             facts = pods.get(key[1:])
             if facts is None:
                 return None
-            found = frontends.of_pod(facts.pod, around.own, errors)
+            found = frontends.of_pod(facts.pod, facts.addresses, around.own, errors)
             if not found and not errors:
                 return None
             claims = _claims(ask for ask, _ in found)

@@ -517,6 +517,12 @@ CASES: dict[str, tuple[Cluster, str, str, Any]] = {
         NP,
         ALL,
     ),
+    "of two hostPorts the first's that has the family": (
+        cluster(more=(pod("q", "10.0.1.6", HTTP), pod("p", "fd00::5", HTTP))),
+        OUT,
+        f"{NODE_A}:8000",
+        {"10.0.1.6:8080"},
+    ),
     "of two hostPorts the first pod's by name": (
         cluster(more=(pod("q", "10.0.1.6", HTTP), pod("p", "10.0.1.5", HTTP))),
         OUT,

@@ -200,7 +200,8 @@ struct owner {
 	struct addr addr;
 	__be16 port;
 	__u16 flags;		/* enum owner_flag bits */
-	__u32 target;		/* target_kind << 28 | slot or hop; TO_HOST: this node's process */
+	__u32 target;		/* target_kind << 28 | slot or hop; TO_HOST: this node's process;
+				 * TO_NOWHERE: outside the cluster, by this node's routes */
 } __attribute__((aligned(8)));
 
 enum owner_flag {
@@ -234,8 +235,13 @@ struct backend_key {
 	__u8   pad;
 };
 
+enum liveness {
+	LIVE_TAKES = 1,
+	LIVE_ENDS  = 2,
+};
+
 struct backend_state {
-	__u8 live[2];		/* per view */
+	__u8 live[2];		/* per view; LIVE_ENDS: keeps what it has, takes nothing new */
 	__u8 pad[2];
 	struct bpf_spin_lock lock;
 };

@@ -58,6 +58,13 @@ INTERRUPTED = 130
     help="How packets reach other nodes: over the link, or in a tunnel.",
 )
 @click.option(
+    "--forwarding",
+    default="dsr",
+    show_default=True,
+    type=click.Choice(["dsr", "snat"]),
+    help="How clients outside reach a service's backends on other nodes.",
+)
+@click.option(
     "--capture",
     default=0,
     show_default=True,
@@ -85,6 +92,7 @@ def up(
     folder: Path,
     nodes: int,
     routing: str,
+    forwarding: str,
     capture: int,
     limits: Limits,
     detach: bool,
@@ -107,7 +115,7 @@ def up(
     _check_manifests(folder, state)
     begun = _begin(state)
     _clear(state, quiet=as_json)
-    settings = Settings(routing=routing, capture=capture, limits=limits)
+    settings = Settings(routing, forwarding, capture, limits)
     supervisor = _start(state, folder, nodes, settings, detach)
     code = 0
     try:

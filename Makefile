@@ -55,7 +55,7 @@ format: setup-build ## put formatting and import order right
 	@$(PYTHON) -m ruff format .
 	@$(PYTHON) -m ruff check --fix --select I .
 
-build: setup-build artifacts ## build/lockgate.bpf.o, build/lockgate-pod and build/lockgate-cni
+build: setup-build artifacts ## build/*.bpf.o, build/lockgate-pod and build/lockgate-cni
 
 bench: setup-bench artifacts bench-artifacts ## the figures (BENCH='net verdict' for some, BENCH=--help for all)
 	@$(PYTHON) -m bench.run $(BENCH)
@@ -93,12 +93,12 @@ setup-build setup-run setup-test setup-bench setup-cluster: setup-%:
 # ---- what is built (a second make, so that clang is looked for after set-up) ----------
 
 artifacts:
-	@$(MAKE) --no-print-directory -s build/lockgate.bpf.o build/lockgate-pod build/lockgate-cni
+	@$(MAKE) --no-print-directory -s build/lockgate.bpf.o build/lockgate-xdp.bpf.o build/lockgate-pod build/lockgate-cni
 
-build/lockgate.bpf.o: $(BPF_SOURCES) Makefile
+build/lockgate.bpf.o build/lockgate-xdp.bpf.o: build/%.o: bpf/%.c $(BPF_SOURCES) Makefile
 	@mkdir -p build
 	@echo "  building $@"
-	@$(CLANG) $(BPF_CFLAGS) -c bpf/lockgate.bpf.c -o $@
+	@$(CLANG) $(BPF_CFLAGS) -c $< -o $@
 
 build/lockgate-pod: runtime/pod.c $(wildcard runtime/*.h) Makefile
 	@mkdir -p build

@@ -5,20 +5,8 @@
 #ifndef LOCKGATE_EVENT_H
 #define LOCKGATE_EVENT_H
 
+#include "count.h"
 #include "limit.h"
-
-static __always_inline void count_many(__u32 counter, __u64 many)
-{
-	__u64 *n = bpf_map_lookup_elem(&counters, &counter);
-
-	if (n)
-		*n += many;
-}
-
-static __always_inline void count(__u32 counter)
-{
-	count_many(counter, 1);
-}
 
 /* Send p->event, with the packet's first bytes when the node asks for them. */
 static __noinline int event_send(struct __sk_buff *skb, struct packet *p)
@@ -120,9 +108,12 @@ static __noinline int tell_verdicts(struct __sk_buff *skb, struct packet *p)
 	return event_send(skb, p);
 }
 
-/* Drop for p->cause. The way every program ends that gives a packet up. */
-static __noinline int drop(struct __sk_buff *skb, struct packet *p)
+/* Drop for p->cause. The way every program ends that gives a packet up. Global, so that
+ * the verifier walks it once and not on every way here. */
+__noinline int drop(struct __sk_buff *skb, struct packet *p)
 {
+	if (!p)
+		return TCX_DROP;
 	if (p->dry) {
 		skb->cb[DRY_RESULT] = VERDICT_DENY | p->cause << 8 | (__u32)p->judged << 16;
 		skb->cb[DRY_EGRESS] = p->egress_cell;

@@ -42,6 +42,7 @@ struct node_state {
 	__u32 capture;		/* bytes of the packet that ride on an event; 0 = none */
 	__u32 tunnel_port;	/* UDP port of our VXLAN device, host order; 0 = there is none */
 	__u32 host_backends;	/* processes of the node serve frontends: see to_net.h */
+	struct addr node4, node6;	/* its InternalIPs, where its node ports are; or all zero */
 };
 
 /* The last id of each kind that was given out: no program reads it. It lasts as
@@ -217,8 +218,8 @@ struct flow {
 	__u32 target;		/* as its owner's */
 	__u32 epoch;		/* in which it was known to serve */
 	__u32 seen;		/* seconds, monotonic */
-	__u32 spare;
-} __attribute__((aligned(8)));
+	__u32 hash;		/* of the key: elements change hands at any time */
+} __attribute__((aligned(8)));	/* target and epoch are swapped whole */
 
 struct service {
 	struct service_view view[2];
@@ -289,6 +290,7 @@ enum hop_flag {
 	HOP_MASQ = 2,		/* leaves the cluster: masquerade pod sources */
 	HOP_DROP = 4,		/* no way there: drop as unroutable */
 	HOP_TUNNEL = 8,		/* ifindex is the VXLAN device; with HOP_MAC */
+	HOP_XDP  = 16,		/* XDP may send by the link; with HOP_MAC */
 };
 
 struct hop_view {
@@ -522,6 +524,7 @@ enum counter {
 	COUNT_UNANSWERED   = 3,	/* ICMP errors and resets not sent: over the limit */
 	COUNT_EVENTS_CUT   = 4,	/* not written: too many a second about one pod */
 	COUNT_CROWDED      = 5,	/* connections begun towards a pod over its budget */
+	COUNT_BALANCED     = 6,	/* packets that XDP sent on to another node's backend */
 	COUNT_CAUSE        = 8,	/* + enum cause: packets dropped */
 };
 #define COUNTERS 64

@@ -1,4 +1,4 @@
-"""Where the built kernel object, the pod runtime and the CNI plugin are.
+"""Where the built kernel objects, the pod runtime and the CNI plugin are.
 
 In a checkout they are in build/ (made by `make build`), in an installed wheel in
 lockgate/_bin.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bpf_object", "cni_plugin", "pod_binary"]
+__all__ = ["bpf_object", "cni_plugin", "pod_binary", "xdp_object"]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -22,8 +22,13 @@ def _built(name: str) -> Path:
 
 
 def bpf_object() -> Path:
-    """The object file of all kernel programs."""
+    """The object file of all kernel programs but XDP's."""
     return _built("lockgate.bpf.o")
+
+
+def xdp_object() -> Path:
+    """The object file of XDP, with the maps of the other."""
+    return _built("lockgate-xdp.bpf.o")
 
 
 def pod_binary() -> Path:

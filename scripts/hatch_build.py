@@ -1,4 +1,4 @@
-"""Puts the built kernel object and pod runtime into the wheel, as lockgate/_bin.
+"""Puts the built kernel objects and pod runtime into the wheel, as lockgate/_bin.
 
 A wheel made so is for one machine architecture, and says so in its tag.
 An editable install needs none of this: lockgate.paths finds build/ itself.
@@ -10,7 +10,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BUILT = ("lockgate.bpf.o", "lockgate-pod", "lockgate-cni")
+BUILT = ("lockgate.bpf.o", "lockgate-xdp.bpf.o", "lockgate-pod", "lockgate-cni")
 
 
 class LockgateBuildHook(BuildHookInterface):  # type: ignore[type-arg]

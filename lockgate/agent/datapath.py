@@ -25,10 +25,15 @@ from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArr
 from lockgate.bpf.object import Object
 from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
 from lockgate.bpf.syscall import TestRun
+from lockgate.net import namespaces
 
 __all__ = ["Datapath"]
 
 log = logging.getLogger(__name__)
+_AT_CARDS: tuple[tuple[str, links.Direction], ...] = (
+    ("from_net", "ingress"),
+    ("to_net", "egress"),
+)
 
 
 class Datapath:
@@ -57,7 +62,9 @@ class Datapath:
             sizes = sizes or Sizes.from_memory(self.object.schema, share)
             entries = self._reuse(sizes.by_map())
             self.object.set_rodata((limits or Limits()).constants(entries["half_open"]))
-            self.object.set_rodata({"config_tunnel": int(tunnels)})
+            self.object.set_rodata(
+                {"config_tunnel": int(tunnels), "config_netns_cookie": namespaces.cookie()}
+            )
             self.object.load()
         except BaseException:
             self.object.close()
@@ -145,13 +152,15 @@ class Datapath:
     # ---- Attaching -----------------------------------------------------------------
 
     def attach_net(self, name: str, ifindex: int) -> None:
-        """from_net on a network card."""
-        fd, path = self.object.prog_fd("from_net"), self.links / f"from_net-{name}"
-        links.attach_tcx(fd, ifindex, "ingress", str(path)).close()
+        """from_net and to_net on a network card."""
+        for program, direction in _AT_CARDS:
+            path = self.links / f"{program}-{name}"
+            links.attach_tcx(self.object.prog_fd(program), ifindex, direction, str(path)).close()
 
     def detach_net(self, name: str) -> None:
-        """Remove a card's link. Nothing there is success."""
-        links.remove(str(self.links / f"from_net-{name}"))
+        """Remove a card's links. Nothing there is success."""
+        for program, _ in _AT_CARDS:
+            links.remove(str(self.links / f"{program}-{name}"))
 
     def attach_cgroup(self, cgroup: Path) -> None:
         """The socket programs on the node's cgroup."""

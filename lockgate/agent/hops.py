@@ -148,8 +148,13 @@ class Hops:
         services = self._services(cluster)
         for cidr in (*services, *NEVER_LEAVES):
             routes[parse_cidr(cidr)] = NOWHERE
+        me = cluster.nodes.get(self._node)
+        mine = internal_ips(me) if me is not None else []
+        self._write_own(mine)
         for name, number in self.numbers.items():
-            wanted[number] = self._to_node(net, cards.underlay, tunnel, ways.get(name))
+            hop = self._to_node(net, cards.underlay, tunnel, ways.get(name))
+            # The source of what goes to a backend as this node's own.
+            wanted[number] = masquerading(hop, mine) if hop.ifindex else hop
         self.mtu = min((card.mtu for card in (cards.underlay, tunnel) if card), default=0)
         self._near(cards, wanted, routes)
         self._world(net, cards, wanted, routes)
@@ -185,6 +190,14 @@ class Hops:
         self._routes = wanted
 
     # ---- Inside --------------------------------------------------------------------
+
+    def _write_own(self, mine: list[str]) -> None:
+        """Where the node's ports are, for what other nodes send here: see `frontend.h`."""
+        state = self._dp.state.view
+        for name, sample in (("node4", "."), ("node6", ":")):
+            own = next((parse_address(ip) for ip in mine if sample in ip), NONE)
+            if state[name][0].tobytes() != own:
+                state[name][0] = np.frombuffer(own, np.uint8)
 
     def _services(self, cluster: Cluster) -> list[str]:
         """The ranges of services' addresses: those of the settings, else the API's."""

@@ -12,7 +12,12 @@ import pytest
 import lockgate
 from tests.system.harness import ROOT
 
-BUILT = {"bpf_object": "lockgate.bpf.o", "cni_plugin": "lockgate-cni", "pod_binary": "lockgate-pod"}
+BUILT = {
+    "bpf_object": "lockgate.bpf.o",
+    "xdp_object": "lockgate-xdp.bpf.o",
+    "cni_plugin": "lockgate-cni",
+    "pod_binary": "lockgate-pod",
+}
 
 
 @pytest.fixture(scope="module")

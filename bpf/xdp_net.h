@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* xdp_net: XDP of the cards that clients outside come by. What it passes, from_net sees. */
+#ifndef LOCKGATE_XDP_NET_H
+#define LOCKGATE_XDP_NET_H
+
+#include "dsr.h"
+#include "firewall.h"
+
+/* Frames may lie in several pieces: without `frags`, a card with a large MTU refuses it. */
+SEC("xdp.frags")
+int xdp_net(struct xdp_md *ctx)
+{
+	struct frame frame = {};
+
+	frame_read(ctx, &frame);
+	if (config_firewall && firewall(ctx, &frame) == XDP_DROP)
+		return XDP_DROP;
+	return config_balance ? balance_frame(ctx, &frame) : XDP_PASS;
+}
+
+#endif

@@ -15,8 +15,9 @@
 /* 0 removes the balancer. */
 const volatile __u32 config_balance = 0;
 
-/* Frames come as the stack has them, so that one may be several that GRO joined: generic XDP. */
-const volatile __u32 config_joined = 0;
+/* Generic XDP: frames come as the stack has them, so that one may be several that GRO joined;
+ * and leave by any link. */
+const volatile __u32 config_generic = 0;
 
 /* The frontend that the packet is for, if clients outside get there by DSR. */
 static __always_inline struct service_view *dsr_frontend(const struct frame *f)
@@ -86,12 +87,13 @@ static __always_inline bool may_be_joined(struct xdp_md *ctx, const struct frame
 /* The hop to the owner, if XDP can send there. */
 static __always_inline struct hop_view *dsr_hop(const struct frame *f, const struct owner *owner)
 {
+	const __u32 wanted = config_generic ? HOP_MAC : HOP_MAC | HOP_XDP;
 	struct hop_view *hop;
 
 	if (target_kind(owner->target) != TO_HOP || is_v4(&owner->addr) != (f->family == 4) || f->ttl <= 1)
 		return NULL;
 	hop = hop_of(f->epoch, target_index(owner->target));
-	if (!hop || (hop->flags & (HOP_MAC | HOP_XDP | HOP_DROP | HOP_MASQ | HOP_TUNNEL)) != (HOP_MAC | HOP_XDP))
+	if (!hop || (hop->flags & (wanted | HOP_DROP | HOP_MASQ | HOP_TUNNEL)) != wanted)
 		return NULL;
 	return !hop->mtu || f->length + outer_size(f) <= hop->mtu ? hop : NULL;
 }
@@ -144,7 +146,7 @@ static __always_inline int balance_frame(struct xdp_md *ctx, const struct frame 
 		return XDP_PASS;
 	struct service_view *view = dsr_frontend(f);
 
-	if (!view || (config_joined && may_be_joined(ctx, f)))
+	if (!view || (config_generic && may_be_joined(ctx, f)))
 		return XDP_PASS;
 	__u32 hash = flow_hash(&f->ends);
 	struct hop_view *hop;

@@ -552,8 +552,9 @@ def prog_test_run(
 ) -> TestRun:
     """Run a loaded program on `data` (at least 14 bytes: an Ethernet header) once.
 
-    `context` is a struct __sk_buff (see `skb_context`), a struct xdp_md (`xdp_context`) or empty. `repeat` above 1 does
-    not restore the packet between runs: only for programs that leave it alone.
+    `context` is a struct __sk_buff (see `skb_context`), a struct xdp_md (`xdp_context`) or empty.
+    `repeat` above 1 does not restore the packet between runs: only for programs that leave it
+    alone.
     """
     out = ctypes.create_string_buffer(len(data) + _HEADROOM)
     context_out = ctypes.create_string_buffer(len(context) or 1)

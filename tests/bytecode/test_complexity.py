@@ -20,7 +20,7 @@ from tests.bytecode.world import OBJECT
 BUDGET = Path(__file__).parent / "verified_insns.json"
 SLACK = 1.1
 #: All that XDP can do at once.
-XDP = {"config_balance": 1, "config_firewall": 1, "config_joined": 1}
+XDP = {"config_balance": 1, "config_firewall": 1, "config_generic": 1}
 
 
 def walked(first: Object) -> dict[str, int]:

@@ -334,7 +334,7 @@ def test_nothing_is_published(world, run):
 def test_frames_that_may_be_joined_are_left(world, run, family):
     """Generic XDP comes after GRO: a segment with data may be several. What has none is one."""
     world.publish(scene())
-    with Edge(world, {"config_balance": 1, "config_joined": 1}) as generic:
+    with Edge(world, {"config_balance": 1, "config_generic": 1}) as generic:
         for upper, verdict in (
             (syn(), REDIRECT),
             (Tcp(sport=40000, dport=80, flags="A", options=[("NOP", None)] * 4), REDIRECT),

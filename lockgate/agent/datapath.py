@@ -58,12 +58,15 @@ class Datapath:
         try:
             self.names = pin_names(self.object.schema)
             self._set_aside()
-            sizes = sizes or Sizes.from_memory(self.object.schema, share)
-            entries = self._reuse(sizes.by_map())
+            flows = flows or Flows()
+            wanted = (sizes or Sizes.from_memory(self.object.schema, share)).by_map()
+            if not flows.remember:
+                wanted["flows"] = 1
+            entries = self._reuse(wanted)
             #: Values of bpf/config.h, for all objects.
             self.constants = {
                 **(limits or Limits()).constants(entries["half_open"]),
-                **(flows or Flows()).constants(),
+                **flows.constants(),
                 "config_tunnel": int(tunnels),
             }
             self.object.set_rodata(self.constants)

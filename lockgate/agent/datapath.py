@@ -26,12 +26,17 @@ from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArr
 from lockgate.bpf.object import Object
 from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
 from lockgate.bpf.syscall import TestRun
+from lockgate.net import namespaces
 
 __all__ = ["Datapath"]
 
 log = logging.getLogger(__name__)
 #: Programs of the other object, whose links are pinned beside ours (lockgate/agent/edge.py).
 _EDGE = ("xdp_net",)
+_AT_CARDS: tuple[tuple[str, links.Direction], ...] = (
+    ("from_net", "ingress"),
+    ("to_net", "egress"),
+)
 
 
 class Datapath:
@@ -68,6 +73,7 @@ class Datapath:
                 **(limits or Limits()).constants(entries["half_open"]),
                 **flows.constants(),
                 "config_tunnel": int(tunnels),
+                "config_netns_cookie": namespaces.cookie(),
             }
             self.object.set_rodata(self.constants)
             self.object.load()
@@ -159,13 +165,15 @@ class Datapath:
     # ---- Attaching -----------------------------------------------------------------
 
     def attach_net(self, name: str, ifindex: int) -> None:
-        """from_net on a network card."""
-        fd, path = self.object.prog_fd("from_net"), self.links / f"from_net-{name}"
-        links.attach_tcx(fd, ifindex, "ingress", str(path)).close()
+        """from_net and to_net on a network card."""
+        for program, direction in _AT_CARDS:
+            path = self.links / f"{program}-{name}"
+            links.attach_tcx(self.object.prog_fd(program), ifindex, direction, str(path)).close()
 
     def detach_net(self, name: str) -> None:
-        """Remove a card's link. Nothing there is success."""
-        links.remove(str(self.links / f"from_net-{name}"))
+        """Remove a card's links. Nothing there is success."""
+        for program, _ in _AT_CARDS:
+            links.remove(str(self.links / f"{program}-{name}"))
 
     def attach_cgroup(self, cgroup: Path) -> None:
         """The socket programs on the node's cgroup."""

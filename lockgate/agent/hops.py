@@ -149,8 +149,12 @@ class Hops:
         services = self._services(cluster)
         for cidr in (*services, *NEVER_LEAVES):
             routes[parse_cidr(cidr)] = NOWHERE
+        me = cluster.nodes.get(self._node)
+        mine = internal_ips(me) if me is not None else []
         for name, number in self.numbers.items():
-            wanted[number] = self._to_node(net, cards.underlay, tunnel, ways.get(name))
+            hop = self._to_node(net, cards.underlay, tunnel, ways.get(name))
+            # The source of what goes to a backend as this node's own.
+            wanted[number] = masquerading(hop, mine) if hop.ifindex else hop
         self.mtu = min((card.mtu for card in (cards.underlay, tunnel) if card), default=0)
         self._near(cards, wanted, routes)
         self._world(net, cards, wanted, routes)

@@ -7,6 +7,7 @@
 #ifndef LOCKGATE_DSR_H
 #define LOCKGATE_DSR_H
 
+#include "cidr.h"
 #include "count.h"
 #include "flow.h"
 #include "frame.h"
@@ -19,11 +20,15 @@ const volatile __u32 config_balance = 0;
  * and leave by any link. */
 const volatile __u32 config_generic = 0;
 
+/* The cards' own MACs, the first byte in the lowest bits. A frame for another, which a bridge
+ * sent everywhere, is another machine's. */
+const volatile __u64 config_macs[4] = {};
+
 /* The frontend that the packet is for, if clients outside get there by DSR. */
 static __always_inline struct service_view *dsr_frontend(const struct frame *f)
 {
 	const __u16 mine = SVC_PRESENT | SVC_FRONTEND;
-	const __u16 others = SVC_SNAT | SVC_RANGES | SVC_HOST_ONLY;
+	const __u16 others = SVC_SNAT | SVC_HOST_ONLY;
 	struct service_key key = { .addr = f->ends.daddr, .port = f->ends.dport, .proto = f->ends.proto };
 	struct service *service = bpf_map_lookup_elem(&services, &key);
 
@@ -31,7 +36,22 @@ static __always_inline struct service_view *dsr_frontend(const struct frame *f)
 		return NULL;
 	struct service_view *view = &service->view[f->epoch & 1];
 
-	return (view->flags & (mine | others)) == mine && !view->affinity ? view : NULL;
+	if ((view->flags & (mine | others)) != mine || view->affinity)
+		return NULL;
+	if (view->flags & SVC_RANGES && cidr_class(f->epoch, view->ranges, &f->ends.saddr) != 1)
+		return NULL;
+	return view;
+}
+
+static __always_inline bool is_for_us(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	__u64 mac;
+
+	if (data + sizeof(mac) > end)
+		return false;
+	mac = *(__u64 *)data & 0xffffffffffff;
+	return mac == config_macs[0] || mac == config_macs[1] || mac == config_macs[2] || mac == config_macs[3];
 }
 
 /* Another node, a pod, or somebody who pretends: from_net knows whom to believe. */
@@ -50,18 +70,22 @@ static __always_inline bool dsr_backend(const struct frame *f, const struct serv
 
 	if (config_flows && (f->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		flow = flow_find(&f->ends, view, hash, now_seconds());
-	/* Who sends it was looked up when the flow was learned, in this epoch or in another. */
-	if (!(flow && flow->epoch == f->epoch)) {
+	/* Who sends it is looked up once in an epoch, where it can be noted. */
+	if (!(flow && flow->epoch == f->epoch && flow->target & FLOW_STRANGER)) {
 		if (is_peer(f, &f->ends.saddr))
 			return false;
-		if (flow && !flow_again(flow, f->ends.proto, f->epoch))
+		if (flow && !flow_again(flow, f->ends.proto, f->epoch, FLOW_STRANGER))
 			flow = NULL;
 	}
 	if (flow) {
 		copy_addr(&owner->addr, &flow->addr);
-		owner->target = flow->target;
+		owner->port = flow->port;
+		owner->target = flow_target(flow);
 		return true;
 	}
+	/* Served here, or as this node; or an answer to what left masqueraded. */
+	if (bpf_map_lookup_elem(&nat, &f->ends))
+		return false;
 	void *image = image_of(f->epoch);
 
 	*chosen = true;
@@ -114,7 +138,7 @@ static __always_inline struct ethernet *make_room(struct xdp_md *ctx, const stru
 }
 
 static __always_inline bool encapsulate(struct xdp_md *ctx, const struct frame *f, const struct addr *to,
-					const struct hop_view *hop, __u32 hash)
+					const struct hop_view *hop, __u32 hash, __be16 hint)
 {
 	if (f->family == 4) {
 		struct ethernet *eth = make_room(ctx, hop, sizeof(struct ipv4));
@@ -125,7 +149,7 @@ static __always_inline bool encapsulate(struct xdp_md *ctx, const struct frame *
 		eth->proto = bpf_htons(ETH_P_IP);
 		inner->csum = less_ttl_csum(inner->csum, f->ttl);
 		inner->ttl = f->ttl - 1;
-		outer_ipv4(outer, to, hash, inner->tos, f->length, OUTER_TTL);
+		outer_ipv4(outer, to, hash, inner->tos, f->length, OUTER_TTL, hint);
 	} else {
 		struct ethernet *eth = make_room(ctx, hop, sizeof(struct ipv6));
 		struct ipv6 *outer = (void *)(eth + 1), *inner = outer + 1;
@@ -134,7 +158,7 @@ static __always_inline bool encapsulate(struct xdp_md *ctx, const struct frame *
 			return false;
 		eth->proto = bpf_htons(ETH_P_IPV6);
 		inner->ttl = f->ttl - 1;
-		outer_ipv6(outer, to, hash, inner->version_class_flow, f->length, OUTER_TTL);
+		outer_ipv6(outer, to, hash, inner->version_class_flow, f->length, OUTER_TTL, hint);
 	}
 	return true;
 }
@@ -146,7 +170,7 @@ static __always_inline int balance_frame(struct xdp_md *ctx, const struct frame 
 		return XDP_PASS;
 	struct service_view *view = dsr_frontend(f);
 
-	if (!view || (config_generic && may_be_joined(ctx, f)))
+	if (!view || !is_for_us(ctx) || (config_generic && may_be_joined(ctx, f)))
 		return XDP_PASS;
 	__u32 hash = flow_hash(&f->ends);
 	struct hop_view *hop;
@@ -159,8 +183,8 @@ static __always_inline int balance_frame(struct xdp_md *ctx, const struct frame 
 	if (!hop)
 		return XDP_PASS;
 	if (config_flows && chosen && flow_begins(f->ends.proto, f->tcp_flags))
-		flow_learn(&f->ends, &owner, view->id, f->epoch);
-	if (!encapsulate(ctx, f, &owner.addr, hop, hash))
+		flow_learn(&f->ends, &owner, view->id, f->epoch, FLOW_STRANGER);
+	if (!encapsulate(ctx, f, &owner.addr, hop, hash, chosen ? 0 : owner.port))
 		return XDP_PASS;
 	count(COUNT_BALANCED);
 	return hop->ifindex == ctx->ingress_ifindex ? XDP_TX : bpf_redirect(hop->ifindex, 0);

@@ -43,8 +43,14 @@ static __always_inline struct flow *flow_find(const struct tuple *t, const struc
 	return flow;
 }
 
-/* The epoch moved on: does the backend still serve, and where is it now? */
-static __noinline int flow_again(struct flow *flow, __u8 proto, __u32 epoch)
+static __always_inline __u32 flow_target(const struct flow *flow)
+{
+	return flow->target & ~FLOW_STRANGER;
+}
+
+/* The epoch moved on: does the backend still serve, and where is it now? `mark`:
+ * FLOW_STRANGER, if that is known of the client, or 0. */
+static __noinline int flow_again(struct flow *flow, __u8 proto, __u32 epoch, __u32 mark)
 {
 	struct addr addr;
 
@@ -76,13 +82,14 @@ static __noinline int flow_again(struct flow *flow, __u8 proto, __u32 epoch)
 		return 0;
 	}
 	/* The element may be another flow's by now: then the word is another. */
-	__sync_val_compare_and_swap(word, was, target | (__u64)epoch << 32);
+	__sync_val_compare_and_swap(word, was, (target | mark) | (__u64)epoch << 32);
 	return 1;
 }
 
-/* Remember the owner that was chosen for `t`. In the place of what was remembered before
+/* Remember the owner that was chosen for `t`, with a mark as flow_again(). In the place of what was remembered before
  * at any time, else at most so many a second: a flood pushes nobody out. */
-static __noinline int flow_learn(const struct tuple *t, const struct owner *owner, __u32 service, __u32 epoch)
+static __noinline int flow_learn(const struct tuple *t, const struct owner *owner, __u32 service, __u32 epoch,
+				 __u32 mark)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
 	__u32 zero = 0;
@@ -91,7 +98,7 @@ static __noinline int flow_learn(const struct tuple *t, const struct owner *owne
 		.addr = owner->addr,
 		.port = owner->port,
 		.service = service,
-		.target = owner->target,
+		.target = owner->target | mark,
 		.epoch = epoch,
 		.seen = now / 1000000000ull,
 		.hash = flow_hash(t),

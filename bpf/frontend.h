@@ -55,10 +55,10 @@ static __noinline int owner_kept(struct packet *p, struct service_view *view)
 	if (config_flows && !(is_ordered(p->asked.proto) && begins(p))) {
 		struct flow *flow = flow_find(&p->asked, view, p->hash, p->now_s);
 
-		if (flow && (flow->epoch == p->epoch || flow_again(flow, p->asked.proto, p->epoch))) {
+		if (flow && (flow->epoch == p->epoch || flow_again(flow, p->asked.proto, p->epoch, 0))) {
 			p->owner.addr = flow->addr;
 			p->owner.port = p->hint = flow->port;
-			p->owner.target = flow->target;
+			p->owner.target = flow_target(flow);
 			return 1;
 		}
 	}
@@ -306,11 +306,15 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 			return nobody_serves(skb, p, true);
 		}
 		p->snat = snat;
+		/* What had the same ends before may have gone to another node: XDP, which looks
+		 * for flows before connections, shall not send this after it. */
+		if (config_flows && !p->dry)
+			bpf_map_delete_elem(&flows, &p->asked);
 		return serve(p);
 	}
 	if (!p->dry && !p->outer_size && begins(p) && (is_ordered(p->asked.proto) || !p->hint)) {
 		if (config_flows && !p->hint)
-			flow_learn(&p->asked, &p->owner, view->id, p->epoch);
+			flow_learn(&p->asked, &p->owner, view->id, p->epoch, 0);
 		/* Served here before, with the same ends: what comes next shall not go there. */
 		bpf_map_delete_elem(&nat, &p->asked);
 	}

@@ -207,13 +207,15 @@ enum owner_flag {
 	OWNER_ENDS = 1,		/* takes no new connections but of the last resort */
 };
 
+#define FLOW_STRANGER 0x80000000u	/* of a target: the client is no peer in that epoch */
+
 /* What was chosen lately for a flow from outside: client → frontend. */
 struct flow {
 	struct addr addr;	/* the backend */
 	__be16 port;
 	__u16 pad;
 	__u32 service;		/* service id */
-	__u32 target;		/* as its owner's */
+	__u32 target;		/* as its owner's; FLOW_STRANGER */
 	__u32 epoch;		/* in which it was known to serve */
 	__u32 seen;		/* seconds, monotonic */
 	__u32 hash;		/* of the key: elements change hands at any time */

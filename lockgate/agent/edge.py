@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lockgate.agent.cards import Card, Cards
 from lockgate.agent.datapath import Datapath
@@ -118,12 +118,16 @@ class _Kind:
     balance: bool
     firewall: bool
     generic: bool
+    #: Those of the cards, at most four.
+    macs: tuple[bytes, ...] = ()
 
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, Any]:
+        macs = [int.from_bytes(mac, "little") for mac in self.macs]
         return {
             "config_balance": int(self.balance),
             "config_firewall": int(self.firewall),
             "config_generic": int(self.generic),
+            "config_macs": [*macs, 0, 0, 0, 0][:4],
         }
 
 
@@ -142,6 +146,7 @@ class Edge:
         self._frontends: set[ServiceKey] = set()
         self._serial = 0
         self._alone = True
+        self._macs: tuple[bytes, ...] = ()
         #: What was needed when it was settled last.
         self._settled_for: tuple[bool, bool] | None = None
         #: The firewall has entries.
@@ -189,6 +194,7 @@ class Edge:
         """Have it where it is to be, and nowhere else."""
         needs = self.balance, self.firewall
         self._settled_for, self.errors = needs, []
+        self._macs = tuple(sorted({card.mac for card in cards.all}))
         ours = self._ours(cards)
         wanted = places(cards, self._setting, *needs, ours)
         for name in self._pinned() - {name for name, place in wanted.items() if place.mode}:
@@ -247,7 +253,7 @@ class Edge:
         return place
 
     def _kind(self, mode: XdpMode, faces_clients: bool = True) -> _Kind:
-        return _Kind(self.balance, self.firewall and faces_clients, mode == "generic")
+        return _Kind(self.balance, self.firewall and faces_clients, mode == "generic", self._macs)
 
     def _load(self, kind: _Kind) -> Object:
         made = Object(self._path)

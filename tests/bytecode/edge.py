@@ -10,7 +10,7 @@ from typing import Any
 
 from lockgate.bpf import syscall
 from lockgate.bpf.object import Object
-from tests.bytecode.world import OUTSIDE, UNDERLAY, Outcome, World
+from tests.bytecode.world import CARD_MAC, OUTSIDE, UNDERLAY, Outcome, World, mac_bytes
 
 OBJECT = Path(__file__).parents[2] / "build" / "lockgate-xdp.bpf.o"
 DROP, PASS, TX, REDIRECT = 1, 2, 3, 4  # enum xdp_action
@@ -30,7 +30,8 @@ class Edge:
         self.world, self.program = world, program
         self.object = Object(path)
         self.object.share_maps(world.object)
-        self.object.set_rodata(constants or {})
+        own = {"config_macs": [int.from_bytes(mac_bytes(CARD_MAC), "little"), 0, 0, 0]}
+        self.object.set_rodata({**(own if program == "xdp_net" else {}), **(constants or {})})
         self.object.load()
 
     def close(self) -> None:

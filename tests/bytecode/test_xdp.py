@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pytest
-from scapy.layers.inet import ICMP, IP, IPOption_NOP
+from scapy.layers.inet import ICMP, IPOption_NOP
 from scapy.layers.inet import TCP as Tcp
 from scapy.layers.inet import UDP as Udp
-from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
+from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from lockgate.objects.address import parse_address
+from tests.bytecode.balancing import OTHER, flow_hash, outer
 from tests.bytecode.edge import PASS, REDIRECT, TX, Edge, awake
 from tests.bytecode.goldens import (
     ADDRESSES,
@@ -56,35 +56,11 @@ from tests.bytecode.world import (
     Service,
     set_seen,
 )
+from tests.bytecode.world import REDIRECT as BY_TCX
 
 MTU = 1400  # of the hop to the other node
 FRONTEND = {4: "203.0.113.80", 6: "2001:db8:80::1"}
 TCP_SERVICE, UDP_SERVICE = 41, 42
-MULTIPLIER = 0x9E3779B97F4A7C15
-
-
-def flow_hash(family: int, packet: Packet) -> int:
-    """What docs/services.md calls the hash of a flow, from the packet's own bytes."""
-    head = packet[IP] if family == 4 else packet[IPv6]
-    upper = packet[Tcp] if packet.haslayer(Tcp) else packet[Udp]
-    key = parse_address(head.src) + parse_address(head.dst)
-    key += upper.sport.to_bytes(2, "big") + upper.dport.to_bytes(2, "big")
-    key += bytes((6 if packet.haslayer(Tcp) else 17, 0, 0, 0))
-    found = 0
-    for word in np.frombuffer(key, "<u8").tolist():
-        found = (found ^ found >> 32 ^ word) * MULTIPLIER % 2**64
-    return found >> 32
-
-
-def outer(family: int, packet: Packet, backend: str, **more: Any) -> Packet:
-    """The header that goes before the packet."""
-    number = flow_hash(family, packet)
-    to = ADDRESSES[family].get(backend, backend)
-    if family == 4:
-        source = f"198.18.{number >> 8 & 0xFF}.{number & 0xFF}"
-        return IP(src=source, dst=to, ttl=64, id=0, flags="DF", proto=4, **more)
-    source = f"100::{number >> 16:x}:{number & 0xFFFF:x}"
-    return IPv6(src=source, dst=to, hlim=64, nh=41, fl=number & 0xFFFFF, **more)
 
 
 def remote(family: int, name: str = "remote", hop: int = 1) -> Owner:
@@ -120,7 +96,7 @@ def sent(family: int, packet: Packet, backend: str = "remote", **more: Any) -> P
         inner.ttl -= 1
     else:
         inner.hlim -= 1
-    return to_hop() / outer(family, packet, backend, **more) / inner
+    return to_hop() / outer(inner, backend, **more)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +156,7 @@ SENT = [
     Sent(
         "class of traffic and congestion mark go outside",
         marked,
-        header=lambda f: {"tos" if f == 4 else "tc": 0xB9},
+        header=lambda f: {"tos": 0xB9},
     ),
 ]
 
@@ -217,10 +193,20 @@ def test_the_flow_picks_the_slot_and_the_slot_its_first_owner(world, run, family
     seen = set()
     for port in range(1024, 1088):
         packet = asked(family, syn(port))
-        owner = owners[slots[flow_hash(family, packet) % 8][0]]
+        owner = owners[slots[flow_hash(packet) % 8][0]]
         same_frame(run(packet).packet, sent(family, packet, owner.address))
-        seen.add(flow_hash(family, packet) % 8)
+        seen.add(flow_hash(packet) % 8)
     assert seen == set(range(8))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sources_in_the_ranges_are_served(world, run, family):
+    packet = asked(family, syn())
+    first, length = parse_address(ADDRESSES[family]["world"]), 32 if family == 4 else 128
+    number = int.from_bytes(first[12:] if family == 4 else first, "big")
+    world.publish(scene(flags=SVC_RANGES, ranges=((family, number, length),)))
+    assert run(packet).verdict == REDIRECT
+    assert run(asked(family, syn(), source=OTHER[family])).verdict == PASS
 
 
 # ---- What it leaves to from_net -------------------------------------------------------
@@ -276,7 +262,8 @@ LEFT = [
     Left("the node itself", lambda f: wire() / ip(f, "world", "host") / syn()),
     Left("a service for clients in the cluster", syns, without_table),
     Left("SNAT", syns, lambda: scene(flags=SVC_SNAT)),
-    Left("ranges of sources", syns, lambda: scene(flags=SVC_RANGES)),
+    Left("not in the ranges of sources", syns, lambda: scene(flags=SVC_RANGES, ranges=())),
+    Left("for another machine", lambda f: Ether(dst="02:00:00:00:00:cc") / asked(f, syn())[1]),
     Left("loopback only", syns, lambda: scene(flags=SVC_HOST_ONLY)),
     Left("session affinity", syns, lambda: scene(affinity=60)),
     Left("no owner in the slot", syns, lambda: scene(slots=((),))),
@@ -318,6 +305,21 @@ def test_it_is_left_to_from_net(world, run, case, family):
     assert (outcome.verdict, outcome.packet, outcome.events) == (PASS, frame, [])
     assert not world.counters().any()
     assert not len(world.flows.keys())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_connection_that_is_served_here_is_left(world, run, family):
+    """The slot's first owner is another now; what began here stays."""
+    here = scene(owners=lambda f: (Owner(ADDRESSES[f]["b"], 8080, TO_LOCAL, B),))
+    world.publish(here)
+    for upper in (syn(), udp()):
+        packet = bytes(asked(family, upper))
+        assert run(packet).verdict == PASS
+        assert world.run("from_net", packet, OUTSIDE).verdict == BY_TCX
+    world.publish(scene())
+    for upper in (syn(), tcp(40000, 80, "PA"), udp()):
+        assert run(asked(family, upper)).verdict == PASS, upper.summary()
+    assert run(asked(family, udp(sport=40001))).verdict == REDIRECT
 
 
 def test_nothing_is_published(world, run):
@@ -374,12 +376,12 @@ def test_a_flow_stays_with_its_backend(world, run, family, first, after):
     world.publish(scene())
     run(asked(family, first))
     found = flow(world)
-    assert found["hash"] == flow_hash(family, asked(family, first))
+    assert found["hash"] == flow_hash(asked(family, first))
     assert found["service"] in (TCP_SERVICE, UDP_SERVICE)
     world.publish(moved())
     for _ in range(2):  # judged again, then known
         packet = asked(family, after)
-        same_frame(run(packet).packet, sent(family, packet))
+        same_frame(run(packet).packet, sent(family, packet, hint=8080))
     assert flow(world)["epoch"] == world.state.view["epoch"][0]
 
 
@@ -388,9 +390,9 @@ def test_a_connection_that_begins_goes_by_the_table(world, run, family):
     world.publish(scene())
     run(asked(family, syn()))
     world.publish(moved())
-    for upper in (syn(), tcp(40000, 80, "PA")):
+    for upper, hint in ((syn(), 0), (tcp(40000, 80, "PA"), 8080)):
         packet = asked(family, upper)
-        same_frame(run(packet).packet, sent(family, packet, "far"))
+        same_frame(run(packet).packet, sent(family, packet, "far", hint=hint))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -408,14 +410,14 @@ def test_who_is_not_known_goes_by_the_table_and_is_not_learned(world, run, famil
     ids=["TCP", "UDP"],
 )
 def test_a_flow_is_forgotten_in_time(world, run, family, first, after, holds):
-    for age, name in ((holds - 1, "remote"), (holds + 2, "far")):
+    for age, name, hint in ((holds - 1, "remote", 8080), (holds + 2, "far", 0)):
         world.clear()
         world.publish(scene())
         run(asked(family, first))
         world.publish(moved())
         set_seen(world.flows, -age)
         packet = asked(family, after)
-        same_frame(run(packet).packet, sent(family, packet, name))
+        same_frame(run(packet).packet, sent(family, packet, name, hint=hint))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -66,7 +66,10 @@ def test_what_flows_come_to_in_the_kernel(tmp_path: Path) -> None:
             {"flows": {"outer6": "198.18.0.0/16"}},
             "field flows: outer6: expected a block of IPv6 with /96, got 198.18.0.0/16",
         ),
-        ({"flows": {"outer4": "198.18.1.0/16"}}, "field flows: outer4: 198.18.1.0/16 has host bits"),
+        (
+            {"flows": {"outer4": "198.18.1.0/16"}},
+            "field flows: outer4: 198.18.1.0/16 has host bits",
+        ),
         ({"web": "9781"}, "field web"),
         ({"node": ""}, "field node: expected the node's name"),
     ],

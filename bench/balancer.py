@@ -167,7 +167,7 @@ class World:
 
     def __init__(self, pins: Path) -> None:
         self.dp = Datapath(
-            _object("lockgate"), pins, Sizes(16384, 16384, 16384, 16384, 4 * CLIENTS)
+            _object("lockgate"), pins, Sizes(16384, 16384, 16384, 16384, 2 * CLIENTS)
         )
         found = cluster()
         tables = compile_node(found, "a", kernel.Ids(found, "a"))
@@ -192,13 +192,25 @@ class World:
         made = Object(_object(name))
         made.share_maps(self.dp.object)
         mac = int.from_bytes(MAC, "little")
-        made.set_rodata({"config_balance": 1, "config_macs": [mac, 0, 0, 0], **more})
+        made.set_rodata(
+            {
+                **_known(made, self.dp.constants),
+                "config_balance": 1,
+                "config_macs": [mac, 0, 0, 0],
+                **more,
+            }
+        )
         made.load()
         return made
 
     def forget(self) -> None:
         """Flows of the last case."""
-        self.dp.flows.delete_many(self.dp.flows.keys())
+        self.dp.flows.view[:] = np.zeros((), self.dp.flows.view.dtype)
+
+
+def _known(of: Object, constants: Mapping[str, Any]) -> dict[str, Any]:
+    names = of.schema.variables(".rodata")
+    return {name: value for name, value in constants.items() if name in names}
 
 
 def _object(name: str) -> Path:

@@ -7,6 +7,7 @@
 #ifndef LOCKGATE_DSR_H
 #define LOCKGATE_DSR_H
 
+#include "bits.h"
 #include "cidr.h"
 #include "count.h"
 #include "flow.h"
@@ -23,6 +24,11 @@ const volatile __u32 config_generic = 0;
 /* The cards' own MACs, the first byte in the lowest bits. A frame for another, which a bridge
  * sent everywhere, is another machine's. */
 const volatile __u64 config_macs[4] = {};
+
+static __always_inline bool is_syn(const struct frame *f)
+{
+	return (f->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
 
 /* The frontend that the packet is for, if clients outside get there by DSR. */
 static __always_inline struct service_view *dsr_frontend(const struct frame *f)
@@ -57,32 +63,22 @@ static __always_inline bool is_for_us(struct xdp_md *ctx)
 /* Another node, a pod, or somebody who pretends: from_net knows whom to believe. */
 static __always_inline bool is_peer(const struct frame *f, const struct addr *addr)
 {
+	if (!may_be_peer(addr))
+		return false;
 	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
 
 	return peer && peer->view[f->epoch & 1].kind != PEER_NONE;
 }
 
-/* Which backend serves it? False: from_net finds out. */
-static __always_inline bool dsr_backend(const struct frame *f, const struct service_view *view, __u32 hash,
+/* Which backend serves it, by what is not known of its flow in this epoch? False: from_net
+ * finds out. */
+static __always_inline bool dsr_backend(const struct frame *f, const struct service_view *view, __u32 hash, __u32 now,
 					struct owner *owner, bool *chosen)
 {
-	struct flow *flow = NULL;
-
-	if (config_flows && (f->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
-		flow = flow_find(&f->ends, view, hash, now_seconds());
-	/* Who sends it is looked up once in an epoch, where it can be noted. */
-	if (!(flow && flow->epoch == f->epoch && flow->target & FLOW_STRANGER)) {
-		if (is_peer(f, &f->ends.saddr))
-			return false;
-		if (flow && !flow_again(flow, f->ends.proto, f->epoch, FLOW_STRANGER))
-			flow = NULL;
-	}
-	if (flow) {
-		copy_addr(&owner->addr, &flow->addr);
-		owner->port = flow->port;
-		owner->target = flow_target(flow);
+	if (is_peer(f, &f->ends.saddr))
+		return false;
+	if (config_flows && !is_syn(f) && flow_find(&f->ends, view, hash, f->epoch, now, FLOW_STRANGER, owner))
 		return true;
-	}
 	/* Served here, or as this node; or an answer to what left masqueraded. */
 	if (bpf_map_lookup_elem(&nat, &f->ends))
 		return false;
@@ -166,23 +162,25 @@ static __always_inline bool encapsulate(struct xdp_md *ctx, const struct frame *
 /* The verdict; XDP_PASS: nothing was changed. */
 static __always_inline int balance_frame(struct xdp_md *ctx, const struct frame *f)
 {
-	if (f->kind != FRAME_PLAIN || !f->epoch)
+	if (f->kind != FRAME_PLAIN || !f->epoch || !may_be_frontend(&f->ends))
 		return XDP_PASS;
-	struct service_view *view = dsr_frontend(f);
-
-	if (!view || !is_for_us(ctx) || (config_generic && may_be_joined(ctx, f)))
+	if (!is_for_us(ctx) || (config_generic && may_be_joined(ctx, f)))
 		return XDP_PASS;
-	__u32 hash = flow_hash(&f->ends);
+	__u32 hash = flow_hash(&f->ends), now = config_flows ? now_seconds() : 0;
+	struct service_view *view = NULL;
 	struct hop_view *hop;
 	struct owner owner;
 	bool chosen = false;
 
-	if (!dsr_backend(f, view, hash, &owner, &chosen))
-		return XDP_PASS;
+	if (!config_flows || is_syn(f) || !flow_known(&f->ends, hash, f->epoch, now, &owner)) {
+		view = dsr_frontend(f);
+		if (!view || !dsr_backend(f, view, hash, now, &owner, &chosen))
+			return XDP_PASS;
+	}
 	hop = dsr_hop(f, &owner);
 	if (!hop)
 		return XDP_PASS;
-	if (config_flows && chosen && flow_begins(f->ends.proto, f->tcp_flags))
+	if (config_flows && chosen && view && flow_begins(f->ends.proto, f->tcp_flags))
 		flow_learn(&f->ends, &owner, view->id, f->epoch, FLOW_STRANGER);
 	if (!encapsulate(ctx, f, &owner.addr, hop, hash, chosen ? 0 : owner.port))
 		return XDP_PASS;

@@ -53,12 +53,8 @@ static __noinline int owner_kept(struct packet *p, struct service_view *view)
 	if (!view)
 		return 0;
 	if (config_flows && !(is_ordered(p->asked.proto) && begins(p))) {
-		struct flow *flow = flow_find(&p->asked, view, p->hash, p->now_s);
-
-		if (flow && (flow->epoch == p->epoch || flow_again(flow, p->asked.proto, p->epoch, 0))) {
-			p->owner.addr = flow->addr;
-			p->owner.port = p->hint = flow->port;
-			p->owner.target = flow_target(flow);
+		if (flow_find(&p->asked, view, p->hash, p->epoch, p->now_s, 0, &p->owner)) {
+			p->hint = p->owner.port;
 			return 1;
 		}
 	}
@@ -325,7 +321,7 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 		/* What had the same ends before may have gone to another node: XDP, which looks
 		 * for flows before connections, shall not send this after it. */
 		if (config_flows && !p->dry)
-			bpf_map_delete_elem(&flows, &p->asked);
+			flow_forget(&p->asked, p->hash);
 		return serve(p);
 	}
 	if (!p->dry && !p->outer_size && begins(p) && (is_ordered(p->asked.proto) || !p->hint)) {

@@ -27,15 +27,19 @@ static __always_inline bool may_be_peer(const struct addr *addr)
 	return is_set(&peer_bits, x >> (64 - PEER_BITS));
 }
 
-/* Is there perhaps a frontend for XDP at the packet's destination? No harm where a bit is missing:
- * from_net knows. */
-static __always_inline bool may_be_frontend(const struct tuple *t)
+/* Of a packet's destination. */
+static __always_inline __u64 frontend_hash(const struct tuple *t)
 {
 	const __u64 *w = (const __u64 *)&t->daddr;
 	__u64 x = w[0] * HASH_MULTIPLIER;
 
-	x = (x ^ x >> 32 ^ w[1] ^ (__u64)t->dport << 8 ^ t->proto) * HASH_MULTIPLIER;
-	return is_set(&frontend_bits, x >> (64 - FRONTEND_BITS));
+	return (x ^ x >> 32 ^ w[1] ^ (__u64)t->dport << 8 ^ t->proto) * HASH_MULTIPLIER;
+}
+
+/* Is there perhaps a frontend? No harm where a bit is missing: from_net knows. */
+static __always_inline bool may_be_frontend(__u64 hash)
+{
+	return is_set(&frontend_bits, hash >> (64 - FRONTEND_BITS));
 }
 
 #endif

@@ -74,14 +74,13 @@ static __always_inline bool flow_read(struct flow *flow, __u64 word, __u32 now, 
 	return true;
 }
 
-/* The backend of a flow whose client was no peer, in this same epoch: then nothing else is
- * to be asked. */
-static __always_inline bool flow_known(const struct tuple *t, __u32 hash, __u32 epoch, __u32 now, struct owner *owner)
+/* The backend of a flow (or NULL) whose client was no peer, in this same epoch: then nothing
+ * else is to be asked. */
+static __always_inline bool flow_known(struct flow *flow, __u8 proto, __u32 epoch, __u32 now, struct owner *owner)
 {
-	struct flow *flow = flow_look(t, hash);
 	__u64 word = flow ? flow_word(flow) : 0;
 
-	return flow && flow_epoch(word) == epoch && word & FLOW_STRANGER && !flow_is_past(flow, t->proto, now) &&
+	return flow && flow_epoch(word) == epoch && word & FLOW_STRANGER && !flow_is_past(flow, proto, now) &&
 	       flow_read(flow, word, now, owner);
 }
 
@@ -121,72 +120,81 @@ static __noinline __u64 flow_again(struct flow *flow, __u64 word, __u8 proto, __
 	return __sync_val_compare_and_swap((__u64 *)&flow->target, word, now) == word ? now : 0;
 }
 
-/* The backend of the flow `t`, if it is one of this service, in time, and serves. Else: ask the
- * table. A SYN does so always. `mark` as flow_again(). */
-static __always_inline bool flow_find(const struct tuple *t, const struct service_view *view, __u32 hash, __u32 epoch,
-				      __u32 now, __u32 mark, struct owner *owner)
+/* The backend of a flow (or NULL), if it is one of this service, in time, and serves. Else: ask
+ * the table. A SYN does so always. `mark` as flow_again(). */
+static __always_inline bool flow_serves(struct flow *flow, const struct service_view *view, __u8 proto, __u32 epoch,
+					__u32 now, __u32 mark, struct owner *owner)
 {
-	struct flow *flow = flow_look(t, hash);
 	__u64 word = flow ? flow_word(flow) : 0;
 
-	if (!flow_epoch(word) || flow->service != view->id || flow_is_past(flow, t->proto, now))
+	if (!flow_epoch(word) || flow->service != view->id || flow_is_past(flow, proto, now))
 		return false;
 	if (flow_epoch(word) != epoch || mark & ~(__u32)word)
-		word = flow_again(flow, word, t->proto, epoch, mark);
+		word = flow_again(flow, word, proto, epoch, mark);
 	return word && flow_read(flow, word, now, owner);
 }
 
-/* Of the ways where the flow may be, the one that has it, or was silent for longest. */
-static __always_inline struct flow *flow_place(struct flow_set *set, const struct tuple *t, __u32 hash, bool *known)
+/* Where a flow that is not there may be put: what was silent for longest. */
+static __always_inline struct flow *flow_place(__u32 hash)
 {
-	struct flow *oldest = &set->way[0];
+	__u32 index = hash & config_flow_mask;
+	struct flow_set *set = bpf_map_lookup_elem(&flows, &index);
+	struct flow *oldest;
 
-	*known = false;
-	for (int i = 0; i < FLOW_WAYS; i++) {
+	if (!set)
+		return NULL;
+	oldest = &set->way[0];
+	for (int i = 1; i < FLOW_WAYS; i++) {
 		struct flow *flow = &set->way[i];
 
-		if (flow->hash == hash && flow->sport == t->sport && same_addr(&flow->client, &t->saddr)) {
-			*known = true;
-			return flow;
-		}
-		if (!flow->epoch || (oldest->epoch && is_later(oldest->seen, flow->seen, 0)))
+		if (oldest->epoch && (!flow->epoch || is_later(oldest->seen, flow->seen, 0)))
 			oldest = flow;
 	}
 	return oldest;
 }
 
-/* Remember the owner that was chosen for `t`, with a mark as flow_again(). In the place
- * of what was remembered before at any time, else at most so many a second: a flood pushes
- * nobody out. The word goes first and comes last, so that nobody reads half of it. */
-static __noinline int flow_learn(const struct tuple *t, const struct owner *owner, __u32 service, __u32 epoch,
-				 __u32 mark)
+/* Remember the owner that was chosen for `t`. In the place of what was remembered before, `flow`,
+ * at any time, else (NULL) at most so many a second: a flood pushes nobody out. The owner's target
+ * with a mark as flow_again(); `of`: the epoch, and above it the service. The word goes first and
+ * comes last, so that nobody reads half of it. */
+static __noinline int flow_learn(const struct tuple *t, struct flow *flow, __u32 hash, const struct owner *owner,
+				 __u64 of)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
-	__u32 hash = flow_hash(t), index = hash & config_flow_mask, zero = 0;
-	struct flow_set *set = bpf_map_lookup_elem(&flows, &index);
-	bool known;
+	__u32 zero = 0;
 
-	if (!set)
-		return 0;
-	struct flow *flow = flow_place(set, t, hash, &known);
-	__u64 *word = (__u64 *)&flow->target;
-
-	if (!known) {
+	if (!flow) {
 		__u64 *bucket = bpf_map_lookup_elem(&learning, &zero);
 
 		if (!bucket || !take(bucket, now, config_flow_ns))
 			return 0;
+		flow = flow_place(hash);
 	}
+	if (!flow)
+		return 0;
+	__u64 *word = (__u64 *)&flow->target;
+
 	__sync_lock_test_and_set(word, 0);
 	copy_addr(&flow->client, &t->saddr);
 	copy_addr(&flow->addr, &owner->addr);
 	flow->sport = t->sport;
 	flow->port = owner->port;
 	flow->hash = hash;
-	flow->service = service;
+	flow->service = of >> 32;
 	flow->seen = now / 1000000000ull;
-	__sync_lock_test_and_set(word, (owner->target | mark) | (__u64)epoch << 32);
+	__sync_lock_test_and_set(word, owner->target | of << 32);
 	return 0;
+}
+
+/* Is just this remembered of the flow (or NULL)? */
+static __always_inline bool flow_says(struct flow *flow, const struct owner *owner, __u32 epoch, __u32 now)
+{
+	if (!flow || flow_word(flow) != (owner->target | (__u64)epoch << 32) || flow->port != owner->port ||
+	    !same_addr(&flow->addr, &owner->addr))
+		return false;
+	if (flow->seen != now)
+		flow->seen = now;
+	return true;
 }
 
 static __always_inline void flow_forget(const struct tuple *t, __u32 hash)

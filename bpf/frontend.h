@@ -53,7 +53,9 @@ static __noinline int owner_kept(struct packet *p, struct service_view *view)
 	if (!view)
 		return 0;
 	if (config_flows && !(is_ordered(p->asked.proto) && begins(p))) {
-		if (flow_find(&p->asked, view, p->hash, p->epoch, p->now_s, 0, &p->owner)) {
+		struct flow *flow = flow_look(&p->asked, p->hash);
+
+		if (flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner)) {
 			p->hint = p->owner.port;
 			return 1;
 		}
@@ -326,7 +328,8 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 	}
 	if (!p->dry && !p->outer_size && begins(p) && (is_ordered(p->asked.proto) || !p->hint)) {
 		if (config_flows && !p->hint)
-			flow_learn(&p->asked, &p->owner, view->id, p->epoch, 0);
+			flow_learn(&p->asked, flow_look(&p->asked, p->hash), p->hash, &p->owner,
+				   p->epoch | (__u64)view->id << 32);
 		/* Served here before, with the same ends: what comes next shall not go there. */
 		bpf_map_delete_elem(&nat, &p->asked);
 	}

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 Setting = Literal["auto", "native", "generic", "off"]
 _PROGRAM = "xdp_net"
+#: Maps that each program begins with anew.
+_FRESH = ("fronts",)
 #: What drivers say when they can't as things are: no XDP, or not with this MTU, these queues, …
 _REFUSALS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOMEM, errno.ERANGE, errno.ENOSPC)
 #: Another program is there: of the same mode, or of another.
@@ -259,9 +261,7 @@ class Edge:
         made = Object(self._path)
         try:
             made.share_maps(self._dp.object)
-            own = [
-                name for name in made.maps if not name.startswith(".") and not self._shares(name)
-            ]
+            own = [name for name in made.maps if not name.startswith(".") and self._stays(name)]
             names = {name: f"{name}-{map_version(made.schema, name)}" for name in own}
             for name, pin in names.items():
                 if name in self.sizes:
@@ -290,8 +290,9 @@ class Edge:
         self._objects[kind] = made
         return made
 
-    def _shares(self, name: str) -> bool:
-        return name in self._dp.object.maps
+    def _stays(self, name: str) -> bool:
+        """Is it a map that XDP alone has, and that outlives its programs?"""
+        return name not in self._dp.object.maps and name not in _FRESH
 
     def _release(self) -> None:
         """Close what no card needs. While there is a firewall its maps stay."""

@@ -267,6 +267,9 @@ class FlowTable:
     def __init__(self, map_: MappedArray) -> None:
         self._ways = map_.view["way"]
 
+    def __len__(self) -> int:
+        return len(self.keys())
+
     def keys(self) -> NDArray[Any]:
         return np.argwhere(self._ways["epoch"] != 0)
 

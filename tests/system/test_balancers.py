@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from lockgate.access import Refused
 from tests.system.harness import Cluster, need_root, unique_name
 from tests.system.test_cluster import document, pod
 
@@ -256,7 +257,7 @@ async def patiently(what: Any) -> Any:
     while True:
         try:
             return await asyncio.to_thread(what)
-        except (AssertionError, OSError, KeyError, ValueError):
+        except (AssertionError, OSError, KeyError, Refused):
             if time.monotonic() > end:
                 raise
             await asyncio.sleep(0.05)

@@ -53,12 +53,10 @@ static __noinline int owner_kept(struct packet *p, struct service_view *view)
 	if (!view)
 		return 0;
 	if (config_flows && !(is_ordered(p->asked.proto) && begins(p))) {
-		struct flow *flow = flow_find(&p->asked, view, p->hash, p->now_s);
+		struct flow *flow = flow_look(&p->asked, p->hash);
 
-		if (flow && (flow->epoch == p->epoch || flow_again(flow, p->asked.proto, p->epoch))) {
-			p->owner.addr = flow->addr;
-			p->owner.port = p->hint = flow->port;
-			p->owner.target = flow->target;
+		if (flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner)) {
+			p->hint = p->owner.port;
 			return 1;
 		}
 	}
@@ -339,11 +337,16 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 			return nobody_serves(skb, p, true);
 		}
 		p->snat = snat;
+		/* What had the same ends before may have gone to another node: XDP, which looks
+		 * for flows before connections, shall not send this after it. */
+		if (config_flows && !p->dry)
+			flow_forget(&p->asked, p->hash);
 		return serve(p);
 	}
 	if (!p->dry && !p->outer_size && begins(p) && (is_ordered(p->asked.proto) || !p->hint)) {
 		if (config_flows && !p->hint)
-			flow_learn(&p->asked, &p->owner, view->id, p->epoch);
+			flow_learn(&p->asked, flow_look(&p->asked, p->hash), p->hash, &p->owner,
+				   p->epoch | (__u64)view->id << 32);
 		/* Served here before, with the same ends: what comes next shall not go there. */
 		bpf_map_delete_elem(&nat, &p->asked);
 	}

@@ -65,6 +65,19 @@ INTERRUPTED = 130
     help="How clients outside reach a service's backends on other nodes.",
 )
 @click.option(
+    "--xdp",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "native", "generic", "off"]),
+    help="How XDP runs at the nodes' outside cards, while something needs it.",
+)
+@click.option(
+    "--flows/--no-flows",
+    default=True,
+    show_default=True,
+    help="Whether nodes remember which backend an outside client's flow has.",
+)
+@click.option(
     "--capture",
     default=0,
     show_default=True,
@@ -93,6 +106,8 @@ def up(
     nodes: int,
     routing: str,
     forwarding: str,
+    xdp: str,
+    flows: bool,
     capture: int,
     limits: Limits,
     detach: bool,
@@ -115,7 +130,7 @@ def up(
     _check_manifests(folder, state)
     begun = _begin(state)
     _clear(state, quiet=as_json)
-    settings = Settings(routing, forwarding, capture, limits)
+    settings = Settings(routing, forwarding, xdp, flows, capture, limits)
     supervisor = _start(state, folder, nodes, settings, detach)
     code = 0
     try:

@@ -125,20 +125,12 @@ static __always_inline void outer_header(struct packet *p, __be32 first, __u32 l
 		/* What is longer is cut into segments, each with its own length. */
 		if (length > 65535 - sizeof(*ip))
 			length = 65535 - sizeof(*ip);
-		outer_ipv4(ip, &p->owner.addr, p->hash, bpf_ntohl(first) >> 16, length, ttl);
-		if (p->hint) {
-			__u32 sum = (__u16)~ip->csum + p->hint;
-
-			ip->id = p->hint;
-			ip->csum = ~(__u16)((sum & 0xffff) + (sum >> 16));
-		}
+		outer_ipv4(ip, &p->owner.addr, p->hash, bpf_ntohl(first) >> 16, length, ttl, p->hint);
 		return;
 	}
 	struct ipv6 *ip = (void *)p->bytes;
 
-	outer_ipv6(ip, &p->owner.addr, p->hash, first, length > 65535 ? 65535 : length, ttl);
-	if (p->hint)
-		ip->version_class_flow = (first & bpf_htonl(0xfff00000)) | bpf_htonl(bpf_ntohs(p->hint));
+	outer_ipv6(ip, &p->owner.addr, p->hash, first, length > 65535 ? 65535 : length, ttl, p->hint);
 }
 
 /* Put an outer header to p->owner before the packet, which leaves by the hop of p->target.

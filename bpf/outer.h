@@ -11,10 +11,10 @@
 
 #define OUTER_TTL 64
 
-/* `tos` is the inner header's, ECN included (RFC 6040: a packet that was marked is
- * dropped, if the network is so full, rather than told of). `length` is the inner packet's. */
+/* `tos` is the inner header's, congestion marks included (RFC 6040); `length` is the inner
+ * packet's. `hint`: the backend's port, where its own node may not find it (encapsulate.h), or 0. */
 static __always_inline void outer_ipv4(struct ipv4 *ip, const struct addr *to, __u32 hash, __u8 tos, __u16 length,
-				       __u8 ttl)
+				       __u8 ttl, __be16 hint)
 {
 	__u32 from = *(const volatile __u32 *)config_outer4 | bpf_htonl(hash & 0xffff);
 	__u32 backend = ((const __u32 *)to)[3], sum;
@@ -22,13 +22,13 @@ static __always_inline void outer_ipv4(struct ipv4 *ip, const struct addr *to, _
 	ip->version_ihl = 0x45;
 	ip->tos = tos;
 	ip->length = bpf_htons(length + sizeof(*ip));
-	ip->id = 0;	/* with "don't fragment" it says nothing (RFC 6864) */
+	ip->id = hint;	/* with "don't fragment" it says nothing else (RFC 6864) */
 	ip->frag = bpf_htons(IPV4_DF);
 	ip->ttl = ttl;
 	ip->proto = IPPROTO_IPIP;
 	ip->saddr = from;
 	ip->daddr = backend;
-	sum = bpf_htons(0x4500 | tos) + ip->length + bpf_htons(IPV4_DF) + bpf_htons(ttl << 8 | IPPROTO_IPIP);
+	sum = bpf_htons(0x4500 | tos) + hint + ip->length + bpf_htons(IPV4_DF) + bpf_htons(ttl << 8 | IPPROTO_IPIP);
 	sum += (from & 0xffff) + (from >> 16) + (backend & 0xffff) + (backend >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
@@ -37,10 +37,12 @@ static __always_inline void outer_ipv4(struct ipv4 *ip, const struct addr *to, _
 
 /* `first` is the inner header's first word. */
 static __always_inline void outer_ipv6(struct ipv6 *ip, const struct addr *to, __u32 hash, __be32 first, __u16 length,
-				       __u8 ttl)
+				       __u8 ttl, __be16 hint)
 {
 	/* The label, too, spreads flows (RFC 6438). */
-	ip->version_class_flow = (first & bpf_htonl(0xfff00000)) | bpf_htonl(hash & 0xfffff);
+	__u32 label = hint ? bpf_ntohs(hint) : hash & 0xfffff;
+
+	ip->version_class_flow = (first & bpf_htonl(0xfff00000)) | bpf_htonl(label);
 	ip->length = bpf_htons(length);
 	ip->next = IPPROTO_IPV6;
 	ip->ttl = ttl;

@@ -16,6 +16,7 @@ from typing import Self
 
 import numpy as np
 
+from lockgate.agent.flows import Flows
 from lockgate.agent.guard import Guard
 from lockgate.agent.limits import Limits
 from lockgate.agent.others import Table, inherit
@@ -30,6 +31,8 @@ from lockgate.net import namespaces
 __all__ = ["Datapath"]
 
 log = logging.getLogger(__name__)
+#: Programs of the other object, whose links are pinned beside ours (lockgate/agent/edge.py).
+_EDGE = ("xdp_net",)
 _AT_CARDS: tuple[tuple[str, links.Direction], ...] = (
     ("from_net", "ingress"),
     ("to_net", "egress"),
@@ -47,6 +50,7 @@ class Datapath:
         share: float = SHARE,
         limits: Limits | None = None,
         tunnels: bool = True,
+        flows: Flows | None = None,
     ) -> None:
         """Load the object at `path` over what is pinned in `pins`, able to use tunnels or not.
         `sizes`, or the `share` of memory, is for tables that are made now: those that are there
@@ -59,12 +63,20 @@ class Datapath:
         try:
             self.names = pin_names(self.object.schema)
             self._set_aside()
-            sizes = sizes or Sizes.from_memory(self.object.schema, share)
-            entries = self._reuse(sizes.by_map())
-            self.object.set_rodata((limits or Limits()).constants(entries["half_open"]))
-            self.object.set_rodata(
-                {"config_tunnel": int(tunnels), "config_netns_cookie": namespaces.cookie()}
-            )
+            flows = flows or Flows()
+            wanted = (sizes or Sizes.from_memory(self.object.schema, share)).by_map()
+            if not flows.remember:
+                wanted["flows"] = 1
+            entries = self._reuse(wanted)
+            #: Values of bpf/config.h, for all objects.
+            self.constants = {
+                **(limits or Limits()).constants(entries["half_open"]),
+                **flows.constants(),
+                "config_flow_mask": entries["flows"] - 1,
+                "config_tunnel": int(tunnels),
+                "config_netns_cookie": namespaces.cookie(),
+            }
+            self.object.set_rodata(self.constants)
             self.object.load()
         except BaseException:
             self.object.close()
@@ -90,6 +102,9 @@ class Datapath:
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
+        self.flows = MappedArray.of(obj, "flows", dtype("flow_set"))
+        self.peer_bits = MappedArray.of(obj, "peer_bits", np.dtype("<u8"))
+        self.frontend_bits = MappedArray.of(obj, "frontend_bits", np.dtype("<u8"))
         self.counters = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
         #: The programs on pods' links.
         self.guard = Guard(obj, self.links)
@@ -129,10 +144,11 @@ class Datapath:
         if self.pending:
             return 0
         count = 0
+        known = {*self.object.programs, *_EDGE}
         for name, info in links.links_in(str(self.links)).items():
-            program = name if name in self.object.programs else name.partition("-")[0]
+            program = name if name in known else name.partition("-")[0]
             severed = info.ifindex == 0 and info.cgroup_id == 0
-            if severed or program not in self.object.programs:
+            if severed or program not in known:
                 count += links.remove(str(self.links / name))
         return count
 

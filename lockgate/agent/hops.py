@@ -25,6 +25,7 @@ from lockgate.agent.stack_routes import StackRoutes
 from lockgate.agent.tunnel import TunnelDevice
 from lockgate.agent.ways import Routing, Way, choose_way, internal_ips, of_family, pod_cidrs
 from lockgate.bpf.grace import wait_grace
+from lockgate.net import xdp
 from lockgate.net.dumps import Route
 from lockgate.net.links import Net
 from lockgate.net.vxlan import OVERHEAD4, OVERHEAD6
@@ -41,7 +42,7 @@ WORLD6, NEAR_UNDERLAY2, NEAR_OUTSIDE6 = 5, 6, 7
 FIRST_NODE = 8
 #: Addresses that mean something only within a host or on a link (RFC 6890): no way leads there.
 NEVER_LEAVES = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/127", "fe80::/10")
-_MAC, _MASQ, _TUNNEL = 1, 2, 8
+_MAC, _MASQ, _TUNNEL, _XDP = 1, 2, 8, 16
 _UNDERLAY, _OUTSIDE, _TUNNEL_ROLE = 1, 2, 3
 #: Where frames in the tunnel are made out to: whoever gets them takes them.
 _TUNNEL_MAC = bytes.fromhex("0a6c00000001")
@@ -83,6 +84,8 @@ class Hops:
         #: Of the way to another node with the smallest; 0 = there is none.
         self.mtu = int(mtus[mtus != 0].min(initial=65535)) if mtus.any() else 0
         self.numbers: dict[str, int] = {}
+        #: Is any other node reached without a tunnel?
+        self.direct = False
         self.errors: list[str] = []
         self._old = {
             bytes(row[via]): number
@@ -139,6 +142,7 @@ class Hops:
                 f"Node {self._node}: no interface that is up has an InternalIP of it"
             )
         ways = self._ways(cluster, cards.underlay)
+        self.direct = any(not way.remote for way in ways.values())
         tunnel = self._tunnel(cluster, cards.underlay, ways)
         self._write_roles(cards, tunnel.index if tunnel is not None else cards.tunnel)
         if tunnel is not None:
@@ -246,7 +250,9 @@ class Hops:
         if card is None or way is None:
             return Hop()
         if not way.remote:
-            return self._towards(net, card, way.direct)
+            hop = self._towards(net, card, way.direct)
+            sends = hop.flags & _MAC and card.xdp.features & xdp.NDO_XMIT
+            return replace(hop, flags=hop.flags | _XDP) if sends else hop
         if tunnel is None:
             return Hop()
         return Hop(

@@ -28,6 +28,7 @@ __all__ = [
     "attach_xdp",
     "links_in",
     "open_link",
+    "program_name",
     "remove",
     "tcx_programs",
 ]
@@ -166,6 +167,20 @@ def open_link(path: str) -> Link | None:
         return Link(syscall.obj_get(path), path)
     except FileNotFoundError:
         return None
+
+
+def program_name(program: int) -> str:
+    """Of a program by its id; "a program" when that may not be known."""
+    try:
+        fd = syscall.prog_fd_by_id(program)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOENT):
+            return "a program"
+        raise
+    try:
+        return syscall.prog_info(fd).name or "a program"
+    finally:
+        os.close(fd)
 
 
 def links_in(directory: str) -> dict[str, LinkInfo]:

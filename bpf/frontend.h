@@ -69,6 +69,17 @@ static __noinline int owner_kept(struct packet *p, struct service_view *view)
 	return 1;
 }
 
+/* From now on the client of p->asked has p->owner. Calls of their own, this and those above: the
+ * stack of all calls in a row is short. */
+static __noinline int keep_owner(struct packet *p, __u32 service)
+{
+	struct affinity_key client = { .service = service, .by_address = 1 };
+
+	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
+	affinity_keep(&client, &p->owner.addr, p->owner.port, p->now_s);
+	return 0;
+}
+
 /* The next owner behind `place` that is on another node, in p->owner: it may know a connection
  * that began before the owners changed. False: there is none, p->owner is as it was. */
 static __always_inline bool next_elsewhere(struct packet *p, void *image, const struct service_view *view,
@@ -109,12 +120,8 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 			p->hint = 0;
 		return 1;
 	}
-	if (view->affinity && !kept && !p->dry) {
-		struct affinity_key client = { .service = view->id, .by_address = 1 };
-
-		__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
-		affinity_keep(&client, &p->owner.addr, p->owner.port, p->now_s);
-	}
+	if (view->affinity && !kept && !p->dry)
+		keep_owner(p, view->id);
 	return 1;
 }
 

@@ -16,8 +16,8 @@
  *                 its source, which this epoch's judgement chose: the world's by a hop
  *                 that no pod is behind, and a node's by its own tunnel.
  *   connection    an entry in `connections` (looked up first there, too) of
- *                 this epoch, in time, without translation, and no packet that
- *                 may begin another: known() then judges nothing and tells
+ *                 this epoch, in time, without translation but of a TCP answer of a
+ *                 service's pod, and no packet that may begin another: known() then judges nothing and tells
  *                 nothing. ct_follow() follows the states, there and here.
  *   forward()     a live pod, the host, or a hop whose MACs are known, TTL and
  *                 MTU sufficing: the cases of deliver() and leave() that have no
@@ -172,6 +172,36 @@ static __always_inline int leave_plain(struct __sk_buff *skb, __u32 epoch, __u32
 	return bpf_redirect(hop->ifindex, 0);
 }
 
+/* What becomes of a pod's answer to a service's client. False: nothing, or not to be done here.
+ * Once a second the long way sees it, and says that the translation lives. */
+static __always_inline bool answer_of(const struct tuple *t, __u32 now, struct tuple *to)
+{
+	struct nat *known = t->proto == IPPROTO_TCP ? bpf_map_lookup_elem(&nat, t) : NULL;
+
+	if (!known || known->seen != now)
+		return false;
+	*to = known->to;
+	/* A twin's has the client's other port; and the element may be another's by now. */
+	return same_addr(&to->daddr, &t->daddr) && to->dport == t->dport;
+}
+
+/* Give the packet the source that the service has; see rewrite(). 0 on success. */
+static __always_inline int answer_as(struct __sk_buff *skb, const struct tuple *t, const struct tuple *to)
+{
+	bool v4 = skb->protocol == bpf_htons(ETH_P_IP);
+	__u32 l4 = ETH_HLEN + (v4 ? sizeof(struct ipv4) : sizeof(struct ipv6));
+	__s64 diff = bpf_csum_diff((__be32 *)&t->saddr, 16, (__be32 *)&to->saddr, 16, 0);
+
+	if (v4 && bpf_l3_csum_replace(skb, ETH_HLEN + 10, 0, diff, 0))
+		return -1;
+	if (bpf_l4_csum_replace(skb, l4 + csum_offset(IPPROTO_TCP), 0, diff, BPF_F_PSEUDO_HDR))
+		return -1;
+	if (store_port(skb, l4, l4 + csum_offset(IPPROTO_TCP), t->sport, to->sport, 0))
+		return -1;
+	return v4 ? bpf_skb_store_bytes(skb, ETH_HLEN + 12, &to->saddr.b[12], 4, 0)
+		  : bpf_skb_store_bytes(skb, ETH_HLEN + 8, &to->saddr, 16, 0);
+}
+
 /* The program's answer for a plain packet of a known connection, or LONG_WAY. */
 static __always_inline int fast(struct __sk_buff *skb, const __u32 place)
 {
@@ -189,12 +219,17 @@ static __always_inline int fast(struct __sk_buff *skb, const __u32 place)
 	bool high = ct_key_of(&key, &plain.ends);
 	struct ct *ct = bpf_map_lookup_elem(&connections, &key);
 
-	if (!ct || ct->epoch != epoch || ct->flags & (CT_NAT_ORIGIN | CT_NAT_REPLY) ||
+	if (!ct || ct->epoch != epoch || ct->flags & CT_NAT_ORIGIN ||
 	    is_later(now, ct->seen, ct_timeout(ct, plain.ends.proto)))
 		return LONG_WAY;
 	bool reply = high != !!(ct->flags & CT_ORIGIN_HI);
 	__u32 target = ct->target[reply], index = target_index(target);
+	bool answers = ct->flags & CT_NAT_REPLY;
+	struct tuple answer;
 	int verdict = LONG_WAY;
+
+	if (answers && !(place == PLACE_FROM_POD && reply && answer_of(&plain.ends, now, &answer)))
+		return LONG_WAY;
 
 	if (place == PLACE_FROM_NET && !comes_from(skb, epoch, ct->target[!reply]))
 		return LONG_WAY;
@@ -204,8 +239,11 @@ static __always_inline int fast(struct __sk_buff *skb, const __u32 place)
 		verdict = leave_plain(skb, epoch, index, plain.ttl);
 	else if (target_kind(target) == TO_HOST && place == PLACE_FROM_POD)
 		verdict = TCX_NEXT;
-	if (verdict != LONG_WAY)
-		ct_follow(ct, plain.tcp_flags, reply, now);
+	if (verdict == LONG_WAY)
+		return verdict;
+	if (answers && answer_as(skb, &plain.ends, &answer))
+		return TCX_DROP;	/* memory ran out */
+	ct_follow(ct, plain.tcp_flags, reply, now);
 	return verdict;
 }
 

@@ -44,26 +44,30 @@ static __always_inline void set_owner(struct packet *p, const struct addr *addr,
 	p->owner.target = peer_target(p, addr);
 }
 
-/* The backend that the client of p->asked was given before, as far as this node remembers. */
-static __noinline int owner_kept(struct packet *p, struct service_view *view)
+/* The backend that the flow p->asked was given before, as far as this node remembers. */
+static __noinline int owner_of_flow(struct packet *p, struct service_view *view)
+{
+	if (!view || !config_flows || (is_ordered(p->asked.proto) && begins(p)))
+		return 0;
+	struct flow *flow = flow_look(&p->asked, p->hash);
+
+	if (!flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner))
+		return 0;
+	p->hint = p->owner.port;
+	return 1;
+}
+
+/* The one that the client keeps, with affinity. */
+static __noinline int owner_of_client(struct packet *p, struct service_view *view)
 {
 	struct affinity_key client = { .by_address = 1 };
 	struct affinity kept;
 
-	if (!view)
+	if (!view || !view->affinity)
 		return 0;
-	if (config_flows && !(is_ordered(p->asked.proto) && begins(p))) {
-		struct flow *flow = flow_look(&p->asked, p->hash);
-
-		if (flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner)) {
-			p->hint = p->owner.port;
-			return 1;
-		}
-	}
 	client.service = view->id;
 	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
-	if (!view->affinity ||
-	    !affinity_find(&client, view, p->epoch, p->asked.proto, begins(p), p->now_s, p->dry || p->quoted, &kept))
+	if (!affinity_find(&client, view, p->epoch, p->asked.proto, begins(p), p->now_s, p->dry || p->quoted, &kept))
 		return 0;
 	set_owner(p, &kept.addr, kept.port);
 	return 1;
@@ -109,7 +113,7 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 	if (!view || !image)
 		return 0;
 	__u64 owners = owners_of(image, view, slot_hash(p, view));
-	bool kept = owner_kept(p, view);
+	bool kept = owner_of_flow(p, view) || owner_of_client(p, view);
 
 	if (!kept && !owner_at(image, view, owners & NO_OWNER, &p->owner))
 		return 0;

@@ -38,6 +38,7 @@ from tests.bytecode.world import (
     pod_mac,
 )
 
+_MONOTONIC_COARSE = 6  # linux/time.h
 NEW, ESTABLISHED, CLOSING, CLOSED = 1, 2, 3, 4  # enum ct_state
 ORIGIN_HI, EXEMPT, NAT_REPLY = 1, 2, 8  # enum ct_flag
 FIN, SYN, RST, ACK = 1, 2, 4, 16
@@ -80,6 +81,8 @@ class Case:
     old_epoch: bool = False
     way: int = target(TO_LOCAL, B)
     back: int = target(TO_LOCAL, A)
+    # What becomes of it: source, port, port of the destination, seen how many seconds ago
+    becomes: tuple[str, int, int, int] | None = None
 
     def frame(self) -> bytes:
         src, dst = (parse_address(self.address(n)) for n in (self.source, self.destination))
@@ -137,6 +140,21 @@ class Case:
         value["tag"] = tag_of(key)
         return key, value
 
+    def translation(self, world: World, now: int) -> tuple[np.ndarray, np.ndarray]:
+        """Key and value in `nat`."""
+        assert self.becomes is not None
+        source, sport, dport, age = self.becomes
+        key, value = np.zeros((), world.dtype("tuple")), np.zeros((), world.dtype("nat"))
+        for one, name, ports in (
+            (key, self.source, PORTS),
+            (value["to"], source, (sport, dport)),
+        ):
+            one["saddr"] = np.frombuffer(parse_address(self.address(name)), np.uint8)
+            one["daddr"] = np.frombuffer(parse_address(self.address(self.destination)), np.uint8)
+            one["sport"], one["dport"], one["proto"] = *ports, self.proto
+        value["seen"] = now - age
+        return key, value
+
 
 def tag_of(key: np.ndarray) -> int:
     """ct_tag() in bpf/conntrack.h."""
@@ -168,9 +186,11 @@ class Ways:
         """All that a run did, times apart, and whether it took the long way."""
         world = self.world
         world.clear()
-        now = int(time.clock_gettime(time.CLOCK_MONOTONIC))
+        now = int(time.clock_gettime(_MONOTONIC_COARSE))
         key, value = case.entry(world, now)
         world.connections.set(key, value)
+        if case.becomes is not None:
+            world.nat.set(*case.translation(world, now))
         # The long way writes down what it read of each packet: have another's there.
         mark = world.run("from_net", b"\0" * 12 + b"\x08\x00" + b"\x45" + bytes(59), UNDERLAY)
         assert mark.verdict == NEXT
@@ -235,6 +255,34 @@ SHORT = {
     "pod to its node": (Case(destination="host", way=target(TO_HOST)), NEXT),
     "another node to a pod": (FROM_NET, REDIRECT),
     "the node to its pod": (TO_POD, NEXT),
+    "a service's answer": (
+        Case(flags=NAT_REPLY, reply=True, becomes=("svc", 443, PORTS[1], 0)),
+        REDIRECT,
+    ),
+    "a service's answer, port and all": (
+        Case(flags=NAT_REPLY, reply=True, becomes=("svc", PORTS[0], PORTS[1], 0)),
+        REDIRECT,
+    ),
+    "a service's answer to another node": (
+        Case(
+            destination="remote",
+            way=HOP,
+            flags=NAT_REPLY,
+            reply=True,
+            becomes=("svc", 443, PORTS[1], 0),
+        ),
+        REDIRECT,
+    ),
+    "a service's answer to its node": (
+        Case(
+            destination="host",
+            way=target(TO_HOST),
+            flags=NAT_REPLY,
+            reply=True,
+            becomes=("svc", 443, PORTS[1], 0),
+        ),
+        NEXT,
+    ),
     "a segment to be cut": (Case(destination="remote", way=HOP, gso=1300, payload=3000), REDIRECT),
 }
 
@@ -243,7 +291,16 @@ LONG = {
     "older epoch": Case(old_epoch=True),
     "timed out": Case(state=CLOSED, age=60),
     "syn": Case(tcp_flags=SYN),
-    "translated": Case(flags=NAT_REPLY, reply=True),
+    "translated, who knows to what": Case(flags=NAT_REPLY, reply=True),
+    "translated, the first in a second": Case(
+        flags=NAT_REPLY, reply=True, becomes=("svc", 443, PORTS[1], 1)
+    ),
+    "translated for a twin": Case(flags=NAT_REPLY, reply=True, becomes=("svc", 443, 1024, 0)),
+    "translated, udp": Case(
+        proto=UDP, flags=NAT_REPLY, reply=True, becomes=("svc", 443, PORTS[1], 0)
+    ),
+    "masqueraded": Case(flags=4, becomes=("masq", 443, PORTS[1], 0)),
+    "translated, from a card": replace(FROM_NET, flags=NAT_REPLY),
     "spoofed mac": Case(source_mac=pod_mac(B)),
     "spoofed source": Case(source="c"),
     "multicast": Case(destination="224.0.0.9"),

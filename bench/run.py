@@ -2,9 +2,9 @@
 
     python -m bench.run [NAME…] [--json] [--quick]
 
-Names: packet verdict explain events sweep publish bigapi compile daytwo cni net; none means all.
-Each runs in a process of its own, with a network namespace of its own, and removes what it made.
-Exit code 1 if one failed.
+Names: packet verdict balancer explain events sweep publish bigapi compile daytwo cni net; none
+means all. Each runs in a process of its own, with a network namespace of its own, and removes what
+it made. Exit code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 NAMES = {
     "packet": "ns per packet of the program at the pod, over an empty program",
     "verdict": "ns per verdict at 10, 1,000 and 10,000 rules; share of a first packet",
+    "balancer": "ns per packet of XDP's balancer, over one that sends the frame back",
     "explain": "questions to explain --batch a second, to the kernel and to the specification",
     "events": "events a second, written on one core, decoded on the other",
     "sweep": "one sweep over 500,000 connections, and what a packet notices of it",

@@ -153,23 +153,24 @@ static __always_inline struct flow *flow_place(__u32 hash)
 	return oldest;
 }
 
-/* Remember the owner that was chosen for `t`. In the place of what was remembered before, `flow`,
- * at any time, else (NULL) at most so many a second: a flood pushes nobody out. The owner's target
- * with a mark as flow_again(); `of`: the epoch, and above it the service. The word goes first and
- * comes last, so that nobody reads half of it. */
-static __noinline int flow_learn(const struct tuple *t, struct flow *flow, __u32 hash, const struct owner *owner,
+/* May another flow be learned? At most so many a second: a flood pushes nobody out. */
+static __always_inline bool may_learn(__u64 now)
+{
+	__u32 zero = 0;
+	__u64 *bucket = bpf_map_lookup_elem(&learning, &zero);
+
+	return bucket && take(bucket, now, config_flow_ns);
+}
+
+/* Remember the owner that was chosen for `t`: in the place of what was remembered before, `flow`,
+ * or (NULL) somewhere, if that is allowed at this time. The owner's target with a mark as
+ * flow_again(); `of`: the epoch, and above it the service. The word goes first and comes last,
+ * so that nobody reads half of it. */
+static __noinline int flow_write(const struct tuple *t, struct flow *flow, __u32 hash, const struct owner *owner,
 				 __u64 of)
 {
-	__u64 now = bpf_ktime_get_coarse_ns();
-	__u32 zero = 0;
-
-	if (!flow) {
-		__u64 *bucket = bpf_map_lookup_elem(&learning, &zero);
-
-		if (!bucket || !take(bucket, now, config_flow_ns))
-			return 0;
+	if (!flow)
 		flow = flow_place(hash);
-	}
 	if (!flow)
 		return 0;
 	__u64 *word = (__u64 *)&flow->target;
@@ -181,9 +182,16 @@ static __noinline int flow_learn(const struct tuple *t, struct flow *flow, __u32
 	flow->port = owner->port;
 	flow->hash = hash;
 	flow->service = of >> 32;
-	flow->seen = now / 1000000000ull;
+	flow->seen = now_seconds();
 	__sync_lock_test_and_set(word, owner->target | of << 32);
 	return 0;
+}
+
+static __always_inline void flow_learn(const struct tuple *t, struct flow *flow, __u32 hash, const struct owner *owner,
+				       __u64 of)
+{
+	if (flow || may_learn(bpf_ktime_get_coarse_ns()))
+		flow_write(t, flow, hash, owner, of);
 }
 
 /* Is just this remembered of the flow (or NULL)? */

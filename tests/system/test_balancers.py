@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,8 @@ async def listen(cluster: Cluster, servers: Servers, *names: str) -> None:
     for name in names:
         await patiently(lambda name=name: cluster.pod(f"lab/{name}"))
     await servers.start(*names)
-    await asyncio.to_thread(cluster.wait)
+    await patiently(lambda: conditions(cluster, names, ready=True))
+    await in_force(cluster)
 
 
 async def patiently(what: Any) -> Any:
@@ -265,20 +266,21 @@ async def patiently(what: Any) -> Any:
 
 async def drain(cluster: Cluster, *names: str) -> None:
     """Delete pods; they go on serving until their grace ends."""
-
-    def ending() -> None:
-        slices = cluster.objects("endpoints")
-        told = {
-            one["targetRef"]["name"]: one["conditions"]
-            for piece in slices
-            for one in piece["endpoints"]
-        }
-        assert all(told[name]["terminating"] and told[name]["serving"] for name in names), told
-
     for name in names:
         cluster.save(f"{name}.yaml", wait=False)
-    await patiently(ending)
+    await patiently(lambda: conditions(cluster, names, serving=True, terminating=True))
     await in_force(cluster)
+
+
+def conditions(cluster: Cluster, names: Iterable[str], **wanted: bool) -> None:
+    """The endpoints of these pods, of both families, have these conditions."""
+    found = Counter(
+        one["targetRef"]["name"]
+        for piece in cluster.objects("endpoints")
+        for one in piece["endpoints"]
+        if wanted.items() <= one["conditions"].items()
+    )
+    assert all(found[name] == 2 for name in names), found
 
 
 async def in_force(cluster: Cluster) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 from scapy.layers.l2 import Ether
 
@@ -45,22 +43,6 @@ from tests.bytecode.world import (
 KINDS = {"syn": syn, "udp": udp, "ack": lambda s, d: tcp(s, d, "A")}
 
 
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[Callable[..., World]]:
-    made: dict[str, World] = {}
-
-    def get(name: str, **constants: int) -> World:
-        if name not in made:
-            made[name] = World(constants=constants, name=name)
-        made[name].clear()
-        made[name].publish(base())
-        return made[name]
-
-    yield get
-    for world in made.values():
-        world.close()
-
-
 def send(world: World, family: int, kind: str, service: int = DSR, port: int = 40000) -> str:
     """By name, where the packet of a client is sent."""
     packet = wire() / ip(family, "world", LB[family]) / KINDS[kind](port, PORTS[service])
@@ -81,8 +63,8 @@ def first_is(world: World, family: int, name: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_the_table_nothing_is_remembered(worlds, family: int) -> None:
-    world = worlds("stateless", config_flows=0)
+def test_without_the_table_nothing_is_remembered(configured, family: int) -> None:
+    world = configured("stateless", config_flows=0)
     with world.inside():
         for name, other in (("remote", "far"), ("far", "remote")):
             first_is(world, family, name, other)
@@ -92,9 +74,9 @@ def test_without_the_table_nothing_is_remembered(worlds, family: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_above_its_rate_the_table_learns_no_more(worlds, family: int) -> None:
+def test_above_its_rate_the_table_learns_no_more(configured, family: int) -> None:
     """One a second at most, and a quarter of a second's worth at once: the first is learned."""
-    world = worlds("slow", config_flow_ns=1_000_000_000)
+    world = configured("slow", config_flow_ns=1_000_000_000)
     with world.inside():
         first_is(world, family, "remote", "far")
         for port in range(40000, 40050):
@@ -166,10 +148,10 @@ def test_a_dry_run_shows_the_packet_as_it_would_leave_and_writes_nothing(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_connections_as_the_node_begin_in_the_crowd_when_there_are_many(
-    worlds, family: int
+    configured, family: int
 ) -> None:
     """And are known there; an answered one whose client comes again moves."""
-    world = worlds("crowded", config_connection_ns=100_000_000)
+    world = configured("crowded", config_connection_ns=100_000_000)
     with world.inside():
         world.publish(frontends())
         for port in range(40000, 40020):
@@ -190,10 +172,10 @@ def test_connections_as_the_node_begin_in_the_crowd_when_there_are_many(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_connections_to_a_pod_behind_a_frontend_begin_in_the_crowd(worlds, family: int) -> None:
+def test_connections_to_a_pod_behind_a_frontend_begin_in_the_crowd(configured, family: int) -> None:
     from tests.bytecode.balancing import HERE
 
-    world = worlds("crowded", config_connection_ns=100_000_000)
+    world = configured("crowded", config_connection_ns=100_000_000)
     with world.inside():
         world.publish(frontends())
         for port in range(41000, 41020):

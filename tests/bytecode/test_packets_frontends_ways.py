@@ -66,6 +66,7 @@ from tests.bytecode.world import (
     UNDERLAY,
     Scene,
     World,
+    set_seen,
 )
 
 # ---- Ways there and back ---------------------------------------------------------------
@@ -296,6 +297,41 @@ def test_udp_served_here_moves_when_its_backend_goes(world: World, family: int) 
     for _ in range(2):
         out = run(world, "from_net", wire() / ask(family, HERE, "udp"), OUTSIDE)
         assert Ether(out.packet)[1].dst == ADDRESSES[family]["remote"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_udp_as_the_node_moves_when_its_backend_goes(world: World, family: int) -> None:
+    scene = frontends()
+    world.publish(scene)
+    run(world, "from_net", wire() / ask(family, SNAT, "udp"), OUTSIDE)
+    key = LB[family], PORTS[SNAT], UDP
+    moved = replace(scene.services[key], owners=(owner(family, "far"),))
+    world.publish(scene.but(services={**scene.services, key: moved}))
+    ports = set()
+    for _ in range(2):
+        out = run(world, "from_net", wire() / ask(family, SNAT, "udp"), OUTSIDE)
+        found = Ether(out.packet)
+        assert (found[1].src, found[1].dst) == tuple(ADDRESSES[family][n] for n in ("host", "far"))
+        ports.add(found[2].sport)
+    (port,) = ports
+    answer = wire() / ip(family, "far", "host") / udp(8080, port)
+    out = run(world, "from_net", answer, UNDERLAY)
+    assert Ether(out.packet)[1].src == LB[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_port_whose_connection_is_over_is_given_out_again(configured, family: int) -> None:
+    """Not before: with one port to give, a second client has to wait for it."""
+    world = configured("oneport", masquerade_port_min=20000, masquerade_port_max=20000)
+    with world.inside():
+        world.publish(frontends())
+        run(world, "from_net", wire() / ask(family, SNAT), OUTSIDE)
+        second = ip(family, "world", LB[family]) / syn(SPORT + 1, PORTS[SNAT])
+        out = run(world, "from_net", wire() / second, OUTSIDE)
+        same_events(out.events, dropped("nat-exhausted"))
+        set_seen(world.half_open, -70)
+        out = run(world, "from_net", wire() / second, OUTSIDE)
+        assert out.verdict == REDIRECT and Ether(out.packet)[2].sport == 20000
 
 
 @pytest.mark.parametrize("family", FAMILIES)

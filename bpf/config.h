@@ -33,6 +33,10 @@ const volatile __u64 config_connection_ns = 0;
 const volatile __u64 config_event_ns = 0;
 const volatile __u64 config_fragment_ns = 0;
 
+/* Ticks of a second (lockgate/bpf/clock.py), 0 = ask the kernel's clock, by a call with
+ * every packet: where returns are dear (Safe RET), 20 ns. */
+const volatile __u32 config_hz = 0;
+
 /* 0 removes the code that tunnels packets to other nodes. */
 const volatile __u32 config_tunnel = 1;
 

@@ -20,7 +20,7 @@ from lockgate.agent.guard import Guard
 from lockgate.agent.limits import Limits
 from lockgate.agent.others import Table, inherit
 from lockgate.agent.sizes import SHARE, Sizes
-from lockgate.bpf import links, syscall
+from lockgate.bpf import clock, links, syscall
 from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
@@ -57,7 +57,7 @@ class Datapath:
             sizes = sizes or Sizes.from_memory(self.object.schema, share)
             entries = self._reuse(sizes.by_map())
             self.object.set_rodata((limits or Limits()).constants(entries["half_open"]))
-            self.object.set_rodata({"config_tunnel": int(tunnels)})
+            self.object.set_rodata({"config_tunnel": int(tunnels)} | clock.constants())
             self.object.load()
         except BaseException:
             self.object.close()

@@ -17,7 +17,7 @@ import numpy as np
 
 from lockgate.agent.encode import Encoder, EndpointRecord
 from lockgate.agent.limits import Limits
-from lockgate.bpf import syscall
+from lockgate.bpf import clock, syscall
 from lockgate.bpf.maps import ArrayOfMaps, HashMap, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
@@ -29,7 +29,7 @@ __all__ = ["IFINDEX_BASE", "Ids", "World", "empty_program", "own_namespace", "tc
 
 IFINDEX_BASE = 65536
 CLONE_NEWNET = 0x40000000
-TCP, SYN, ACK = 6, 0x02, 0x10
+TCP, SYN, RST, ACK = 6, 0x02, 0x04, 0x10
 
 
 def own_namespace(slots: Iterable[int]) -> None:
@@ -96,7 +96,7 @@ class World:
         self.object = Object(path or str(bpf_object()))
         # The limits cost what they cost in use, and never bind.
         limits = Limits(answers=10**9, connections=10**9, events=10**9)
-        self.object.set_rodata(limits.constants(0))
+        self.object.set_rodata(limits.constants(0) | clock.constants())
         self.object.load()
         self.schema = self.object.schema
 

@@ -10,7 +10,8 @@ and once more through VXLAN: bare and bridge with a kernel's device, routes, per
 and forwarding entries as flannel makes them; lockgate with routing vxlan.
 
 On one processor (both ends pinned to it) all that a packet costs shows; rounds are
-interleaved and medians compared. On two processors the spread is wide: see `--two-cpus`.
+interleaved and medians compared. On two processors the spread is wide: see `--two-cpus`. Where
+other work runs beside it, `--realtime` keeps that from taking turns with one end or the other.
 Everything is made for the run and removed afterwards.
 """
 
@@ -40,15 +41,13 @@ from bench.setups import (
     run,
 )
 
-RR = Path(__file__).resolve().parent.parent / "build" / "bench-rr"
-
 
 def start_servers(pair: Pair, stack: ExitStack) -> None:
     """iperf3 and rr in the server pod, on processor 0."""
     pinned = [*pair.server, "taskset", "-c", "0"]
     for command in (
         [*pinned, "iperf3", "-s", "-p", str(IPERF_PORT)],
-        [*pinned, str(RR), "server", str(RR_PORT)],
+        [*pinned, *pair.rr, "server", str(RR_PORT)],
     ):
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -58,7 +57,7 @@ def start_servers(pair: Pair, stack: ExitStack) -> None:
     deadline = time.monotonic() + 10
     while True:
         try:
-            run(*pair.client, str(RR), "rr", pair.address, str(RR_PORT), "0.01")
+            run(*pair.client, *pair.rr, "rr", pair.address, str(RR_PORT), "0.01")
             run(*pair.client, "iperf3", "-c", pair.address, "-p", str(IPERF_PORT), "-n", "1K")
             return
         except RuntimeError:
@@ -66,6 +65,10 @@ def start_servers(pair: Pair, stack: ExitStack) -> None:
                 raise
             time.sleep(0.1)
 
+
+#: On a machine that is not quiet: what else runs there takes turns with neither end. Not for
+#: iperf3, whose threads then wait for each other.
+REALTIME = ["chrt", "--fifo", "10"]
 
 #: What iperf3 may have in flight. With the kernel's own choice, megabytes, a connection on one CPU
 #: keeps either to the processor's cache or to a third of the throughput, by chance.
@@ -105,7 +108,7 @@ def transactions(kind: str) -> Callable[[Pair, int, float], float]:
                     "taskset",
                     "-c",
                     str(cpu),
-                    str(RR),
+                    *pair.rr,
                     kind,
                     pair.address,
                     str(RR_PORT),
@@ -164,6 +167,9 @@ def main() -> None:
     )
     parser.add_argument("--way", choices=("direct", "vxlan"), help="only these rows")
     parser.add_argument("--one-node", action="store_true", help="only these rows of --way direct")
+    parser.add_argument(
+        "--realtime", action="store_true", help="both ends of rr and conn before all other work"
+    )
     options = parser.parse_args()
     rounds, seconds = (2, 0.3) if options.quick else (9, 1.0)
     with ExitStack() as stack:
@@ -180,6 +186,8 @@ def main() -> None:
         if options.one_node:
             pairs = [pair for pair in pairs if pair.where == "one node"]
         for pair in pairs:
+            if options.realtime:
+                pair.rr = [*REALTIME, *pair.rr]
             start_servers(pair, stack)
         rows = compare(pairs, 0, rounds, seconds)
         if options.two_cpus:
@@ -205,7 +213,7 @@ def main() -> None:
                 "rows": rows,
                 "notes": [
                     f"cubic, {WINDOW} in flight; medians of {rounds} interleaved rounds",
-                    "CPUs = 1: both ends on one",
+                    "CPUs = 1: both ends on one" + ", rr and conn real-time" * options.realtime,
                     f"bridge and lockgate with {SERVICES:,} services, lockgate with a policy too",
                     "lockgate without its limits of connections and events a second of a pod",
                     "every pod in a network namespace and a cgroup of its own, of one depth",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from bench import kernel
 from bench.clusters import local_address, with_rules
-from bench.kernel import ACK, IFINDEX_BASE, SYN, World, tcp
+from bench.kernel import ACK, IFINDEX_BASE, RST, SYN, World, tcp
 from lockgate.bpf import syscall
 
 SOURCE, TARGET, PORT = 0, 1, 1000
@@ -48,17 +48,21 @@ def measure(world: World, rounds: int) -> dict[str, float]:
     empty = kernel.empty_program()
     context = syscall.skb_context(ifindex=IFINDEX_BASE)
     redirect, dropped = 7, 2
-    for frame in (there(20000, PORT, SYN), back(20000, PORT, SYN | ACK), there(20000, PORT, ACK)):
-        if run(*frame)[0] != redirect:
-            raise AssertionError("the connection that shall be established is not forwarded")
-    times: dict[str, list[int]] = {"empty": [], "established": [], "new": [], "denied": []}
-    established = there(20000, PORT, ACK)
+    for port in (19999, 20000):
+        for frame in (there(port, PORT, SYN), back(port, PORT, SYN | ACK), there(port, PORT, ACK)):
+            if run(*frame)[0] != redirect:
+                raise AssertionError("the connection that shall be established is not forwarded")
+    names = ("empty", "established", "new", "again", "denied")
+    times: dict[str, list[int]] = {name: [] for name in names}
+    established, reset = there(20000, PORT, ACK), there(19999, PORT, RST | ACK)
     for n in range(rounds):
         sport = 20001 + n % 40000
         times["empty"].append(syscall.prog_test_run(empty, established[1], context).duration)
+        run(*reset)
         for name, frame, wanted in (
             ("established", established, redirect),
             ("new", there(sport, PORT, SYN), redirect),
+            ("again", there(19999, PORT, SYN), redirect),
             ("denied", there(sport, 9, SYN), dropped),
         ):
             result, ns = run(*frame)
@@ -96,7 +100,8 @@ def main() -> None:
                 "rows": rows,
                 "notes": [
                     f"medians of {rounds:,} interleaved runs; the empty program: {empty:.0f} ns",
-                    "new and denied include their events in the ring; new stores the connection",
+                    "new, again, denied: with their events in the ring; new stores the connection",
+                    "again: the first packet of one that was closed, of the same ends and ports",
                 ],
             }
         )

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockgate.bpf.features import cgroup2_mount
@@ -24,6 +24,7 @@ CLUSTER = f"bench-{os.getpid()}"
 SERVICES = 1000
 TUNNEL = "two nodes, VXLAN"
 IPERF_PORT, RR_PORT = 5201, 7000
+RR = Path(__file__).resolve().parent.parent / "build" / "bench-rr"
 
 
 def run(*command: str, stdin: str = "", env: dict[str, str] | None = None) -> str:
@@ -44,13 +45,14 @@ def cgroup2_root() -> Path:
 
 @dataclass
 class Pair:
-    """Two pods: how to run a command in each, and the server's address."""
+    """Two pods: how to run a command in each, the server's address, and how rr is run."""
 
     setup: str
     where: str
     client: list[str]
     server: list[str]
     address: str
+    rr: list[str] = field(default_factory=lambda: [str(RR)])
 
 
 # ---- Namespaces --------------------------------------------------------------------

@@ -49,12 +49,17 @@ static __always_inline enum peer_kind kind_of(struct packet *p, const struct add
 	return peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
 }
 
-/* Is it the address of a pod, of whatever node? */
+/* Is it the address of a pod, of whatever node? Spares the verdict the look-up. */
 static __always_inline bool is_pod(struct packet *p, const struct addr *addr)
 {
-	enum peer_kind kind = kind_of(p, addr);
+	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
 
-	return kind == PEER_LOCAL || kind == PEER_REMOTE;
+	copy_addr(&p->met_addr, addr);
+	p->has_met = 1;
+	p->met.kind = PEER_NONE;
+	if (peer)
+		p->met = peer->view[p->epoch & 1];
+	return p->met.kind == PEER_LOCAL || p->met.kind == PEER_REMOTE;
 }
 
 /* Where packets to a peer go; TO_NOWHERE for what is none. */

@@ -49,6 +49,10 @@ const volatile __u8 config_outer6[16] = { 0x01, 0x00 };
 /* Cookie of the node's network namespace (SO_NETNS_COOKIE): SVC_HOST_ONLY; 0 = not known. */
 const volatile __u64 config_netns_cookie = 0;
 
+/* Ticks of a second (lockgate/bpf/clock.py), 0 = ask the kernel's clock, by a call with
+ * every packet: where returns are dear (Safe RET), 20 ns. */
+const volatile __u32 config_hz = 0;
+
 /* 0 removes the code that tunnels packets to other nodes. */
 const volatile __u32 config_tunnel = 1;
 

@@ -43,6 +43,9 @@ struct packet {
 	struct event event;
 	__u8  bytes[128];	/* headers being read or built */
 
+	struct addr met_addr;	/* asked of peers before the verdict, and the answer */
+	struct peer_view met;
+
 	__u32 epoch;
 	__u32 now_s;		/* seconds, monotonic */
 	__u32 slot;		/* of the pod at this hook, or NO_SLOT */
@@ -71,6 +74,7 @@ struct packet {
 	__u8  own_socket;	/* sent by a socket of this node */
 	__u8  table;		/* enum ct_table: where the connection found lives */
 	__u8  twin;		/* another connection has these ends: see is_taken() */
+	__u8  has_met;		/* `met` is valid */
 	__u8  late;		/* or a backend that went may have begun that: see find_untranslated() */
 	__u8  outer_size;	/* of the outer header, 0 = there is none */
 	__u8  outer_ttl;
@@ -178,9 +182,13 @@ static __always_inline bool has_ports(__u8 proto)
 	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
 }
 
+/* Seconds of CLOCK_MONOTONIC_COARSE, or one less: the first tick came after a while. The
+ * kernel's count of them begins 300 s before 32 bits are full. */
 static __always_inline __u32 now_seconds(void)
 {
-	return bpf_ktime_get_coarse_ns() / 1000000000ull;
+	if (!config_hz)
+		return bpf_ktime_get_coarse_ns() / 1000000000ull;
+	return (bpf_jiffies64() - ((1ull << 32) - 300ull * config_hz)) / config_hz;
 }
 
 /* Was it last seen more than `timeout` seconds before `now`? Signed: another
@@ -210,7 +218,7 @@ static __always_inline struct packet *packet_begin(struct __sk_buff *skb, __u32 
 	p->slot = NO_SLOT;
 	p->service = p->target = p->cause = p->line = 0;
 	p->tcp_flags = p->icmp_type = p->icmp_code = p->icmp_error = 0;
-	p->fragment = p->judged = p->reply = p->own_socket = 0;
+	p->fragment = p->judged = p->reply = p->own_socket = p->has_met = 0;
 	p->outer_size = p->quoted = p->third = p->snat = p->to_host = 0;
 	p->src_endpoint = p->dst_endpoint = 0;
 	p->egress_cell = p->ingress_cell = 0;

@@ -392,7 +392,7 @@ enum timeout {
 };
 
 struct ct {
-	__u32 seen;		/* seconds since boot, CLOCK_MONOTONIC_COARSE */
+	__u32 seen;		/* seconds since boot: now_seconds() */
 	__u32 epoch;		/* that judged it */
 	__u8  state;		/* enum ct_state */
 	__u8  flags;		/* enum ct_flag bits */

@@ -43,16 +43,18 @@ static __always_inline bool is_own(struct packet *p, const struct addr *addr, st
 /* Never fails: an address that is no peer is of the world. */
 static __always_inline int find_end(struct packet *p, const struct addr *addr, struct end *end)
 {
-	struct peer *peer;
+	struct peer_view *view = &p->met;
 
 	if (is_own(p, addr, end))
 		return 0;
-	peer = bpf_map_lookup_elem(&peers, addr);
+	if (!p->has_met || !same_addr(addr, &p->met_addr)) {
+		struct peer *peer = bpf_map_lookup_elem(&peers, addr);
+
+		view = peer ? &peer->view[p->epoch & 1] : NULL;
+	}
 	end->endpoint = 0;
 	end->slot = NO_SLOT;
-	if (peer) {
-		struct peer_view *view = &peer->view[p->epoch & 1];
-
+	if (view) {
 		if (view->kind != PEER_NONE) {
 			end->class = view->class;
 			end->endpoint = view->endpoint;

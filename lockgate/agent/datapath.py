@@ -21,7 +21,7 @@ from lockgate.agent.guard import Guard
 from lockgate.agent.limits import Limits
 from lockgate.agent.others import Table, inherit
 from lockgate.agent.sizes import SHARE, Sizes
-from lockgate.bpf import links, syscall
+from lockgate.bpf import clock, links, syscall
 from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
@@ -75,6 +75,7 @@ class Datapath:
                 "config_flow_mask": entries["flows"] - 1,
                 "config_tunnel": int(tunnels),
                 "config_netns_cookie": namespaces.cookie(),
+                **clock.constants(),
             }
             self.object.set_rodata(self.constants)
             self.object.load()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lockgate.bpf import syscall
+from lockgate.bpf import clock, syscall
 from lockgate.bpf.maps import PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.objects.address import parse_address
@@ -174,7 +174,7 @@ class Ways:
         for name in self.long.maps:
             if not name.startswith("."):
                 self.long.reuse_map(name, world.object.map_fd(name))
-        self.long.set_rodata({"config_fast": 0})
+        self.long.set_rodata({"config_fast": 0} | clock.constants())
         self.long.load()
         self.packets = PerCpuArray.of(world.object, "packets", world.dtype("packet"))
 

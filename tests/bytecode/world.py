@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pyroute2 import IPRoute
 
 from lockgate.agent.publish import EndpointRecord, Publisher
-from lockgate.bpf import syscall
+from lockgate.bpf import clock, syscall
 from lockgate.bpf.maps import ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
@@ -293,7 +293,7 @@ class World:
         """`constants` of bpf/config.h; worlds at the same time need different names."""
         self.namespace = f"lg-{name}-{os.getpid()}"
         self.object = Object(path)
-        self.object.set_rodata(constants or {})
+        self.object.set_rodata({**clock.constants(), **(constants or {})})
         for name in REMEMBERED:
             self.object.set_max_entries(name, 4096)
         for name in ("events", "events_raw"):

@@ -112,7 +112,7 @@ static __always_inline bool dsr_backend(const struct frame *f, const struct serv
 {
 	if (is_peer(f, &f->ends.saddr))
 		return false;
-	if (!is_syn(f) && flow_serves(flow, view, f->ends.proto, f->epoch, now, FLOW_STRANGER, owner))
+	if (!is_syn(f) && flow_serves(flow, view, f->ends.proto, f->epoch, now, FLOW_STRANGER, owner, false))
 		return true;
 	/* Served here, or as this node; or an answer to what left masqueraded. */
 	if (bpf_map_lookup_elem(&nat, &f->ends))

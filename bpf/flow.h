@@ -61,15 +61,15 @@ static __always_inline bool flow_is_past(const struct flow *flow, __u8 proto, __
 }
 
 /* Backend of the flow in `owner`. False: the element, which had this word, was given to
- * another flow meanwhile. */
-static __always_inline bool flow_read(struct flow *flow, __u64 word, __u32 now, struct owner *owner)
+ * another flow meanwhile. A question (`dry`) does not make it last. */
+static __always_inline bool flow_read(struct flow *flow, __u64 word, __u32 now, struct owner *owner, bool dry)
 {
 	copy_addr(&owner->addr, &flow->addr);
 	owner->port = flow->port;
 	owner->target = (__u32)word & ~FLOW_STRANGER;
 	if (flow_word(flow) != word)
 		return false;
-	if (flow->seen != now)
+	if (!dry && flow->seen != now)
 		flow->seen = now;
 	return true;
 }
@@ -81,7 +81,7 @@ static __always_inline bool flow_known(struct flow *flow, __u8 proto, __u32 epoc
 	__u64 word = flow ? flow_word(flow) : 0;
 
 	return flow && flow_epoch(word) == epoch && word & FLOW_STRANGER && !flow_is_past(flow, proto, now) &&
-	       flow_read(flow, word, now, owner);
+	       flow_read(flow, word, now, owner, false);
 }
 
 /* The word of a flow in this epoch, if its backend still serves; 0 = it does not. `mark`:
@@ -123,7 +123,7 @@ static __noinline __u64 flow_again(struct flow *flow, __u64 word, __u8 proto, __
 /* The backend of a flow (or NULL), if it is one of this service, in time, and serves. Else: ask
  * the table. A SYN does so always. `mark` as flow_again(). */
 static __always_inline bool flow_serves(struct flow *flow, const struct service_view *view, __u8 proto, __u32 epoch,
-					__u32 now, __u32 mark, struct owner *owner)
+					__u32 now, __u32 mark, struct owner *owner, bool dry)
 {
 	__u64 word = flow ? flow_word(flow) : 0;
 
@@ -131,7 +131,7 @@ static __always_inline bool flow_serves(struct flow *flow, const struct service_
 		return false;
 	if (flow_epoch(word) != epoch || mark & ~(__u32)word)
 		word = flow_again(flow, word, proto, epoch, mark);
-	return word && flow_read(flow, word, now, owner);
+	return word && flow_read(flow, word, now, owner, dry);
 }
 
 /* Where a flow that is not there may be put: what was silent for longest. */

@@ -51,7 +51,7 @@ static __noinline int owner_of_flow(struct packet *p, struct service_view *view)
 		return 0;
 	struct flow *flow = flow_look(&p->asked, p->hash);
 
-	if (!flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner))
+	if (!flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner, p->dry))
 		return 0;
 	p->hint = p->owner.port;
 	return 1;
@@ -309,7 +309,7 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 		set_ends(&p->asked, p->wire.sport, p->wire.dport, p->wire.proto);
 	}
 	/* A frame for another machine's MAC, that a bridge sent everywhere, is that one's. */
-	if (p->role != LINK_TUNNEL && skb->pkt_type != PACKET_HOST)
+	if (p->role != LINK_TUNNEL && !p->dry && skb->pkt_type != PACKET_HOST)
 		return GO_STACK;
 	struct service_view *view = service_find(p, &p->asked, false);
 

@@ -26,6 +26,7 @@ from lockgate.agent.datapath import Datapath
 from lockgate.agent.edge import Edge
 from lockgate.agent.endpoints import Endpoints
 from lockgate.agent.foreign import Foreign
+from lockgate.agent.health_ports import HealthPorts
 from lockgate.agent.hops import Hops
 from lockgate.agent.ids import NodeIds
 from lockgate.agent.ipam import Ipam
@@ -83,6 +84,7 @@ class Agent:
         self.uplinks = Uplinks(self)
         self.patrol = Patrol(self)
         self.foreign = Foreign()
+        self.health_ports = HealthPorts(self)
         self._tables: Tables | None = None
         #: What changed in `cluster` since the tables were made; None: anything.
         self._unpublished: Changed | None = None
@@ -178,6 +180,7 @@ class Agent:
                 group.create_task(self.uplinks.watch())
                 group.create_task(self._sweep())
                 group.create_task(self.patrol.run())
+                group.create_task(self.health_ports.run())
                 group.create_task(collect_between(self.turn.locked, lambda: self.revision))
                 if isinstance(self.source, ApiSource):
                     group.create_task(WriteBack(self, self.source).run())
@@ -216,6 +219,7 @@ class Agent:
             self._tell_claims()
             self.revision = transaction.revision
             self.seen.notify_all()
+        self.health_ports.keeping_up.noted()
         self._changed.set()
 
     def believe(self, uid: str, name: Name) -> None:
@@ -258,6 +262,7 @@ class Agent:
                 self.seen.notify_all()
             if not error:
                 self.applied = revision
+                self.health_ports.keeping_up.done(all_of_it=self.revision == revision)
             if self._reported != revision or error:
                 await self._report(revision, error)
             if error:
@@ -316,6 +321,7 @@ class Agent:
             host = Host(self.uplinks.addresses, self.config.forwarding == "snat")
             tables = compile_node(cluster, self.config.node, self._ids, reusable, changed, host)
             self._tables, self._unpublished = tables, Changed()
+            self.health_ports.follow(cluster, changed)
             self._clients.note(tables)
             records = self.endpoints.records(tables.endpoints, self.journal.endpoint)
         self.journal.commit()

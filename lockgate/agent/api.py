@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from lockgate.agent import probe
+from lockgate.agent import frontends, probe
 from lockgate.agent.agent import Agent
 from lockgate.agent.endpoints import Attachment
 from lockgate.agent.ipam import PoolExhausted
@@ -34,6 +34,7 @@ def application(agent: Agent) -> web.Application:
             web.get("/v1/dryrun", _dry_run_facts),
             web.get("/v1/objects/nodes", _nodes),
             web.post("/v1/dryrun", _dry_run),
+            web.post("/v1/frontends", _frontends),
             web.post("/v1/probe", _probe),
             web.get("/v1/doctor", _doctor),
             web.get("/v1/report", _report),
@@ -94,6 +95,12 @@ async def _health(request: web.Request) -> web.Response:
 
 async def _dry_run_facts(request: web.Request) -> web.Response:
     return web.json_response(await request.app[_AGENT].dry_run_facts())
+
+
+async def _frontends(request: web.Request) -> web.Response:
+    asked = msgspec.convert((await request.json())["frontends"], list[frontends.Asked])
+    answers = await request.app[_AGENT].work(frontends.frontends, request.app[_AGENT], asked)
+    return web.json_response({"answers": answers})
 
 
 async def _probe(request: web.Request) -> web.Response:

@@ -35,6 +35,8 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     kubernetes: Settings | None = None
     # HOST:PORT of /healthz, /readyz and /metrics; "" = none; absent: port 9781 with `kubernetes`
     web: str | None = None
+    # Of /healthz for load balancers, as kube-proxy's; 0 = none; absent: 10256 with `kubernetes`
+    proxy_health_port: int | None = None
     netns: str = ""  # name in /run/netns or a path; "" = the agent's own
     cgroup: str = ""  # the node's cgroup v2 directory; "auto" = its root, "" = none
     # Links to other nodes and to the world; "auto" = those with the node's InternalIP and with the
@@ -113,6 +115,12 @@ def read(path: Path) -> Config:
         raise ValueError(f"{path}: expected one of control and kubernetes")
     if config.web is None:
         config.web = ":9781" if config.kubernetes is not None else ""
+    if config.proxy_health_port is None:
+        config.proxy_health_port = 10256 if config.kubernetes is not None else 0
+    if not 0 <= config.proxy_health_port < 65536:
+        raise ValueError(
+            f"{path}, field proxyHealthPort: expected 0 to 65535, got {config.proxy_health_port}"
+        )
     if not 0 < config.vxlan_port < 65536:
         raise ValueError(f"{path}, field vxlanPort: expected 1 to 65535, got {config.vxlan_port}")
     if not 0 < config.memory_share <= 0.5:

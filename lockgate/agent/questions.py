@@ -103,6 +103,7 @@ def status(agent: Agent) -> dict[str, Any]:
         "revision": agent.revision,
         "applied": agent.applied,
         "connected": agent.source.connected,
+        "forwarding": agent.config.forwarding,
         "started": agent.started,
         "counts": {
             **agent.publisher.sizes,

@@ -45,6 +45,7 @@ REASONS = {
     "others": "ForeignProgram",
     "repaired": "ProgramPutBack",
     "endpoints": "StateRebuilt",
+    "health": "HealthPortTaken",
 }
 
 _KINDS = {kind.name for kind in KINDS}

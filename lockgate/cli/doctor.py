@@ -61,10 +61,11 @@ _MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "ok": ("✓", "gr
 def doctor(outside: tuple[str, ...], verbose: bool, as_json: bool, access: Access) -> None:
     """Try every way through the cluster, and look for what stands in it.
 
-    From each node: pod to pod (same node, other node), node to pod, to a service, to the API
-    server, outside, DNS; connections that the policies allow, so silence is a fault. Then each
-    node's kernel, MTU, reverse path filter, firewalls, other CNI plugins, kube-proxy, and policies
-    of other systems that nobody enforces. Each finding says what to do.
+    From each node: pod to pod (same node, other node), node to pod, to a service (at each kind of
+    address that there is), to the API server, outside, DNS; connections that the policies allow,
+    so silence is a fault. Then each node's kernel, MTU, reverse path filter, firewalls, other CNI
+    plugins, kube-proxy, and policies of other systems that nobody enforces. Each finding says what
+    to do.
 
     Exit codes: 0 no error (perhaps warnings), 1 errors, 2 no such cluster.
     """

@@ -34,9 +34,18 @@ if TYPE_CHECKING:
     from lockgate.bpf.btf import Schema
     from lockgate.explain.kernel import NodeKernel
 
-__all__ = ["explain", "open_engine"]
+__all__ = ["REFUSALS", "explain", "kernel_of", "open_engine"]
 
 _CHUNK = 10_000
+#: What causes of drops mean to who asks.
+REFUSALS = {
+    "no-backend": "the service has no ready backend: the connection is refused",
+    "no-local-backend": "no backend of the service is on that node, and its policy is Local",
+    "source-range": "the client is not in the service's loadBalancerSourceRanges",
+    "unknown-service-port": "the service has no such port: the connection is refused",
+    "sctp-port-rewrite": "the service changes the port, which SCTP does not survive",
+    "no-route": "there is no way to the destination",
+}
 
 
 def open_engine(access: Access, cluster: Cluster, kind: str) -> Engine:
@@ -48,10 +57,11 @@ def open_engine(access: Access, cluster: Cluster, kind: str) -> Engine:
     from lockgate.paths import bpf_object
 
     schema = Schema.from_object(bpf_object())
-    return KernelEngine(cluster, lambda node: _kernel_of(access, node, schema), schema)
+    return KernelEngine(cluster, lambda node: kernel_of(access, node, schema), schema)
 
 
-def _kernel_of(access: Access, node: str, schema: Schema) -> NodeKernel:
+def kernel_of(access: Access, node: str, schema: Schema) -> NodeKernel:
+    """The kernel of one node: by its pins where it is on this machine, else by its agent."""
     from lockgate.access.standalone import StandaloneAccess
 
     if isinstance(access, StandaloneAccess):
@@ -205,14 +215,8 @@ def _why_allowed(answer: Answer, exempt: str | None) -> str:
 
 
 def _why_denied(answer: Answer) -> str:
-    known = {
-        "no-backend": "the service has no ready backend: the connection is refused",
-        "unknown-service-port": "the service has no such port: the connection is refused",
-        "sctp-port-rewrite": "the service changes the port, which SCTP does not survive",
-        "no-route": "there is no way to the destination",
-    }
     if answer.cause is not None:
-        return known.get(answer.cause, answer.cause)
+        return REFUSALS.get(answer.cause, answer.cause)
     return (
         f"{answer.direction}: isolated by {policies_text(answer.policies)}:\n"
         "      no rule of theirs matches"

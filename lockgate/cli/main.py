@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Pack what a maintainer needs, without secrets.",
     ),
     "uninstall": ("lockgate.cli.uninstall:uninstall", "Leave a node as it was before Lockgate."),
+    "service": ("lockgate.cli.service:service", "List, show and trace services."),
     "explain": ("lockgate.cli.explain:explain", "Say whether FROM may reach TO, and who decides."),
     "probe": ("lockgate.cli.probe:probe", "Try every pair of pods; compare with the policies."),
 }

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from lockgate.access import Access, Place, Refused, Result, Target
+from lockgate.explain.frontends import frontends_of
 from lockgate.explain.question import Question, QuestionError
 from lockgate.explain.spec import SpecEngine
 from lockgate.objects.model import Cluster, Pod
 
-__all__ = ["KINDS", "Path", "plan", "try_all"]
+__all__ = ["FRONTENDS", "KINDS", "Path", "plan", "try_all"]
 
 KINDS = (
     "pod → pod, same node",
@@ -33,6 +34,8 @@ KINDS = (
     "pod → DNS",
     "node → DNS",
 )
+#: What clients outside ask at, tried from pods and nodes as well, over TCP, where there is any.
+FRONTENDS = ("load balancer", "external IP", "node port", "node port, other node")
 _CANDIDATES = 2  # connections of a kind: one server may be away
 _LOOKED_AT = 400  # pairs per kind, node and family, in search of one that is allowed
 _CLOSED = 9  # discard: nobody listens, so a pod's kernel refuses
@@ -142,6 +145,11 @@ def _of_node(world: _World, node: str, family: int) -> Iterable[Path]:
     dns = _dns(world.cluster, family)
     from_pods = [(_ip(pod.ips, family), Place(node, pod)) for pod in local]
     from_node = [(own, Place(node))] if own else []
+    outward = [
+        (f"{who} → {label}", sources, ends, "TCP")
+        for label, ends in _frontends(world.cluster, node, family).items()
+        for who, sources in (("pod", from_pods), ("node", from_node))
+    ]
     for kind, sources, ends, protocol in (
         (KINDS[0], from_pods, near_ends, "TCP"),
         (KINDS[1], from_pods, far_ends, "TCP"),
@@ -155,6 +163,7 @@ def _of_node(world: _World, node: str, family: int) -> Iterable[Path]:
         (KINDS[9], from_pods, world.outside.get(family), "TCP"),
         (KINDS[10], from_pods, dns, "UDP"),
         (KINDS[11], from_node, dns, "UDP"),
+        *outward,
     ):
         if not ends or not sources:
             continue
@@ -171,7 +180,13 @@ def _path(
     protocol: str,
 ) -> Path:
     """The first source that may reach some of the ends."""
-    pairs = ((source, end) for source in sources for end in ends if source[0] != end[1])
+    pairs = (
+        (source, end)
+        for source in sources
+        for end in ends
+        # Not to itself, but to a port of its own that is a service's.
+        if source[0] != end[1] or end[0].startswith("svc/")
+    )
     path = Path(kind, node, family, sources[0][1])
     for (ip, place), (name, address, port) in islice(pairs, _LOOKED_AT):
         if path.candidates and place is not path.place:
@@ -211,6 +226,24 @@ def _services(cluster: Cluster, family: int, protocol: str) -> list[tuple[str, s
         for port in service.spec.ports
         if port.protocol == protocol
     ]
+
+
+def _frontends(cluster: Cluster, node: str, family: int) -> dict[str, list[tuple[str, str, int]]]:
+    """By FRONTENDS, as from `node`."""
+    found: dict[str, list[tuple[str, str, int]]] = {label: [] for label in FRONTENDS}
+    labels = {"balancer": FRONTENDS[0], "external": FRONTENDS[1]}
+    for key, service in sorted(cluster.services.items()):
+        for one in frontends_of(cluster, service):
+            if one.protocol != "TCP" or (":" in one.address) != (family == 6):
+                continue
+            if one.kind == "node":
+                label = FRONTENDS[2 if one.node == node else 3]
+            elif one.kind in labels:
+                label = labels[one.kind]
+            else:
+                continue
+            found[label].append((f"svc/{'/'.join(key)}", one.address, one.port))
+    return found
 
 
 def _dns(cluster: Cluster, family: int) -> list[tuple[str, str, int]]:

@@ -93,8 +93,9 @@ def service_rows(cluster: Cluster) -> list[Row]:
             "type": service.spec.type,
             "clusterIPs": service.cluster_ips
             or ([] if service.spec.type == "ExternalName" else ["None"]),
-            "externalIPs": service.spec.external_ips,
             "loadBalancer": [one.ip for one in service.status.load_balancer.ingress if one.ip],
+            "externalIPs": service.spec.external_ips,
+            "externalName": service.spec.external_name or None,
             "ports": [
                 {
                     "name": p.name,
@@ -166,10 +167,16 @@ def _selector(selector: Row) -> str:
     return ", ".join(pairs) or "all pods"
 
 
-def _port(port: Row) -> str:
-    """As kubectl has it."""
-    node = f":{port['nodePort']}" if port["nodePort"] else ""
-    return f"{port['port']}{node}/{port['protocol']}"
+def external_of(row: Row) -> list[str]:
+    """Names of a service outside the cluster, as kubectl shows them."""
+    found = [*row["loadBalancer"], *row["externalIPs"], *filter(None, [row["externalName"]])]
+    return found or ["pending" if row["type"] == "LoadBalancer" else "-"]
+
+
+def port_text(port: Row) -> str:
+    """80:30080/TCP, the second where there is a node port."""
+    node_port = f":{port['nodePort']}" if port["nodePort"] else ""
+    return f"{port['port']}{node_port}/{port['protocol']}"
 
 
 def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
@@ -201,13 +208,13 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
             for r in rows
         ]
     elif kind == "services":
-        head += ["TYPE", "ADDRESSES", "PORTS", "BACKENDS"]
+        head += ["TYPE", "CLUSTER IPS", "EXTERNAL", "PORTS", "BACKENDS"]
         rest = [
             [
                 r["type"],
-                "\n".join(dict.fromkeys(r["clusterIPs"] + r["externalIPs"] + r["loadBalancer"]))
-                or "-",
-                wrapped([_port(p) for p in r["ports"]], 20) or "-",
+                "\n".join(r["clusterIPs"]) or "-",
+                "\n".join(external_of(r)),
+                wrapped([port_text(p) for p in r["ports"]], 20) or "-",
                 wrapped(list(dict.fromkeys(r["backends"])), 16 if not wide else 200) or "none",
             ]
             for r in rows

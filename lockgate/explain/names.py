@@ -1,17 +1,19 @@
 """From names to packets: what `ns/pod`, a service or an address stands for.
 
 Both engines share this: they are asked about the same packets. Services are resolved here, to
-each backend that a socket's connect could choose on the source's node (docs/cluster.md, Services).
+each of the backends that the client may be given (lockgate.spec.services).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+from lockgate.explain.frontends import Frontend, Frontends
 from lockgate.explain.question import Family, Question, QuestionError
+from lockgate.explain.served import Served
 from lockgate.objects.address import format_address, is_ipv4, parse_address
-from lockgate.objects.model import Cluster, Endpoint, EndpointSlice, Pod, Service
+from lockgate.objects.model import Cluster, EndpointSlice, Pod, Service
 
 __all__ = ["Attempt", "End", "Names"]
 
@@ -93,8 +95,11 @@ class Names:
     def attempts(self, question: Question) -> list[Attempt]:
         """Every connection that the question may mean, at least one. QuestionError."""
         source = self.find(question.source)
-        target = self.find(question.target)
         sources = self._sources(question.source, source)
+        found = self._frontend(question)
+        if found is not None:
+            return self._to_frontend(question, sources, *found)
+        target = self.find(question.target)
         if isinstance(target, Service):
             return self._to_service(question, sources, target)
         for end in target:
@@ -216,53 +221,86 @@ class Names:
             ),
             None,
         )
-        if port is None and front is not None:
+        if front is None:  # no translation: the port is the one that was asked
+            ends = [
+                (self.end_at(parse_address(endpoint.addresses[0])), question.port)
+                for one in self.slices.get(key, [])
+                if one.address_type == ("IPv4" if ipv4 else "IPv6")
+                for endpoint in one.endpoints
+                if endpoint.conditions.ready is not False
+                or service.spec.publish_not_ready_addresses
+            ]
+            if not ends:
+                return refused("no-backend")
+            return [_attempt(chosen, end, port, question.protocol) for end, port in ends]
+        if port is None:
             return refused("unknown-service-port")
-        ready: list[Attempt] = []
-        ending: list[Attempt] = []
-        for one in self.slices.get(key, []):
-            if one.address_type != ("IPv4" if ipv4 else "IPv6"):
-                continue
-            # Headless: no translation, the port is the one that was asked.
-            numbers = (
-                [question.port]
-                if front is None
-                else [
-                    p.port
-                    for p in one.ports
-                    if port is not None and p.name == port.name and p.protocol == port.protocol
-                ]
-            )
-            for number in numbers:
-                for endpoint in one.endpoints:
-                    if number is None or not _near(service, endpoint, chosen):
-                        continue
-                    end = self.end_at(parse_address(endpoint.addresses[0]))
-                    backend = f"[{end.ip}]:{number}" if ":" in end.ip else f"{end.ip}:{number}"
-                    attempt = Attempt(chosen, end, number, question.protocol, backend)
-                    conditions = endpoint.conditions
-                    if conditions.ready is not False or service.spec.publish_not_ready_addresses:
-                        ready.append(attempt)
-                    elif conditions.terminating and conditions.serving is not False:
-                        ending.append(attempt)
-        # Headless: names lead to those that are ready alone (CoreDNS).
-        attempts = ready if ready or front is None else ending
-        if not attempts:
-            return refused("no-backend")
-        if question.protocol == "SCTP" and any(a.port != question.port for a in attempts):
-            return refused("sctp-port-rewrite")
+        at = Frontend("cluster", front.ip, question.port or 0, question.protocol, port)
+        return self._served(question, chosen, service, at, front)
+
+    # ---- Frontends -------------------------------------------------------------------
+
+    @cached_property
+    def frontends(self) -> Frontends:
+        """Where services are asked."""
+        return Frontends(self.cluster)
+
+    @cached_property
+    def _choices(self) -> Served:
+        return Served(self.cluster, self.slices)
+
+    def _frontend(self, question: Question) -> tuple[Service, Frontend] | None:
+        """Where the target is an address at which clients outside ask for a service."""
+        try:
+            address = parse_address(question.target)
+        except ValueError:
+            return None
+        if address in self.services or question.port is None:
+            return None
+        return self.frontends.at(question.target, question.port, question.protocol)
+
+    def _to_frontend(
+        self, question: Question, sources: tuple[End, ...], service: Service, at: Frontend
+    ) -> list[Attempt]:
+        front = End(parse_address(at.address))
+        for source in sources:
+            ipv4 = is_ipv4(source.address)
+            if _fits(source, question.family) and ipv4 == is_ipv4(front.address):
+                return self._served(question, source, service, at, front)
+        raise self._no_family(question)
+
+    def _served(
+        self, question: Question, source: End, service: Service, at: Frontend, front: End
+    ) -> list[Attempt]:
+        """To each backend that the client may be given."""
+        home = source.pod.spec.node_name if source.pod else source.node
+        found, cause = self._choices.backends(service, at, source.ip, home, source.pod is not None)
+        if found and question.protocol == "SCTP" and any(b.port != question.port for b in found):
+            cause = "sctp-port-rewrite"
+        if cause:
+            return [Attempt(source, front, question.port, question.protocol, unserved=cause)]
+        attempts = []
+        for one in found:
+            end = self.end_at(parse_address(one.address))
+            for node in one.seen_as:
+                start = source if node is None else self._node_end(node, is_ipv4(end.address))
+                attempts.append(_attempt(start, end, one.port, question.protocol))
         return attempts
+
+    def _node_end(self, node: str, ipv4: bool) -> End:
+        for address, name in self.nodes.items():
+            if name == node and is_ipv4(address) == ipv4:
+                return End(address, None, node)
+        raise QuestionError(f"node {node} has no {'IPv4' if ipv4 else 'IPv6'} address")
 
     def _no_family(self, question: Question) -> QuestionError:
         wanted = f"IPv{question.family}" if question.family else "one address family"
         return QuestionError(f"{question.source} and {question.target} do not share {wanted}")
 
 
-def _near(service: Service, endpoint: Endpoint, source: End) -> bool:
-    """Whether the source's node leads to the endpoint (Service spec.internalTrafficPolicy)."""
-    if service.spec.internal_traffic_policy != "Local" or not service.cluster_ips:
-        return True
-    return endpoint.node_name == (source.pod.spec.node_name if source.pod else source.node)
+def _attempt(source: End, end: End, port: int | None, protocol: str) -> Attempt:
+    backend = f"[{end.ip}]:{port}" if ":" in end.ip else f"{end.ip}:{port}"
+    return Attempt(source, end, port, protocol, backend)
 
 
 def _fits(end: End, family: Family | None) -> bool:

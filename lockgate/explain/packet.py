@@ -8,11 +8,12 @@ right checksums.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from functools import cache
 
 from lockgate.objects.address import is_ipv4
 
-__all__ = ["PROTOCOLS", "addresses_of", "first_packet"]
+__all__ = ["PROTOCOLS", "SOURCE_PORT", "Ends", "addresses_of", "ends_of", "first_packet"]
 
 PROTOCOLS = ("TCP", "UDP", "SCTP", "ICMP")
 SOURCE_PORT = 40000
@@ -31,8 +32,10 @@ def first_packet(
     source_mac: bytes = b"\x02\0\0\0\0\1",
     destination_mac: bytes = b"\x02\0\0\0\0\2",
     source_port: int = SOURCE_PORT,
+    begins: bool = True,
 ) -> bytes:
-    """The frame. Addresses are 16 bytes in network order (`parse_address`), MACs 6 bytes.
+    """The frame. Addresses are 16 bytes in network order (`parse_address`), MACs 6 bytes. Not
+    `begins`: of TCP a segment from the midst of a connection.
 
     ValueError for an unknown protocol, a port missing, or two families.
     """
@@ -40,7 +43,7 @@ def first_packet(
     if ipv4 != is_ipv4(destination):
         raise ValueError("source and destination are of different families")
     src, dst = (source[12:], destination[12:]) if ipv4 else (source, destination)
-    number, payload = _transport(protocol, port, source_port, src, dst)
+    number, payload = _transport(protocol, port, source_port, src, dst, begins)
     link = destination_mac + source_mac
     if not ipv4:
         head = struct.pack("!IHBB", 0x6000_0000, len(payload), number, 64)
@@ -58,8 +61,37 @@ def addresses_of(frame: bytes) -> tuple[bytes, bytes]:
     return mapped + frame[26:30], mapped + frame[30:34]
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Addresses of 16 bytes, and ports where the protocol has them, else 0. `outer`: source and
+    destination of a header of the same family around it (RFC 2003, RFC 2473)."""
+
+    source: bytes
+    destination: bytes
+    sport: int = 0
+    dport: int = 0
+    outer: tuple[bytes, bytes] | None = None
+
+
+def ends_of(frame: bytes) -> Ends:
+    """Of an IPv4 or IPv6 frame without IPv4 options or IPv6 extension headers."""
+    six = frame[12:14] == b"\x86\xdd"
+    size, inside, at = (40, 41, 6) if six else (20, 4, 9)
+    outer = None
+    number = frame[14 + at]
+    if number == inside:
+        outer = addresses_of(frame)
+        frame = frame[:14] + frame[14 + size :]
+        number = frame[14 + at]
+    source, destination = addresses_of(frame)
+    sport = dport = 0
+    if number in (TCP, UDP, SCTP):
+        sport, dport = struct.unpack_from("!HH", frame, 14 + size)
+    return Ends(source, destination, sport, dport, outer)
+
+
 def _transport(
-    protocol: str, port: int | None, source_port: int, src: bytes, dst: bytes
+    protocol: str, port: int | None, source_port: int, src: bytes, dst: bytes, begins: bool
 ) -> tuple[int, bytes]:
     if protocol == "ICMP":
         kind, number = (8, ICMP) if len(src) == 4 else (128, ICMPV6)
@@ -69,8 +101,10 @@ def _transport(
     if port is None:
         raise ValueError(f"{protocol} needs a port")
     if protocol == "TCP":
-        segment = struct.pack("!HHIIBBHHH", source_port, port, 1, 0, 7 << 4, 2, 64240, 0, 0)
-        segment += _SYN_OPTIONS
+        options, flags = (_SYN_OPTIONS, 2) if begins else (b"", 16)
+        words = (20 + len(options)) // 4
+        segment = struct.pack("!HHIIBBHHH", source_port, port, 1, 0, words << 4, flags, 64240, 0, 0)
+        segment += options
         check = _checksum(_pseudo(src, dst, TCP, len(segment)) + segment)
         return TCP, segment[:16] + check.to_bytes(2, "big") + segment[18:]
     if protocol == "UDP":

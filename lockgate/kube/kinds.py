@@ -188,11 +188,14 @@ def _pod(pod: _Pod, parts: Parts) -> model.Pod:
 
 
 def _node(node: model.Node, parts: Parts) -> model.Node:
-    """Of its conditions the one that an agent writes: the kubelet's change every few minutes."""
+    """Of its conditions the one that an agent writes, as the kubelet's change every few minutes;
+    of its taints the one that load balancers are told about."""
     kept = [one for one in node.status.conditions if one.type == NETWORK_UNAVAILABLE]
+    taints = [one for one in node.spec.taints if one.key == model.LEAVING]
     return msgspec.structs.replace(
         node,
         metadata=_meta(node.metadata, parts),
+        spec=msgspec.structs.replace(node.spec, taints=taints or _NO_LIST),
         status=msgspec.structs.replace(node.status, conditions=kept or _NO_LIST),
     )
 

@@ -60,9 +60,19 @@ class NodeAddress(Base, frozen=True):
     address: str
 
 
+#: Key of the taint by which the cluster autoscaler tells that it takes a node away.
+LEAVING = "ToBeDeletedByClusterAutoscaler"
+
+
+class Taint(Base, frozen=True):
+    key: str
+    effect: str = ""
+
+
 class NodeSpec(Base, frozen=True):
     pod_cidr: str = msgspec.field(name="podCIDR", default="")
     pod_cidrs: list[str] = msgspec.field(name="podCIDRs", default_factory=list)
+    taints: list[Taint] = []
 
 
 class Condition(Base, frozen=True):

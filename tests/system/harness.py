@@ -39,6 +39,8 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 10.0
+#: Commands that have commands.
+GROUPS = ("service",)
 T = TypeVar("T")
 
 # Answers "FAMILY TYPE PROTOCOL\n" with a socket, or with an errno. Runs where it was put.
@@ -193,8 +195,9 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """The command line of this cluster, as a user would run it."""
         command = (sys.executable, "-m", "lockgate.cli.main")
+        words = 2 if arguments[0] in GROUPS else 1
         done = subprocess.run(
-            [*command, arguments[0], "--cluster", self.name, *arguments[1:]],
+            [*command, *arguments[:words], "--cluster", self.name, *arguments[words:]],
             cwd=ROOT,
             text=True,
             capture_output=True,

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from lockgate.cli.views import as_table, endpoint_rows
+from lockgate.cli.views import as_table, endpoint_rows, service_rows
 from lockgate.objects.model import (
     Cluster,
     Endpoint,
     EndpointConditions,
     EndpointPort,
     EndpointSlice,
+    LoadBalancerIngress,
+    LoadBalancerStatus,
     ObjectMeta,
     ObjectReference,
+    Service,
+    ServicePort,
+    ServiceSpec,
+    ServiceStatus,
 )
 
 LABELS = {"kubernetes.io/service-name": "web"}
@@ -67,3 +73,45 @@ def test_an_endpoint_is_told_as_in_an_endpoint_slice(endpoint, wanted, shown):
         }
     ]
     assert as_table("endpoints", rows).splitlines()[-1].rstrip().endswith(f" {shown}")
+
+
+WEB = ServicePort(port=80, node_port=30080)
+IN_USE = ServiceStatus(load_balancer=LoadBalancerStatus(ingress=[LoadBalancerIngress("192.0.2.1")]))
+SERVICES = [
+    ("ClusterIP", {"type": "ClusterIP", "ports": [ServicePort(port=80)]}, None, "-  80/TCP"),
+    ("NodePort", {"type": "NodePort", "ports": [WEB]}, None, "-  80:30080/TCP"),
+    (
+        "waits for an address",
+        {"type": "LoadBalancer", "ports": [WEB]},
+        None,
+        "pending 80:30080/TCP",
+    ),
+    ("has one", {"type": "LoadBalancer", "ports": [WEB]}, IN_USE, "192.0.2.1 80:30080/TCP"),
+    (
+        "externalIPs",
+        {"external_ips": ["192.0.2.9"], "ports": [ServicePort(port=53, protocol="UDP")]},
+        None,
+        "192.0.2.9 53/UDP",
+    ),
+    (
+        "ExternalName",
+        {"type": "ExternalName", "cluster_ip": "", "external_name": "db.example"},
+        None,
+        "db.example -",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "status", "shown"), [case[1:] for case in SERVICES], ids=[case[0] for case in SERVICES]
+)
+def test_addresses_and_ports_of_a_service_are_shown_as_by_kubectl(spec, status, shown):
+    service = Service(
+        metadata=ObjectMeta(namespace="shop", name="web"),
+        spec=ServiceSpec(**({"cluster_ip": "10.96.0.1"} | spec)),
+        status=status or ServiceStatus(),
+    )
+    rows = service_rows(Cluster(services={("shop", "web"): service}))
+    line = as_table("services", rows).splitlines()[-1]
+    address = "10.96.0.1" if rows[0]["clusterIPs"] else "-"
+    assert line.split() == ["shop", "web", service.spec.type, address, *shown.split(), "none"]

@@ -206,7 +206,7 @@ GONE = EndpointConditions(ready=False, serving=False, terminating=True)
             {"internal_traffic_policy": "Local"},
             (GONE, READY),
             "shop/web",
-            "no-backend",
+            "no-local-backend",
             id="none on its own node",
         ),
     ],

@@ -17,7 +17,7 @@ from lockgate.kube.client import Client, Settings
 from lockgate.kube.kinds import KINDS, Parts
 from lockgate.kube.lists import Splitter
 from lockgate.kube.source import ApiSource
-from lockgate.objects.model import Cluster
+from lockgate.objects.model import LEAVING, Cluster
 from tests.apiserver import ApiServer
 
 DEADLINE = 10.0
@@ -144,6 +144,21 @@ async def test_changes_come_and_those_of_fields_not_used_do_not(server: ApiServe
         told = [c.object.metadata.name for t in reader.transactions[1:] for c in t.changes]
         assert "a" not in told
         assert reader.source.status()["kinds"]["pods"]["same"] == 1
+
+
+async def test_of_a_nodes_taints_only_that_of_the_autoscaler_is_news(server: ApiServer) -> None:
+    def node(*taints: str) -> dict[str, Any]:
+        spec = {"taints": [{"key": key, "effect": "NoSchedule"} for key in taints]}
+        return {"kind": "Node", "metadata": {"name": "one", "uid": "n"}, "spec": spec}
+
+    server.put(node())
+    async with reading(await server.start()) as reader:
+        await until(lambda: server.watching() == len(KINDS) and reader.cluster)
+        server.put(node("node.kubernetes.io/unreachable"))
+        await until(lambda: reader.source.status()["kinds"]["nodes"]["same"] == 1)
+        server.put(node("node.kubernetes.io/unreachable", LEAVING))
+        await until(lambda: reader.cluster.nodes["one"].spec.taints)
+        assert [one.key for one in reader.cluster.nodes["one"].spec.taints] == [LEAVING]
 
 
 OF_A_FILE = "0123456789abcdef0123456789abcdef"

@@ -1,0 +1,166 @@
+"""Where services are asked: their addresses and ports, by kind, and what a name of one means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lockgate.explain.question import QuestionError
+from lockgate.objects.address import format_address, parse_address
+from lockgate.objects.model import FORWARDING, Cluster, Service, ServicePort
+
+__all__ = ["Frontend", "Frontends", "forwarding", "frontends_of", "parse_frontend"]
+
+Kind = Literal["cluster", "balancer", "external", "node"]
+#: Services with one of these labels are for others.
+_OTHERS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """One address, port and protocol of a service. A cluster IP; an address of a load balancer's
+    status; an externalIP; or a node port at an address of `node`."""
+
+    kind: Kind
+    address: str
+    port: int
+    protocol: str
+    of: ServicePort
+    node: str = ""
+
+    @property
+    def text(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}/{self.protocol}"
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "address": self.address,
+            "port": self.port,
+            "protocol": self.protocol,
+            "portName": self.of.name or None,
+            "node": self.node or None,
+        }
+
+
+def forwarding(service: Service) -> str:
+    """How clients outside reach backends on other nodes, as the annotation says; "" where it does
+    not, or nobody outside may ask."""
+    spec = service.spec
+    outside = spec.type in ("NodePort", "LoadBalancer") or spec.external_ips
+    said = service.metadata.annotations.get(FORWARDING, "")
+    return said if outside and said in ("dsr", "snat") else ""
+
+
+def frontends_of(cluster: Cluster, service: Service) -> list[Frontend]:
+    """All that it has, those in the cluster first. Of each family that its cluster IPs have."""
+    if any(label in service.metadata.labels for label in _OTHERS):
+        return []
+    families = {":" in ip for ip in service.cluster_ips}
+    fixed: list[tuple[Kind, str]] = [("cluster", ip) for ip in service.cluster_ips]
+    fixed += [("balancer", ip) for ip in service.load_balancer_ips]
+    fixed += [("external", ip) for ip in service.spec.external_ips]
+    found = [
+        Frontend(kind, _plain(ip), port.port, port.protocol, port)
+        for kind, ip in fixed
+        if (":" in ip) in families
+        for port in service.spec.ports
+    ]
+    if service.spec.type in ("NodePort", "LoadBalancer"):
+        found += [
+            Frontend("node", ip, port.node_port, port.protocol, port, node)
+            for node, ip in _of_nodes(cluster)
+            if (":" in ip) in families
+            for port in service.spec.ports
+            if port.node_port
+        ]
+    return found
+
+
+class Frontends:
+    """Those of a whole cluster, to be found by what people write."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._at: dict[tuple[str, int, str], tuple[Service, Frontend]] = {}
+        for _, service in sorted(cluster.services.items()):
+            for one in frontends_of(cluster, service):
+                self._at.setdefault((one.address, one.port, one.protocol), (service, one))
+
+    def at(self, address: str, port: int, protocol: str) -> tuple[Service, Frontend] | None:
+        """What is asked there; None if it is no service's."""
+        return self._at.get((_plain(address), port, protocol))
+
+    def find(self, text: str) -> tuple[str, int, str]:
+        """Address, port and protocol of `ADDRESS[:PORT][/PROTO]` or `[svc/]NAMESPACE/NAME[:PORT]
+        [/PROTO]`, where a service stands for the first of its addresses that clients outside ask
+        at, else its first. A port that is not given is the only one there is. QuestionError."""
+        name, port, protocol = parse_frontend(text)
+        try:
+            address = _plain(name)
+        except ValueError:
+            there = self._of_service(name)
+        else:
+            there = [one for _, one in self._at.values() if one.address == address]
+            if port and protocol:
+                return address, port, protocol  # of a service or not: the kernel is asked
+        fitting = [
+            one
+            for one in there
+            if (not port or port in (one.port, one.of.port)) and protocol in ("", one.protocol)
+        ]
+        if not fitting:
+            offered = ", ".join(dict.fromkeys(f"{one.port}/{one.protocol}" for one in there))
+            raise QuestionError(f"{text}: no such port of a service there; {offered or 'none'} is")
+        # Of one address: several of a service are the same to a client.
+        fitting = [one for one in fitting if one.address == fitting[0].address]
+        if len({(one.port, one.protocol) for one in fitting}) > 1:
+            offered = ", ".join(f"{one.port}/{one.protocol}" for one in fitting)
+            raise QuestionError(f"{text}: which port? It has {offered}")
+        return fitting[0].address, fitting[0].port, fitting[0].protocol
+
+    def _of_service(self, name: str) -> list[Frontend]:
+        parts = name.split("/")
+        if len(parts) == 3 and parts[0] in ("svc", "service"):
+            parts = parts[1:]
+        service = self._cluster.services.get((parts[0], parts[-1])) if len(parts) == 2 else None
+        if service is None:
+            raise QuestionError(
+                f"{name}: expected an address, or NAMESPACE/NAME of a service, then [:PORT][/PROTO]"
+            )
+        there = frontends_of(self._cluster, service)
+        if not there:
+            raise QuestionError(f"service {'/'.join(parts)} has no address")
+        order = ("balancer", "external", "node", "cluster")
+        return sorted(there, key=lambda one: order.index(one.kind))
+
+
+def parse_frontend(text: str) -> tuple[str, int, str]:
+    """`NAME[:PORT][/PROTO]`: name or address, port or 0, protocol or "". QuestionError."""
+    protocol = ""
+    head, slash, tail = text.rpartition("/")
+    if slash and tail.upper() in ("TCP", "UDP", "SCTP"):
+        text, protocol = head, tail.upper()
+    if text.startswith("["):
+        name, _, port = text[1:].partition("]")
+        port = port.removeprefix(":")
+    elif text.count(":") == 1:
+        name, _, port = text.partition(":")
+    else:
+        name, port = text, ""
+    if port and not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise QuestionError(f"{text}: expected a port from 1 to 65535 after ':'")
+    return name, int(port or 0), protocol
+
+
+def _of_nodes(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    for name, node in sorted(cluster.nodes.items()):
+        addresses = (a for a in node.status.addresses if a.type in ("InternalIP", "ExternalIP"))
+        for ip in dict.fromkeys(_plain(one.address) for one in addresses):
+            yield name, ip
+
+
+def _plain(address: str) -> str:
+    return format_address(parse_address(address))

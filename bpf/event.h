@@ -5,20 +5,8 @@
 #ifndef LOCKGATE_EVENT_H
 #define LOCKGATE_EVENT_H
 
+#include "count.h"
 #include "limit.h"
-
-static __always_inline void count_many(__u32 counter, __u64 many)
-{
-	__u64 *n = bpf_map_lookup_elem(&counters, &counter);
-
-	if (n)
-		*n += many;
-}
-
-static __always_inline void count(__u32 counter)
-{
-	count_many(counter, 1);
-}
 
 /* Send p->event, with the packet's first bytes when the node asks for them. */
 static __noinline int event_send(struct __sk_buff *skb, struct packet *p)

@@ -6,14 +6,9 @@
 #ifndef LOCKGATE_LIMIT_H
 #define LOCKGATE_LIMIT_H
 
+#include "bucket.h"
 #include "packet.h"
 
-/* What may come at once after a pause: a quarter of a second's worth. */
-#define BURST_NS 250000000ull
-
-/* A bucket is one word, the time when it will be full again less BURST_NS: each
- * token taken moves it on by the time that one takes to come back (the GCRA of
- * ATM). All CPUs share it; when two fill it at once, one token is not paid. */
 struct budget {
 	__u64 answers;		/* ICMP errors and resets that we send */
 	__u64 connections;	/* that it begins */
@@ -29,22 +24,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct budget);
 } budgets SEC(".maps");
-
-/* May one more pass, where one in `every` nanoseconds is allowed? 0 = any. */
-static __always_inline bool take(__u64 *bucket, __u64 now, __u64 every)
-{
-	__u64 paid_until = *(volatile __u64 *)bucket;
-
-	if (!every)
-		return true;
-	if (paid_until > now)
-		return false;
-	if (paid_until + BURST_NS < now)
-		*(volatile __u64 *)bucket = now - BURST_NS + every;
-	else
-		__sync_fetch_and_add(bucket, every);
-	return true;
-}
 
 /* The budgets of the pod in a slot, or those of no pod; NULL never comes. */
 static __always_inline struct budget *budget_at(__u32 slot)

@@ -11,9 +11,11 @@ from typing import Any
 
 from lockgate.objects.address import is_ipv4, parse_address, parse_cidr
 from lockgate.objects.errors import FieldError, one_of
+from lockgate.objects.firewall import check_rule
 from lockgate.objects.model import (
     Container,
     EndpointSlice,
+    Firewall,
     IPBlock,
     LabelSelector,
     Namespace,
@@ -60,7 +62,11 @@ CLOSED: dict[str, frozenset[str]] = {
             *(f"spec.ingress.from{path}" for path in _CLOSED_IN_PEER),
             *(f"spec.egress.to{path}" for path in _CLOSED_IN_PEER),
         )
-    )
+    ),
+    "Firewall": frozenset(
+        ("spec", "spec.nodeSelector", "spec.nodeSelector.matchExpressions")
+        + ("spec.rules", "spec.rules.ports")
+    ),
 }
 
 
@@ -344,6 +350,14 @@ def _ip_block(block: IPBlock, path: str) -> None:
             raise FieldError(f"{path}.except[{index}]", f"a block inside {block.cidr}", text)
 
 
+def _firewall(item: Firewall) -> None:
+    _metadata(item.metadata, check_dns_name)
+    if item.spec.node_selector is not None:
+        _selector(item.spec.node_selector, "spec.nodeSelector")
+    for index, rule in enumerate(item.spec.rules):
+        check_rule(rule, f"spec.rules[{index}]")
+
+
 def _selector(selector: LabelSelector, path: str) -> None:
     check_labels(selector.match_labels, f"{path}.matchLabels")
     for index, item in enumerate(selector.match_expressions):
@@ -401,5 +415,6 @@ VALIDATORS: dict[str, Callable[[Any], None]] = {
     "Service": _service,
     "EndpointSlice": _endpoint_slice,
     "NetworkPolicy": _network_policy,
+    "Firewall": _firewall,
     **dict.fromkeys(("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"), _workload),
 }

@@ -20,6 +20,7 @@ from lockgate.objects.model import (
     EndpointConditions,
     EndpointPort,
     EndpointSlice,
+    Firewall,
     Namespace,
     NetworkPolicy,
     Node,
@@ -100,8 +101,8 @@ def plan(objects: Iterable[Object], nodes: Mapping[str, Node], memory: Memory) -
                 result.slices[key] = item
             case NetworkPolicy():
                 result.policies[key] = item
-            case Node():
-                pass
+            case Node() | Firewall():
+                pass  # the supervisor's
     _namespaces(objects, result)
     for workload in sorted(workloads, key=_key):
         for pod in _replicas(workload, nodes):

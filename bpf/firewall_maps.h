@@ -71,7 +71,8 @@ struct fw_entry {
 	__u32 next;		/* less specific, or later in the same prefix */
 	__u32 rule;
 	__u32 expires;		/* seconds, monotonic; 0 = never */
-	__u32 length;		/* of the prefix, of 128 bits */
+	__u16 length;		/* of the prefix, of 128 bits */
+	__u16 own_rule;		/* for the agent: another than `rule` inside what is built in */
 	struct addr addr;
 	__u64 packets, bytes;	/* that matched */
 	__u64 packets_before, bytes_before;	/* the agent's: of an entry in whose place it came */
@@ -126,5 +127,15 @@ struct {
 	__type(key, struct fw_source);
 	__type(value, __u64);
 } fw_sources SEC(".maps");
+
+/* As `schema` in lockgate.bpf.c. */
+const volatile struct {
+	enum fw_action fw_action;
+	enum fw_protocol fw_protocol;
+	enum fw_size fw_size;
+	enum link_role link_role;
+	enum cause cause;
+	enum counter counter;
+} fw_schema;
 
 #endif

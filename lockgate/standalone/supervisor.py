@@ -145,9 +145,7 @@ class Supervisor:
             if isinstance(item, NetworkPolicy)
         }
         self._firewalls = {
-            ("", item.metadata.name): item
-            for item in update.objects
-            if isinstance(item, Firewall)
+            ("", item.metadata.name): item for item in update.objects if isinstance(item, Firewall)
         }
         others: list[Object] = [
             item for item in update.objects if not isinstance(item, NetworkPolicy | Firewall)

@@ -163,7 +163,8 @@ class FirewallTables:
             self._replace(removed, known)
         else:
             self._patch(removed, known)
-        self.next_expiry = self._first_expiry()
+        for _, _, expires in change.added:
+            self._expect(expires)
 
     def expire(self, now: float) -> int:
         """Take out what has expired; how many."""
@@ -443,6 +444,10 @@ class FirewallTables:
             np.flatnonzero(mask).astype(np.uint32) if mask is not None else np.zeros(0, np.uint32)
         )
 
+    def _expect(self, expires: float) -> None:
+        if expires and not 0 < self.next_expiry <= expires:
+            self.next_expiry = expires
+
     def _first_expiry(self) -> float:
         timed = self._expires[self._live & (self._expires > 0)]
         return float(timed.min()) if len(timed) else 0.0
@@ -464,7 +469,6 @@ class FirewallTables:
             return new
         self._expires[there] = expires
         self.maps.entries.view["expires"][there] = _monotonic(np.full(len(there), expires))
-        self.next_expiry = self._first_expiry()
         return new.missing_in(self.prefixes(there).unique())
 
     def _hides_others(self, removed: U32, added: Sequence[tuple[int, Prefixes, float]]) -> bool:

@@ -60,7 +60,7 @@ class Layout:
                 made[into] = numbers[here][:, None]
         for length in range(121, 129):
             here = v4 & (self.nodes.length == length)
-            made[np.unique(first[here])] |= np.uint32(1 << (LENGTHS + 128 - length))
+            made[first[here]] |= np.uint32(1 << (LENGTHS + 128 - length))
         return made
 
     def filter6(self) -> tuple[NDArray[np.uint64], int]:
@@ -74,7 +74,7 @@ class Layout:
                 short |= bit
             elif length:
                 at = filter_index(self.nodes.high[v6 & (self.nodes.length == length)])
-                made[np.unique(at), word] |= np.uint64(bit)
+                made[at, word] |= np.uint64(bit)
         return made, short
 
     def root6(self) -> int:

@@ -22,7 +22,7 @@ CNI_CFLAGS = -Os -std=gnu11 -Wall -Wextra -Wno-missing-field-initializers -stati
 
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 
-.PHONY: help run test conformance check format build bench fuzz wheel image manifests lock clean cluster test-cluster setup-build setup-run setup-test setup-bench setup-cluster artifacts bench-artifacts
+.PHONY: help run test conformance check format build bench fuzz wheel image manifests lock clean cluster test-cluster setup-build setup-run setup-test setup-bench setup-cluster artifacts test-artifacts bench-artifacts
 
 ##@ Using it
 
@@ -35,7 +35,7 @@ cluster: setup-cluster image ## the same on a real Kubernetes cluster, on this m
 
 ##@ Developing
 
-test: setup-test $(if $(filter 0,$(CLUSTER)),,setup-cluster) artifacts ## install what is missing, build, run every test (PYTEST='-k name' for some; CLUSTER=0: none on a real cluster)
+test: setup-test $(if $(filter 0,$(CLUSTER)),,setup-cluster) artifacts test-artifacts ## install what is missing, build, run every test (PYTEST='-k name' for some; CLUSTER=0: none on a real cluster)
 	@$(PYTHON) -m pytest tests/unit tests/bytecode tests/system $(if $(filter 0,$(CLUSTER)),,tests/cluster) $(PYTEST)
 
 test-cluster: setup-test setup-cluster artifacts ## the tests on a real Kubernetes cluster alone
@@ -109,6 +109,14 @@ build/lockgate-cni: cni/lockgate-cni.c Makefile
 	@mkdir -p build
 	@echo "  building $@"
 	@$(CLANG) $(CNI_CFLAGS) $< -o $@
+
+test-artifacts:
+	@$(MAKE) --no-print-directory -s build/frame.bpf.o
+
+build/frame.bpf.o: tests/bytecode/frame.bpf.c $(BPF_SOURCES) Makefile
+	@mkdir -p build
+	@echo "  building $@"
+	@$(CLANG) $(BPF_CFLAGS) -c $< -o $@
 
 bench-artifacts:
 	@$(MAKE) --no-print-directory -s build/bench-rr build/verdict.bpf.o

@@ -49,6 +49,45 @@ static __always_inline enum peer_kind kind_of(struct packet *p, const struct add
 	return peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
 }
 
+/* Where packets to a peer go; TO_NOWHERE for what is none. */
+static __always_inline __u32 peer_target(struct packet *p, const struct addr *addr)
+{
+	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
+	struct peer_view *view = peer ? &peer->view[p->epoch & 1] : NULL;
+
+	if (!view)
+		return TO_NOWHERE;
+	switch (view->kind) {
+	case PEER_LOCAL:  return target_of(TO_LOCAL, view->target);
+	case PEER_REMOTE:
+	case PEER_NODE:   return target_of(TO_HOP, view->target);
+	case PEER_HOST:   return target_of(TO_HOST, 0);
+	}
+	return TO_NOWHERE;
+}
+
+/* A node's answer to a pod or process of this one comes from wherever the backend is that
+ * a third node sent the question to (docs/services.md, DSR). Is it one, to a pod? */
+static __always_inline bool answers_for_another(struct packet *p, struct ct *ct)
+{
+	return p->reply && p->role != LINK_OUTSIDE && target_kind(ct->target[1]) == TO_LOCAL &&
+	       kind_of(p, &p->wire.saddr) == PEER_NODE;
+}
+
+/* To a process: only what comes from a port that all nodes serve, this one too. */
+static __always_inline bool answers_for_the_stack(struct packet *p)
+{
+	struct service_key key = {
+		.addr = p->wire.daddr,
+		.port = p->quoted ? p->inner.dport : p->wire.sport,
+		.proto = p->quoted ? p->inner.proto : p->wire.proto,
+	};
+	struct service *service = bpf_map_lookup_elem(&services, &key);
+
+	return service && service->view[p->epoch & 1].flags & SVC_FRONTEND &&
+	       kind_of(p, &p->wire.daddr) == PEER_HOST;
+}
+
 /* Is it for our VXLAN device, by none who may send to it? That is another node, by the card
  * that leads to it; the device sees outer addresses, but not the card (from_net.h). */
 static __noinline int tunnel_stranger(struct packet *p)

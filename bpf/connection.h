@@ -8,6 +8,7 @@
 
 #include "arrive.h"
 #include "forward.h"
+#include "frontend.h"
 #include "service.h"
 #include "verdict.h"
 
@@ -37,7 +38,9 @@ static __always_inline bool admit(struct __sk_buff *skb, struct packet *p, __u8 
 	p->tuple.saddr = p->wire.saddr;
 	bool allowed = judge(p, &p->tuple);
 
-	if (p->place == PLACE_FROM_NET && (is_ours(p->src_target) || !comes_by(skb, p, p->src_target))) {
+	/* What another node sent here encapsulated, it took from the client: which may be anywhere. */
+	if (p->place == PLACE_FROM_NET && !p->outer_size &&
+	    (is_ours(p->src_target) || !comes_by(skb, p, p->src_target))) {
 		p->judged = 0;
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
 		return false;
@@ -74,6 +77,18 @@ static __always_inline bool may_begin(struct packet *p)
 	return false;
 }
 
+/* The client's connection p->now becomes one of this node's own, to the backend. */
+static __noinline int leave_as_node(struct packet *p)
+{
+	__u32 index = target_index(p->target);
+	struct hop_view *hop = hop_of(p->epoch, index);
+
+	if (hop && target_kind(p->target) == TO_HOP && !(hop->flags & HOP_DROP))
+		return masquerade(p, &p->wire, hop);
+	GIVE_UP(p, CAUSE_NO_ROUTE);
+	return 0;
+}
+
 /* A packet of no known connection whose services are resolved: verdict,
  * entry, way out. `flags`: enum ct_flag bits found so far. */
 static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found)
@@ -83,11 +98,13 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 	p->reply = 0;
 	if (!admit(skb, p, &flags))
 		return p->cause ? drop(skb, p) : deny(skb, p);
-	if (!may_begin(p) || (flags & CT_NAT_REPLY && !remember_service(p)))
+	if (!may_begin(p))
 		return drop(skb, p);
-	tell_verdicts(skb, p);
 	p->target = p->place == PLACE_TO_POD ? target_of(TO_LOCAL, p->slot)
 					     : way_to(p->dst_target, &p->now.daddr);
+	if (flags & CT_NAT_REPLY && !(p->snat ? leave_as_node(p) : remember_service(p)))
+		return drop(skb, p);
+	tell_verdicts(skb, p);
 	if (p->dry)
 		return forward(skb, p);
 	if (masquerades(p))
@@ -105,12 +122,20 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 		__u32 index = target_index(p->target);
 		struct hop_view *hop = hop_of(p->epoch, index);
 
-		if (!hop || !masquerade(p, hop)) {
+		if (!hop || !masquerade(p, &p->now, hop)) {
 			ct_forget(p);
 			return drop(skb, p);
 		}
 	}
 	return forward(skb, p);
+}
+
+/* What a service refuses is told, and what it keeps to some clients dropped. */
+static __always_inline int unserved(struct __sk_buff *skb, struct packet *p)
+{
+	if (p->cause == CAUSE_SOURCE_RANGE || p->cause == CAUSE_NO_LOCAL_BACKEND)
+		return drop(skb, p);
+	return drop_and_tell(skb, p, refuse(skb, p));
 }
 
 enum again {
@@ -120,6 +145,24 @@ enum again {
 	UNSERVED = 3,		/* its service has no backend left */
 	AFRESH   = 4,		/* an end is somebody else now: as if it were unknown */
 };
+
+/* Is it a client's connection that this node has with the backend in its stead? */
+static __always_inline bool is_snat(const struct ct *ct)
+{
+	return (ct->flags & (CT_SERVICE | CT_NAT_REPLY)) == (CT_SERVICE | CT_NAT_REPLY) &&
+	       target_kind(ct->target[0]) == TO_HOP && target_kind(ct->target[1]) == TO_HOP;
+}
+
+/* Put its client in p->tuple's source. */
+static __always_inline void whose(struct packet *p)
+{
+	struct nat *back = p->reply ? bpf_map_lookup_elem(&nat, &p->now) : NULL;
+
+	if (!p->reply)
+		p->tuple.saddr = p->wire.saddr;
+	else if (back)
+		p->tuple.saddr = back->to.daddr;
+}
 
 /* The node's state moved on since the connection was judged: judge again. */
 static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struct ct *ct, __u8 *flags)
@@ -139,10 +182,18 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 			return moved == TRANSLATED ? BEGINS : UNSERVED;
 		}
 	}
+	if (!reply && p->place == PLACE_FROM_NET && ct->flags & CT_SERVICE && p->now.proto == IPPROTO_UDP &&
+	    !backend_live(p->epoch, ct->service, &p->now.daddr, p->now.dport, IPPROTO_UDP)) {
+		ct_forget(p);
+		bpf_map_delete_elem(&nat, &p->wire);
+		return AFRESH;	/* another backend serves it */
+	}
 	if (reply)
 		reverse_of(&p->tuple, &p->now);
 	else
 		p->tuple = p->now;
+	if (is_snat(ct))
+		whose(p);
 	bool allowed = judge(p, &p->tuple);
 	bool exempt = ct->flags & CT_EXEMPT;
 
@@ -181,7 +232,7 @@ static __noinline int masquerade_again(struct packet *p)
 	struct hop_view *hop = hop_of(p->epoch, index);
 
 	if (hop)
-		return masquerade(p, hop);
+		return masquerade(p, &p->now, hop);
 	GIVE_UP(p, CAUSE_NAT_FAILED);
 	return 0;
 }
@@ -189,7 +240,7 @@ static __noinline int masquerade_again(struct packet *p)
 /* A packet of a known connection. */
 static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct ct *ct)
 {
-	if (p->place == PLACE_FROM_NET && sent_here(p, ct)) {
+	if (p->place == PLACE_FROM_NET && !p->outer_size && sent_here(p, ct)) {
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
 		return drop(skb, p);
 	}
@@ -202,14 +253,15 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 		case ENDS:
 			return deny(skb, p);
 		case UNSERVED:
-			return drop_and_tell(skb, p, refuse(skb, p));
+			return unserved(skb, p);
 		case AFRESH:
 			p->now = p->wire;
 			p->reply = p->service = 0;
 			return UNKNOWN;
 		}
 	}
-	if (p->place == PLACE_FROM_NET && !comes_by(skb, p, ct->target[!p->reply])) {
+	if (p->place == PLACE_FROM_NET && !p->outer_size && !comes_by(skb, p, ct->target[!p->reply]) &&
+	    !answers_for_another(p, ct)) {
 		p->judged = 0;
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
 		return drop(skb, p);
@@ -225,6 +277,23 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 	}
 	ct_seen(p, ct);
 	return forward(skb, p);
+}
+
+/* Is it the address of a pod of this node? Then it is as if that pod were at this hook:
+ * the verdict need not look for it again. */
+static __always_inline bool is_at_pod(struct packet *p, const struct addr *addr)
+{
+	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
+
+	if (!peer || peer->view[p->epoch & 1].kind != PEER_LOCAL)
+		return false;
+	p->slot = peer->view[p->epoch & 1].target;
+	return true;
+}
+
+static __always_inline bool for_a_pod(struct packet *p)
+{
+	return is_at_pod(p, &p->wire.daddr);
 }
 
 /* Is it the address of a pod, of whatever node? */
@@ -250,7 +319,7 @@ static __noinline struct ct *find_untranslated(struct __sk_buff *skb, struct pac
 {
 	struct ct *ct = ct_find(p, t);
 
-	p->twin = ct && p->place == PLACE_FROM_POD && !p->reply &&
+	p->twin = ct && (p->place == PLACE_FROM_POD || p->place == PLACE_FROM_NET) && !p->reply &&
 		  (ct->flags & (CT_NAT_ORIGIN | CT_NAT_REPLY)) == CT_NAT_REPLY;
 	p->late = ct && p->reply && p->table != IN_CONNECTIONS && may_have_moved(skb, p);
 	return p->twin || p->late ? NULL : ct;
@@ -293,12 +362,20 @@ static __always_inline struct ct *find_connection(struct __sk_buff *skb, struct 
 		if (translated) {
 			p->now = translated->to;
 			ct = ct_find(p, &p->now);
+			if (!ct && p->place == PLACE_FROM_NET && is_at_pod(p, &p->now.daddr) && is_crowded(p))
+				ct = ct_find(p, &p->now);
 		}
 	}
 	if (ct && !is_anothers(skb, p, ct))
 		return ct;
 	p->now = *t;
 	return p->late ? ct_find(p, t) : NULL;
+}
+
+/* May a packet of the connection come encapsulated? Only its client's, to the frontend. */
+static __always_inline bool is_inside(struct packet *p, struct ct *ct)
+{
+	return !p->reply && ct->flags & CT_NAT_REPLY && is_ours(ct->target[0]);
 }
 
 /* Does the connection, found by a quote, hold in this epoch? */
@@ -320,31 +397,12 @@ static __noinline int stands(struct packet *p, struct ct *ct)
 	return allowed && p->src_endpoint == ct->src_endpoint && p->dst_endpoint == ct->dst_endpoint;
 }
 
-/* An ICMP error about a known connection passes with it, both packets
- * translated. False: it is related to nothing; p->now is as it came. */
-static __noinline int related(struct __sk_buff *skb, struct packet *p)
+/* An ICMP error about a connection whose packets in its direction have become p->now: both
+ * packets are translated. < 0 with a cause when that fails. */
+static __noinline int translate_error(struct __sk_buff *skb, struct packet *p)
 {
-	struct tuple *t = &p->tuple;	/* as if the quoted packet were answered */
-	struct ct *ct = NULL;
+	struct tuple *t = &p->tuple;
 
-	/* It must go to the sender of what it quotes, and a pod speaks only of
-	 * what it was sent: else a quote would be a pass to anywhere. */
-	reverse_of(t, &p->inner);
-	if (same_addr(&p->wire.daddr, &t->daddr) &&
-	    (p->place != PLACE_FROM_POD || same_addr(&p->wire.saddr, &t->saddr)))
-		ct = find_connection(skb, p, t);
-	if (!ct || !stands(p, ct)) {
-		p->now = p->wire;
-		p->icmp_error = 0;
-		return 0;
-	}
-	if (ct->flags & (p->reply ? CT_NAT_REPLY : CT_NAT_ORIGIN)) {
-		struct nat *next = nat_find(p, &p->now);
-
-		if (next)
-			p->now = next->to;
-	}
-	p->target = ct->target[p->reply & 1];
 	reverse_of(t, &p->inner);
 	bool changed = !same_ends(t, &p->now);
 	struct addr *from = same_addr(&p->wire.saddr, &t->saddr) ? &p->now.saddr : &p->wire.saddr;
@@ -363,18 +421,6 @@ static __noinline int related(struct __sk_buff *skb, struct packet *p)
 	return 1;
 }
 
-/* Is it sent to a pod of this node? Then it is as if that pod were at this hook:
- * the verdict need not look for it again. */
-static __always_inline bool for_a_pod(struct packet *p)
-{
-	struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
-
-	if (!peer || peer->view[p->epoch & 1].kind != PEER_LOCAL)
-		return false;
-	p->slot = peer->view[p->epoch & 1].target;
-	return true;
-}
-
 /* The slot of the pod of this node whose packet it is. */
 static __always_inline __u32 pod_of(struct packet *p, struct ct *ct)
 {
@@ -383,8 +429,38 @@ static __always_inline __u32 pod_of(struct packet *p, struct ct *ct)
 	return p->slot == NO_SLOT && target_kind(target) == TO_LOCAL ? target_index(target) : p->slot;
 }
 
+/* An ICMP error about a known connection passes with it, both packets
+ * translated. False: it is related to nothing; p->now is as it came. */
+static __noinline int related(struct __sk_buff *skb, struct packet *p)
+{
+	struct tuple *t = &p->tuple;	/* as if the quoted packet were answered */
+	struct ct *ct = NULL;
+
+	/* It must go to the sender of what it quotes, and a pod speaks only of
+	 * what it was sent: else a quote would be a pass to anywhere. */
+	reverse_of(t, &p->inner);
+	if (same_addr(&p->wire.daddr, &t->daddr) &&
+	    (p->place != PLACE_FROM_POD || same_addr(&p->wire.saddr, &t->saddr)))
+		ct = find_connection(skb, p, t);
+	if (!ct || !stands(p, ct) || (p->outer_size && !is_inside(p, ct)) ||
+	    (p->third && !answers_for_another(p, ct))) {
+		p->now = p->wire;
+		p->icmp_error = 0;
+		p->quoted = same_addr(&p->wire.daddr, &p->inner.saddr);
+		return 0;
+	}
+	if (ct->flags & (p->reply ? CT_NAT_REPLY : CT_NAT_ORIGIN)) {
+		struct nat *next = nat_find(p, &p->now);
+
+		if (next)
+			p->now = next->to;
+	}
+	p->target = ct->target[p->reply & 1];
+	return translate_error(skb, p);
+}
+
 /* From the parsed packet to its verdict and way out. */
-static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
+static __always_inline int connection(struct __sk_buff *skb, struct packet *p, const enum place place)
 {
 	if (p->icmp_error && !p->dry) {
 		int relation = related(skb, p);
@@ -396,38 +472,58 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p)
 	}
 	/* The stack of a node, and of others, would believe it about sockets and paths that
 	 * the pod has no part in: UDP, and so VXLAN, knows no sequence numbers. */
-	if (p->place == PLACE_FROM_POD && speaks_of_another(p)) {
+	if (place == PLACE_FROM_POD && speaks_of_another(p)) {
 		GIVE_UP(p, CAUSE_UNRELATED_ERROR);
 		return drop(skb, p);
 	}
 	struct ct *ct = find_connection(skb, p, &p->wire);
+	const bool from_net = place == PLACE_FROM_NET;
+	bool to_pod = false;
+	__u8 flags = 0;
 
-	if (!ct && p->place == PLACE_FROM_NET) {
-		if (!for_a_pod(p))
+	if (from_net && ct && p->outer_size && !is_inside(p, ct)) {
+		GIVE_UP(p, CAUSE_NO_FRONTEND);
+		return drop(skb, p);
+	}
+	if (from_net && p->third && !(ct && answers_for_another(p, ct))) {
+		if (!ct && answers_for_the_stack(p))
 			return for_the_stack(skb, p);
-		if (is_crowded(p))	/* as was not known before */
+		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
+		return drop(skb, p);
+	}
+	if (!ct && from_net && !p->outer_size) {
+		to_pod = for_a_pod(p);
+		if (to_pod && is_crowded(p))	/* as was not known before */
 			ct = ct_find(p, &p->wire);
 	}
-	if (p->fragment == FRAG_FIRST && !leave_ports(p, pod_of(p, ct)))
+	if (p->fragment == FRAG_FIRST && (ct || to_pod || !from_net) && !leave_ports(p, pod_of(p, ct)))
 		return drop(skb, p);
 	if (ct) {
 		int verdict = known(skb, p, ct);
 
 		if (verdict != UNKNOWN)
 			return verdict;
-		if (p->place == PLACE_FROM_NET && !for_a_pod(p))
-			return for_the_stack(skb, p);
+		if (from_net && !p->outer_size)
+			to_pod = for_a_pod(p);
 	}
-	if (p->place == PLACE_FROM_POD) {
-		__u8 flags = 0;
+	if (from_net && !to_pod) {
+		int answer = frontend(skb, p);
 
-		if (service_begin(skb, p, &flags) == REFUSED)
-			return drop_and_tell(skb, p, refuse(skb, p));
-		if (p->twin)
-			flags |= CT_NAT_REPLY;
-		return begin(skb, p, flags);
+		if (answer == GO_STACK)
+			return for_the_stack(skb, p);
+		if (answer != GO_BEGIN)
+			return answer;
+		flags = CT_NAT_REPLY | CT_SERVICE;
 	}
-	return begin(skb, p, 0);
+	if (place == PLACE_FROM_POD) {
+		int answer = service_begin(skb, p, &flags);
+
+		if (answer == REFUSED)
+			return unserved(skb, p);
+	}
+	if (p->twin)
+		flags |= CT_NAT_REPLY;
+	return begin(skb, p, flags);
 }
 
 #endif

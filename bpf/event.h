@@ -108,9 +108,12 @@ static __noinline int tell_verdicts(struct __sk_buff *skb, struct packet *p)
 	return event_send(skb, p);
 }
 
-/* Drop for p->cause. The way every program ends that gives a packet up. */
-static __noinline int drop(struct __sk_buff *skb, struct packet *p)
+/* Drop for p->cause. The way every program ends that gives a packet up. Global, so that
+ * the verifier walks it once and not on every way here. */
+__noinline int drop(struct __sk_buff *skb, struct packet *p)
 {
+	if (!p)
+		return TCX_DROP;
 	if (p->dry) {
 		skb->cb[DRY_RESULT] = VERDICT_DENY | p->cause << 8 | (__u32)p->judged << 16;
 		skb->cb[DRY_EGRESS] = p->egress_cell;

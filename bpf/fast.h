@@ -160,14 +160,7 @@ static __always_inline int leave_plain(struct __sk_buff *skb, __u32 epoch, __u32
 	if (v4) {
 		struct ipv4 *ip = (void *)(front + ETH_HLEN);
 
-		/* RFC 1624, as the helper reckons it: TTL is the high byte of its word. */
-		__u16 sum = ~ip->csum, less = ~bpf_htons(ttl << 8), more = bpf_htons((ttl - 1) << 8);
-
-		sum += less;
-		sum += sum < less;
-		sum += more;
-		sum += sum < more;
-		ip->csum = ~sum;
+		ip->csum = less_ttl_csum(ip->csum, ttl);
 		ip->ttl = ttl - 1;
 		if (bpf_skb_store_bytes(skb, 0, front, ETH_HLEN + 12, 0))
 			return LONG_WAY;

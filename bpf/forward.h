@@ -6,6 +6,7 @@
 #ifndef LOCKGATE_FORWARD_H
 #define LOCKGATE_FORWARD_H
 
+#include "encapsulate.h"
 #include "nat.h"
 #include "reply.h"
 #include "tunnel.h"
@@ -26,6 +27,8 @@ static __always_inline int answer_sender(struct __sk_buff *skb, struct packet *p
 {
 	if (p->place == PLACE_FROM_POD)
 		return bpf_redirect_peer(skb->ifindex, 0);
+	if (config_tunnel && p->place == PLACE_FROM_NET && p->role == LINK_TUNNEL && back_into_tunnel(skb))
+		return TCX_DROP;
 	return bpf_redirect(skb->ifindex, 0);
 }
 
@@ -58,42 +61,13 @@ static __noinline int deliver(struct __sk_buff *skb, struct packet *p, __u32 slo
 	return bpf_redirect_peer(IFINDEX_BASE + slot, 0);
 }
 
-static __always_inline int decrement_ttl(struct __sk_buff *skb, struct packet *p)
+/* By a hop, with what headers it has by now. */
+static __noinline int leave_by(struct __sk_buff *skb, struct packet *p, const struct hop_view *hop)
 {
-	__u8 ttl = p->ttl - 1;
-
-	if (p->family == 6)
-		return bpf_skb_store_bytes(skb, p->l3 + 7, &ttl, 1, 0);
-	/* TTL is the high byte of its checksum word. */
-	if (bpf_l3_csum_replace(skb, p->l3 + 10, bpf_htons(p->ttl << 8), bpf_htons(ttl << 8), 2))
-		return -1;
-	return bpf_skb_store_bytes(skb, p->l3 + 8, &ttl, 1, 0);
-}
-
-/* Does a frame of it fit? GSO packets are cut into segments later. `head` is
- * the length of the IP header with its options. */
-static __always_inline bool fits(struct __sk_buff *skb, __u32 head, __u32 mtu)
-{
-	__u32 length = skb->len - ETH_HLEN;
-
-	if (skb->gso_size)
-		length = head + 60 + skb->gso_size;	/* at most: TCP header with options */
-	if (length <= mtu)
-		return true;
-	return skb->gso_size && head + 20 + skb->gso_size <= mtu;
-}
-
-static __noinline int leave(struct __sk_buff *skb, struct packet *p, __u32 index)
-{
-	struct hop_view *hop = hop_of(p->epoch, index);
-
-	if (!hop || !hop->ifindex || hop->flags & HOP_DROP) {
-		GIVE_UP(p, CAUSE_NO_ROUTE);
-		return drop(skb, p);
-	}
+	if (!hop)
+		return TCX_DROP;
 	if (p->dry)
 		return answer_dry(skb, p);
-	decrement_ttl(skb, p);
 	if (hop->flags & HOP_MAC) {
 		__u8 macs[12];
 
@@ -121,10 +95,23 @@ static __noinline int leave(struct __sk_buff *skb, struct packet *p, __u32 index
 	return bpf_redirect_neigh(hop->ifindex, &via, sizeof(via), 0);
 }
 
-/* Out of hops, or too big for the way out: tell the sender, with the MTU
- * (RFC 1191, RFC 8201). Asked before anything is rewritten, so that the quote
+static __always_inline int leave(struct __sk_buff *skb, struct packet *p, __u32 index)
+{
+	struct hop_view *hop = hop_of(p->epoch, index);
+
+	if (!hop || !hop->ifindex || hop->flags & HOP_DROP) {
+		GIVE_UP(p, CAUSE_NO_ROUTE);
+		return drop(skb, p);
+	}
+	if (!p->dry)
+		decrement_ttl(skb, p);
+	return leave_by(skb, p, hop);
+}
+
+/* Out of hops, or too big for the way out with `more` bytes of headers: tell the sender,
+ * with the MTU (RFC 1191, RFC 8201). Asked before anything is rewritten, so that the quote
  * is what was sent. */
-static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p, int *verdict)
+static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p, __u32 more, int *verdict)
 {
 	if (target_kind(p->target) != TO_HOP)
 		return 0;
@@ -138,11 +125,14 @@ static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p,
 		*verdict = drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_TIME << 8 : ICMP6_TIME << 8, 0));
 		return 1;
 	}
-	if (!hop->mtu || fits(skb, p->l4 - p->l3, hop->mtu))
+	if (!hop->mtu || fits(skb, p->l4 - p->l3 + more, hop->mtu))
+		return 0;
+	/* Its segments get smaller by as much as they get headers. */
+	if (more && may_shrink(skb, p) && fits(skb, p->l4 - p->l3, hop->mtu))
 		return 0;
 	GIVE_UP(p, CAUSE_PACKET_TOO_BIG);
 	*verdict = drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_UNREACH << 8 | 4 : ICMP6_TOO_BIG << 8,
-						    hop->mtu));
+						    hop->mtu - more));
 	return 1;
 }
 
@@ -151,8 +141,10 @@ static __always_inline int forward(struct __sk_buff *skb, struct packet *p)
 {
 	int verdict;
 
-	if (cannot_leave(skb, p, &verdict))
+	if (cannot_leave(skb, p, 0, &verdict))
 		return verdict;
+	if (p->outer_size && !decapsulate(skb, p))
+		return drop(skb, p);
 	/* Asked here, as most packets leave as they came: spares them the call. */
 	if (!same_ends(&p->wire, &p->now) && !rewrite(skb, p))
 		return drop(skb, p);

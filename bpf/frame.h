@@ -66,7 +66,7 @@ static __noinline int frame_extensions(struct xdp_md *ctx, struct frame *f, __u3
 			break;
 		default:
 			f->l4 = at;
-			return next;
+			return frame_has(f, 0) ? (int)next : (frame_bad(f, CAUSE_MALFORMED), -1);
 		}
 		if (at + sizeof(ext) > ETH_HLEN + f->length || bpf_xdp_load_bytes(ctx, at, &ext, sizeof(ext)))
 			return frame_bad(f, CAUSE_MALFORMED), -1;

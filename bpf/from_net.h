@@ -40,7 +40,19 @@ static __noinline int spoofed(struct __sk_buff *skb, struct packet *p)
 		return 1;
 	if (!peer || kind == PEER_NONE)
 		return 0;	/* no pod that we know: judged as the address it is */
-	return (kind != PEER_REMOTE && kind != PEER_NODE) || peer->view[p->epoch & 1].target != (__u32)sender;
+	/* An answer in another node's name: see arrive.h. */
+	if (kind == PEER_NODE && peer->view[p->epoch & 1].target != (__u32)sender)
+		p->third = 1;
+	return !p->third &&
+	       ((kind != PEER_REMOTE && kind != PEER_NODE) || peer->view[p->epoch & 1].target != (__u32)sender);
+}
+
+/* Is the address nobody's but services'? */
+static __always_inline bool is_frontends(struct packet *p)
+{
+	struct service_view *address = service_find(p, &p->wire, true);
+
+	return address && (address->flags & (SVC_FRONTEND | SVC_OPEN)) == SVC_FRONTEND;
 }
 
 /* What is no business of ours is the stack's; from the tunnel nothing is that
@@ -72,7 +84,7 @@ int from_net(struct __sk_buff *skb)
 	case 0:
 		break;
 	case CAUSE_FRAGMENT_UNTRACKED:
-		if (for_a_pod(p))
+		if (for_a_pod(p) || is_frontends(p))
 			return drop(skb, p);
 		return pass(skb, p);
 	case CAUSE_EXTENSION_HEADER:
@@ -90,7 +102,13 @@ int from_net(struct __sk_buff *skb)
 	/* It was made out to no MAC of ours. */
 	if (config_tunnel && p->role == LINK_TUNNEL)
 		bpf_skb_change_type(skb, PACKET_HOST);
-	return connection(skb, p);
+	if (is_encapsulated(p)) {
+		enum peer_kind kind = kind_of(p, &p->wire.daddr);
+
+		if ((kind == PEER_LOCAL || kind == PEER_HOST) && look_inside(skb, p))
+			return drop(skb, p);
+	}
+	return connection(skb, p, PLACE_FROM_NET);
 }
 
 #endif

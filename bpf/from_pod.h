@@ -66,7 +66,7 @@ int from_pod(struct __sk_buff *skb)
 		return check_ndp(skb, p, ep) ? drop(skb, p) : TCX_NEXT;
 	if (check_source(p, ep))
 		return drop(skb, p);
-	return connection(skb, p);
+	return connection(skb, p, PLACE_FROM_POD);
 }
 
 #endif

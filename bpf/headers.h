@@ -90,4 +90,17 @@ static __always_inline bool is_icmp_error(__u8 family, __u8 type)
 	return type >= ICMP6_UNREACH && type <= ICMP6_PARAM;
 }
 
+/* The checksum of an IPv4 header whose TTL becomes one less (RFC 1624): TTL is the high
+ * byte of its word. */
+static __always_inline __u16 less_ttl_csum(__u16 csum, __u8 ttl)
+{
+	__u16 sum = ~csum, less = ~bpf_htons(ttl << 8), more = bpf_htons((ttl - 1) << 8);
+
+	sum += less;
+	sum += sum < less;
+	sum += more;
+	sum += sum < more;
+	return ~sum;
+}
+
 #endif

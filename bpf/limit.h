@@ -50,7 +50,7 @@ static __always_inline bool may_settle(struct packet *p)
 /* Can connections of the pod be in `crowd`? */
 static __always_inline bool is_crowded(struct packet *p)
 {
-	struct budget *budget = p->slot < MAX_ENDPOINTS ? budget_at(p->slot) : NULL;
+	struct budget *budget = budget_of(p);
 
 	return budget && budget->crowded && !is_past(p, budget->crowded, TIMEOUT_DATAGRAM);
 }

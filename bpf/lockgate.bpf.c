@@ -3,6 +3,7 @@
 #include "from_pod.h"
 #include "to_pod.h"
 #include "from_net.h"
+#include "to_net.h"
 #include "sock.h"
 
 /* Names the enumerations of types.h in the object's BTF, where Python finds

@@ -168,8 +168,7 @@ static __noinline int rewrite_error(struct __sk_buff *skb, struct packet *p)
 	return 1;
 }
 
-/* Is the connection of `t` over? Then its port is free, whatever the sweep
- * has got to. */
+/* Is the connection of `t` over? */
 static __noinline int is_over(struct packet *p, const struct tuple *t)
 {
 	struct ct_key key;
@@ -184,9 +183,11 @@ static __noinline int is_over(struct packet *p, const struct tuple *t)
 	return !ct || is_past(p, ct->seen, ct_timeout(ct, t->proto));
 }
 
-/* Try to translate the connection p->now to `out`, answers to which come back
- * as p->tuple. False when another connection has that port. Global, so that
- * the verifier walks it once and not at every try. */
+/* Try to translate the connection p->asked to `out`, answers to which come back
+ * as p->tuple. False when another connection has that port: one that is over has it no
+ * more, whatever the sweep has got to. Those that leave for a backend are known by `out`,
+ * the others by what they were. Global, so that the verifier walks it once and not at
+ * every try. */
 __noinline int masquerade_as(struct packet *p, const struct tuple *out)
 {
 	struct tuple back;
@@ -198,7 +199,7 @@ __noinline int masquerade_as(struct packet *p, const struct tuple *out)
 		struct nat *taken = bpf_map_lookup_elem(&nat, &back);
 
 		if (taken && !same_ends(&taken->to, &p->tuple)) {
-			if (!is_over(p, &taken->to))
+			if (!is_over(p, &taken->to) || !is_over(p, &back))
 				return 0;
 			/* Its own packets, should any come, need another port. */
 			reverse_of(&back, &taken->to);
@@ -207,14 +208,15 @@ __noinline int masquerade_as(struct packet *p, const struct tuple *out)
 		}
 		nat_add(p, &back, &p->tuple, BPF_ANY);
 	}
-	nat_add(p, &p->now, out, BPF_ANY);
+	nat_add(p, &p->asked, out, BPF_ANY);
 	p->now = *out;
 	return 1;
 }
 
-/* Give the connection p->now (pod → world) a source address and port of the
- * node's. Leaves p->now translated; false with a cause when none is free. */
-static __noinline int masquerade(struct packet *p, const struct hop_view *hop)
+/* Give the connection p->now a source address and port of the node's: a pod's to the
+ * world (`from` is p->now itself), or a client's to a backend (`from` is what it asked).
+ * Leaves p->now translated; false with a cause when none is free. */
+static __noinline int masquerade(struct packet *p, const struct tuple *from, const struct hop_view *hop)
 {
 	__u32 span = masquerade_port_max - masquerade_port_min + 1;
 	const struct addr *source = p->family == 4 ? &hop->masq4 : &hop->masq6;
@@ -225,14 +227,16 @@ static __noinline int masquerade(struct packet *p, const struct hop_view *hop)
 		GIVE_UP(p, CAUSE_NO_ROUTE);
 		return 0;
 	}
-	reverse_of(&p->tuple, &p->now);
+	p->asked = *from;
+	reverse_of(&p->tuple, from);
 	*out = p->now;
 	out->saddr = *source;
 
 	/* A connection whose entry was evicted, or that begins anew, keeps its port. */
-	struct nat *kept = bpf_map_lookup_elem(&nat, &p->now);
+	struct nat *kept = bpf_map_lookup_elem(&nat, &p->asked);
 
-	if (kept && same_addr(&kept->to.saddr, source) && same_addr(&kept->to.daddr, &out->daddr)) {
+	if (kept && same_addr(&kept->to.saddr, source) && same_addr(&kept->to.daddr, &out->daddr) &&
+	    kept->to.dport == out->dport) {
 		out->sport = kept->to.sport;
 		if (masquerade_as(p, out))
 			return 1;

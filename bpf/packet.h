@@ -34,6 +34,9 @@ struct packet {
 	struct tuple now;	/* as it will leave: rewrite() makes it so */
 	struct tuple inner;	/* ICMP error: the packet it speaks of */
 	struct tuple tuple;	/* scratch for building keys */
+	struct tuple asked;	/* the connection before it is translated; at a frontend: client to it */
+	struct owner owner;	/* the backend that serves it */
+	struct addr outer;	/* where the outer header leads, of what came encapsulated */
 	struct ct_key key;
 	struct ct fresh;	/* connection to be stored */
 	struct nat translation;
@@ -51,6 +54,8 @@ struct packet {
 	__u32 target;		/* where it goes: kind << 28 | slot or hop */
 	__u32 cause;		/* enum cause of the drop, with its line */
 	__u32 line;
+	__u32 hash;		/* of p->asked */
+	__be16 hint;		/* the backend's port: see encapsulate.h */
 
 	__u16 l3, l4;		/* offsets in the frame */
 	__u16 inner_l3, inner_l4;
@@ -67,6 +72,11 @@ struct packet {
 	__u8  table;		/* enum ct_table: where the connection found lives */
 	__u8  twin;		/* another connection has these ends: see is_taken() */
 	__u8  late;		/* or a backend that went may have begun that: see find_untranslated() */
+	__u8  outer_size;	/* of the outer header, 0 = there is none */
+	__u8  outer_ttl;
+	__u8  quoted;		/* an ICMP error, related to nothing, of which `inner` is valid */
+	__u8  third;		/* in the name of another node than sent it: see arrive.h */
+	__u8  snat;		/* leaves for a backend as this node */
 
 	/* Both ends as the last verdict saw them, originator first. */
 	__u32 src_endpoint, dst_endpoint;
@@ -200,6 +210,7 @@ static __always_inline struct packet *packet_begin(struct __sk_buff *skb, __u32 
 	p->service = p->target = p->cause = p->line = 0;
 	p->tcp_flags = p->icmp_type = p->icmp_code = p->icmp_error = 0;
 	p->fragment = p->judged = p->reply = p->own_socket = 0;
+	p->outer_size = p->quoted = p->third = p->snat = 0;
 	p->src_endpoint = p->dst_endpoint = 0;
 	p->egress_cell = p->ingress_cell = 0;
 	p->egress_pending = p->ingress_pending = 0;

@@ -82,7 +82,7 @@ static __always_inline int load_header(struct __sk_buff *skb, __u32 at, void *to
  * there: what lies beyond is padding of the frame, which the receiver cuts off. */
 static __always_inline int load_l4(struct __sk_buff *skb, struct packet *p, void *to, const __u32 size)
 {
-	if (!skb->gso_size && p->l4 + size > ETH_HLEN + p->length)
+	if (!skb->gso_size && p->l4 + size > p->l3 + p->length)
 		return -1;
 	return load_header(skb, p->l4, to, size);
 }
@@ -212,28 +212,28 @@ static __noinline int parse_inner(struct __sk_buff *skb, struct packet *p)
 }
 
 /* Returns the protocol, or -1 with the cause set. */
-static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
+static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p, __u32 l3)
 {
 	struct tuple *t = &p->wire;
 	struct ipv4 ip;
 
-	if (load_header(skb, ETH_HLEN, &ip, sizeof(ip)))
+	if (load_header(skb, l3, &ip, sizeof(ip)))
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	__u32 header = (ip.version_ihl & 15) * 4;
 	__u32 frag = bpf_ntohs(ip.frag);
 
 	p->length = bpf_ntohs(ip.length);
 	if (!p->length && skb->gso_size)	/* BIG TCP */
-		p->length = skb->len - ETH_HLEN;
+		p->length = skb->len - l3;
 	if (ip.version_ihl >> 4 != 4 || header < 20 || p->length < header)
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	/* A GSO packet's total length may be of one segment or all. */
-	if (!skb->gso_size && p->length + ETH_HLEN > skb->len)
+	if (!skb->gso_size && p->length + l3 > skb->len)
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	map_v4(&t->saddr, ip.saddr);
 	map_v4(&t->daddr, ip.daddr);
 	p->ttl = ip.ttl;
-	p->l4 = ETH_HLEN + header;
+	p->l4 = l3 + header;
 	if (frag & (IPV4_MF | IPV4_OFF)) {
 		p->fragment = frag & IPV4_OFF ? FRAG_LATER : FRAG_FIRST;
 		p->frag_id = ip.id;
@@ -241,17 +241,17 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p)
 	return ip.proto;
 }
 
-static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
+static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p, __u32 l3)
 {
 	struct tuple *t = &p->wire;
 	struct ipv6 ip;
 
-	if (load_header(skb, ETH_HLEN, &ip, sizeof(ip)))
+	if (load_header(skb, l3, &ip, sizeof(ip)))
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	if (*(__u8 *)&ip >> 4 != 6)
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	p->length = bpf_ntohs(ip.length) + sizeof(ip);
-	if (!skb->gso_size && p->length + ETH_HLEN > skb->len)
+	if (!skb->gso_size && p->length + l3 > skb->len)
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	copy_addr(&t->saddr, &ip.saddr);
 	copy_addr(&t->daddr, &ip.daddr);
@@ -259,7 +259,7 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p)
 	if (is_v4(&t->saddr) || is_v4(&t->daddr))
 		return GIVE_UP(p, CAUSE_MALFORMED), -1;
 	p->ttl = ip.ttl;
-	p->l4 = ETH_HLEN + sizeof(ip);
+	p->l4 = l3 + sizeof(ip);
 	if (ip.next == IPPROTO_TCP || ip.next == IPPROTO_UDP || ip.next == IPPROTO_ICMPV6)
 		return ip.next;
 	int proto = skip_extensions(skb, p, ip.next, p->l4);
@@ -283,20 +283,14 @@ static __always_inline bool is_ip(struct __sk_buff *skb)
 	return skb->protocol == bpf_htons(ETH_P_IP) || skb->protocol == bpf_htons(ETH_P_IPV6);
 }
 
-/* The IP packet in the frame. 0, or a cause: the packet is to be dropped. */
-static __noinline int parse(struct __sk_buff *skb, struct packet *p)
+/* The IP packet at `l3`, of p->family. 0, or a cause: the packet is to be dropped. */
+static __always_inline int parse_at(struct __sk_buff *skb, struct packet *p, __u32 l3)
 {
 	int cause = 0, proto;
 
-	p->l3 = ETH_HLEN;
+	p->l3 = l3;
 	parse_nothing(skb, p);
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		p->family = 4;
-		proto = parse_ipv4(skb, p);
-	} else {
-		p->family = 6;
-		proto = parse_ipv6(skb, p);
-	}
+	proto = p->family == 4 ? parse_ipv4(skb, p, l3) : parse_ipv6(skb, p, l3);
 	if (proto < 0) {
 		cause = p->cause;
 	} else if (p->fragment != FRAG_LATER) {
@@ -310,6 +304,21 @@ static __noinline int parse(struct __sk_buff *skb, struct packet *p)
 		cause = parse_inner(skb, p);
 	p->now = p->wire;
 	return cause;
+}
+
+/* The packet in the frame. */
+static __noinline int parse(struct __sk_buff *skb, struct packet *p)
+{
+	p->family = skb->protocol == bpf_htons(ETH_P_IP) ? 4 : 6;
+	return parse_at(skb, p, ETH_HLEN);
+}
+
+/* The packet in the packet, of the same family. Global, so that the verifier walks it once. */
+__noinline int parse_inside(struct __sk_buff *skb, struct packet *p)
+{
+	if (!p)
+		return CAUSE_MALFORMED;
+	return parse_at(skb, p, p->family == 4 ? ETH_HLEN + sizeof(struct ipv4) : ETH_HLEN + sizeof(struct ipv6));
 }
 
 #endif

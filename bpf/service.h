@@ -7,12 +7,13 @@
 #define LOCKGATE_SERVICE_H
 
 #include "backend.h"
+#include "cidr.h"
 #include "nat.h"
 
 enum service_answer {
 	NOT_A_SERVICE = 0,
 	TRANSLATED    = 1,
-	REFUSED       = 2,	/* p->cause says why; the sender is told */
+	REFUSED       = 2,	/* p->cause says why */
 };
 
 static __always_inline struct service_view *service_find(struct packet *p, const struct tuple *t, bool any_port)
@@ -72,8 +73,12 @@ static __noinline int to_backend(struct packet *p, struct service_view *view, __
 	if (!view || !flags)
 		return NOT_A_SERVICE;
 	p->service = view->id;
+	if (view->flags & SVC_RANGES && cidr_class(p->epoch, view->ranges, &p->wire.saddr) != 1) {
+		GIVE_UP(p, CAUSE_SOURCE_RANGE);
+		return REFUSED;
+	}
 	if (!backend_for_packet(p, view)) {
-		GIVE_UP(p, CAUSE_NO_BACKEND);
+		GIVE_UP(p, view->flags & SVC_INTERNAL_LOCAL ? CAUSE_NO_LOCAL_BACKEND : CAUSE_NO_BACKEND);
 		return REFUSED;
 	}
 	if (p->wire.proto == IPPROTO_SCTP && p->now.dport != p->wire.dport) {
@@ -206,12 +211,13 @@ static __noinline int service_of_socket(struct __sk_buff *skb, struct packet *p,
 static __noinline int service_begin(struct __sk_buff *skb, struct packet *p, __u8 *flags)
 {
 	/* Asked by address alone first, as most have an address that is no service's. */
-	if (!service_find(p, &p->wire, true))
-		return service_of_socket(skb, p, flags);
-	struct service_view *view = service_find(p, &p->wire, false);
+	struct service_view *address = service_find(p, &p->wire, true);
+	struct service_view *view = address ? service_find(p, &p->wire, false) : NULL;
 
-	if (view)
+	if (view && !(view->flags & SVC_HOST_ONLY))
 		return to_backend(p, view, flags);
+	if (!address || address->flags & (SVC_OPEN | SVC_HOST_ONLY))
+		return service_of_socket(skb, p, flags);
 	GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
 	return REFUSED;
 }

@@ -5,8 +5,9 @@
  * connect() and sendmsg() to a service become calls to one of its backends, so
  * no packet of such a socket ever carries the service's address. recvmsg() and
  * getpeername() turn the backend back into the service the program asked for.
- * What is left untouched here (SCTP, unknown ports of a service's address)
- * reaches from_pod, which translates or rejects it per packet.
+ * What is left untouched here (SCTP, unknown ports of a service's address, what a
+ * service serves some sources only) reaches from_pod, which translates, rejects or drops
+ * it per packet.
  *
  * IPv4, IPv6 and IPv4-mapped addresses of IPv6 sockets are all 16 bytes here.
  */
@@ -149,6 +150,23 @@ static __always_inline void remember(const struct socket_key *key, const struct 
 		bpf_map_update_elem(&sockets, key, &value, BPF_ANY);
 }
 
+/* Is it a socket of the node itself, not of a pod with a network of its own? */
+static __always_inline bool is_hosts(struct bpf_sock_addr *ctx)
+{
+	return config_netns_cookie && bpf_get_netns_cookie(ctx) == config_netns_cookie;
+}
+
+/* Traffic policy Local, and no backend is here. A pod's packet goes on, to be dropped and told
+ * of by from_pod; a process of the node would hear the stack's "no route to host", so it
+ * hears what it would in the end where such packets are dropped on their way out. */
+static __always_inline enum sock_answer nobody_here(struct bpf_sock_addr *ctx)
+{
+	if (!is_hosts(ctx))
+		return SOCK_PROCEED;
+	bpf_set_retval(ctx->protocol == IPPROTO_TCP ? -ETIMEDOUT : -EPERM);
+	return SOCK_REFUSE;
+}
+
 /*
  * Where a socket that wants to talk to `name` shall go: `name` becomes a
  * backend when it is a service, and stays as it is when it is not.
@@ -180,6 +198,10 @@ static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
 	view = &service->view[epoch & 1];
 	if (!(view->flags & SVC_PRESENT))
 		return SOCK_PROCEED;
+	if (view->flags & (SVC_RANGES | SVC_HOST_ONLY) && !is_hosts(ctx))
+		return SOCK_PROCEED;
+	if (view->flags & SVC_INTERNAL_LOCAL && !view->count)
+		return nobody_here(ctx);
 
 	by_service = socket_key(ctx, name);
 	if (ctx->protocol == IPPROTO_UDP)

@@ -29,7 +29,7 @@ int to_pod(struct __sk_buff *skb)
 		p->own_socket = skb->cb[0] == 1;
 	else
 		p->own_socket = sk && (sk->family == AF_INET || sk->family == AF_INET6);
-	return connection(skb, p);
+	return connection(skb, p, PLACE_TO_POD);
 }
 
 #endif

@@ -52,6 +52,18 @@ static __always_inline bool tunnel_ends(struct __sk_buff *skb, struct addr *send
 	return key.tunnel_id == TUNNEL_ID;
 }
 
+/* Back to the node that sent the packet in hand into the tunnel. 0 on success. */
+static __noinline int back_into_tunnel(struct __sk_buff *skb)
+{
+	struct bpf_tunnel_key key;	/* as the receiver has it: what is ours is `local` */
+
+	if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0))
+		return bpf_skb_set_tunnel_key(skb, &key, sizeof(key), BPF_F_ZERO_CSUM_TX);
+	if (bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6))
+		return -1;
+	return bpf_skb_set_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6);
+}
+
 /* Did the node at the end of this hop send it, to this end? A call of its own: inlined, the
  * verifier would walk what follows once for each way through here. */
 static __noinline int sent_by(struct __sk_buff *skb, const struct hop_view *hop)

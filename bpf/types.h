@@ -207,17 +207,19 @@ enum owner_flag {
 	OWNER_ENDS = 1,		/* takes no new connections but of the last resort */
 };
 
+#define FLOW_STRANGER 0x80000000u	/* of a target: the client is no peer in that epoch */
+
 /* What was chosen lately for a flow from outside: client → frontend. */
 struct flow {
 	struct addr addr;	/* the backend */
 	__be16 port;
 	__u16 pad;
 	__u32 service;		/* service id */
-	__u32 target;		/* as its owner's */
+	__u32 target;		/* as its owner's; FLOW_STRANGER */
 	__u32 epoch;		/* in which it was known to serve */
 	__u32 seen;		/* seconds, monotonic */
-	__u32 spare;
-} __attribute__((aligned(8)));
+	__u32 hash;		/* of the key: elements change hands at any time */
+} __attribute__((aligned(8)));	/* target and epoch are swapped whole */
 
 struct service {
 	struct service_view view[2];
@@ -283,6 +285,7 @@ enum hop_flag {
 	HOP_MASQ = 2,		/* leaves the cluster: masquerade pod sources */
 	HOP_DROP = 4,		/* no way there: drop as unroutable */
 	HOP_TUNNEL = 8,		/* ifindex is the VXLAN device; with HOP_MAC */
+	HOP_XDP  = 16,		/* XDP may send by the link; with HOP_MAC */
 };
 
 struct hop_view {
@@ -516,6 +519,7 @@ enum counter {
 	COUNT_UNANSWERED   = 3,	/* ICMP errors and resets not sent: over the limit */
 	COUNT_EVENTS_CUT   = 4,	/* not written: too many a second about one pod */
 	COUNT_CROWDED      = 5,	/* connections begun towards a pod over its budget */
+	COUNT_BALANCED     = 6,	/* packets that XDP sent on to another node's backend */
 	COUNT_CAUSE        = 8,	/* + enum cause: packets dropped */
 };
 #define COUNTERS 64

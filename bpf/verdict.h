@@ -6,57 +6,8 @@
 #ifndef LOCKGATE_VERDICT_H
 #define LOCKGATE_VERDICT_H
 
+#include "cidr.h"
 #include "event.h"
-
-/* Class of an address that is no peer: a walk down the CIDR trie. Without a
- * CIDR block in force that is one read. Not static, so that the verifier walks
- * its loop once and not for each caller. */
-__noinline __u32 cidr_class(__u32 epoch, const struct addr *addr)
-{
-	void *image = image_of(epoch);
-	__u64 *word, bits, more = 0;	/* of the address, those not yet used on top */
-	__u32 slot;
-
-	if (!image || !addr)
-		return 0;
-	word = image_word(image, IMAGE_CIDRS);
-	if (!word)
-		return 0;
-	if (is_v4(addr)) {
-		slot = *word;
-		bits = (__u64)bpf_ntohl(((const __be32 *)addr)[3]) << 32;
-	} else {
-		slot = *word >> 32;
-		bits = bpf_be64_to_cpu(((const __be64 *)addr)[0]);
-		more = bpf_be64_to_cpu(((const __be64 *)addr)[1]);
-	}
-	for (int level = 0; level < CIDR_LEVELS; level++) {
-		if (!(slot & CIDR_NEXT))
-			return slot;
-		__u32 at = IMAGE_CIDRS + (slot & CIDR_WORD);
-		__u32 stride = (slot & CIDR_STRIDE) >> CIDR_STRIDE_SHIFT;
-
-		if (stride) {
-			__u32 index = bits >> (64 - stride);
-
-			word = image_word(image, at + (index >> 1));
-			if (!word)
-				return 0;
-			slot = index & 1 ? *word >> 32 : *word;
-		} else {
-			__u64 *match = image_word(image, at);
-
-			word = image_word(image, at + 1);
-			if (!match || !word)
-				return 0;
-			stride = *match & CIDR_SKIP;
-			slot = (bits ^ *match) >> (64 - stride) ? *word >> 32 : *word;
-		}
-		bits = bits << stride | more >> (64 - stride);
-		more <<= stride;
-	}
-	return 0;
-}
 
 struct end {			/* what an address is, in this view */
 	__u32 class, endpoint, slot, target;
@@ -116,7 +67,7 @@ static __always_inline int find_end(struct packet *p, const struct addr *addr, s
 			return 0;
 		}
 	}
-	end->class = cidr_class(p->epoch, addr);
+	end->class = cidr_class(p->epoch, IMAGE_CIDRS, addr);
 	end->target = TO_NOWHERE;
 	return 0;
 }

@@ -3,6 +3,7 @@
 #ifndef LOCKGATE_XDP_NET_H
 #define LOCKGATE_XDP_NET_H
 
+#include "dsr.h"
 #include "firewall.h"
 
 /* Frames may lie in several pieces: without `frags`, a card with a large MTU refuses it. */
@@ -14,7 +15,7 @@ int xdp_net(struct xdp_md *ctx)
 	frame_read(ctx, &frame);
 	if (config_firewall && firewall(ctx, &frame) == XDP_DROP)
 		return XDP_DROP;
-	return XDP_PASS;
+	return config_balance ? balance_frame(ctx, &frame) : XDP_PASS;
 }
 
 #endif

@@ -23,6 +23,7 @@ from lockgate.agent.claims import Claims
 from lockgate.agent.clients import Clients
 from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
+from lockgate.agent.edge import Edge
 from lockgate.agent.endpoints import Endpoints
 from lockgate.agent.foreign import Foreign
 from lockgate.agent.hops import Hops
@@ -112,7 +113,9 @@ class Agent:
             share=config.memory_share,
             limits=config.limits,
             tunnels=config.routing != "direct",
+            flows=config.flows,
         )
+        self.edge = Edge(self.dp, config.xdp_object_path, config.xdp)
         # From here on also where programs of the agent before run: they read it with each event.
         self.dp.state.view["capture"][0] = config.capture
         self.journal = Journal(self._state / "journal.jsonl", self.dp.ids.view[0])
@@ -152,6 +155,7 @@ class Agent:
         self.errors["attach"] = self.endpoints.attach()
         self.uplinks.attach(cards)
         self._tunnel.attach_waiting()
+        self.settle_edge(cards)
 
     def _take_over(self) -> None:
         """From programs of another version, once our maps hold all that ours need
@@ -188,6 +192,7 @@ class Agent:
         self._worker.shutdown()
 
     def _close(self) -> None:
+        self.edge.close()
         self.dp.close()
         self.journal.close()
 
@@ -319,12 +324,23 @@ class Agent:
         epoch_moved = self.publisher.publish(tables, records, self.hops.table)
         self.hops.write_routes()
         self.publisher.level(tables)
+        self.edge.follow(tables, alone=not self.hops.numbers)
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
             log.warning("%s", text)
         self.errors["objects"] = tables.errors
         if self.dp.pending:
             self._take_over()
+        elif self.edge.due:
+            self.settle_edge(self.uplinks.read())
         return epoch_moved
+
+    def settle_edge(self, cards: Cards) -> None:
+        """XDP where it is needed, once it is known what is; from the worker."""
+        if self.published:
+            self.edge.settle(cards)
+            self.errors["xdp"] = self.edge.errors
+            # What a driver can depends on what is attached.
+            self._loop.call_soon_threadsafe(self.uplinks.changed.set)
 
     # ---- Questions ---------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from lockgate.net import dumps
+from lockgate.net import dumps, xdp
 from lockgate.net.links import IFINDEX_BASE
 
 __all__ = ["AUTO", "TUNNEL", "Card", "Cards", "read_cards"]
@@ -36,6 +36,7 @@ class Card:
     addresses: tuple[str, ...] = ()
     macs: dict[str, bytes] = field(default_factory=dict)
     gateways: tuple[str, ...] = ()
+    xdp: xdp.State = field(default_factory=xdp.State)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ def _read(name: str) -> Card | None:
         return None
     try:
         mac, mtu = dumps.link(index)
+        of_xdp = xdp.state(index)
     except OSError as error:
         if error.errno == errno.ENODEV:
             return None  # it went just now
@@ -133,4 +135,5 @@ def _read(name: str) -> Card | None:
         tuple(dumps.addresses(index)),
         dumps.macs(index),
         tuple(dumps.default_gateways(index)),
+        of_xdp,
     )

@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 from lockgate.agent.cards import AUTO
+from lockgate.agent.edge import Setting
+from lockgate.agent.flows import Flows
 from lockgate.agent.limits import CAPTURE_MAX, Limits
 from lockgate.agent.sizes import SHARE
 from lockgate.agent.ways import Routing
@@ -16,7 +18,7 @@ from lockgate.bpf.pins import node_folder
 from lockgate.kube.client import Settings
 from lockgate.net import cgroup
 from lockgate.objects.address import listen
-from lockgate.paths import bpf_object
+from lockgate.paths import bpf_object, xdp_object
 
 __all__ = ["Config", "listen", "read"]
 
@@ -42,6 +44,7 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     service_cidrs: list[str] = []
     bpffs: str = "/sys/fs/bpf"
     object: str = ""  # "" = the one that was built or installed
+    xdp_object: str = ""  # likewise
     mtu: int = 0  # of pods; 0 = of the way to another node with the smallest
     routing: Routing = "auto"  # docs/cluster.md, Ways to other nodes
     vxlan_port: int = 8472  # UDP; what Linux and most CNIs use
@@ -53,6 +56,8 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     # Of the machine's memory, for the tables that remember connections, when they are made
     memory_share: float = SHARE
     limits: Limits = Limits()
+    xdp: Setting = "auto"  # docs/services.md, XDP
+    flows: Flows = Flows()
     capture: int = 0  # first bytes of the packet that each flow record keeps; 0 = none
 
     @property
@@ -70,6 +75,10 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     @property
     def object_path(self) -> Path:
         return Path(self.object) if self.object else bpf_object()
+
+    @property
+    def xdp_object_path(self) -> Path:
+        return Path(self.xdp_object) if self.xdp_object else xdp_object()
 
     @property
     def cgroup_path(self) -> Path | None:
@@ -113,6 +122,10 @@ def read(path: Path) -> Config:
         raise ValueError(
             f"{path}, field capture: expected 0 to {CAPTURE_MAX} bytes, got {config.capture}"
         )
+    try:
+        config.flows.constants()
+    except ValueError as error:
+        raise ValueError(f"{path}, field flows: {error}") from error
     if config.web:
         listen(config.web, f"{path}, field web")
     return config

@@ -16,6 +16,7 @@ from typing import Self
 
 import numpy as np
 
+from lockgate.agent.flows import Flows
 from lockgate.agent.guard import Guard
 from lockgate.agent.limits import Limits
 from lockgate.agent.others import Table, inherit
@@ -25,10 +26,17 @@ from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArr
 from lockgate.bpf.object import Object
 from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
 from lockgate.bpf.syscall import TestRun
+from lockgate.net import namespaces
 
 __all__ = ["Datapath"]
 
 log = logging.getLogger(__name__)
+#: Programs of the other object, whose links are pinned beside ours (lockgate/agent/edge.py).
+_EDGE = ("xdp_net",)
+_AT_CARDS: tuple[tuple[str, links.Direction], ...] = (
+    ("from_net", "ingress"),
+    ("to_net", "egress"),
+)
 
 
 class Datapath:
@@ -42,6 +50,7 @@ class Datapath:
         share: float = SHARE,
         limits: Limits | None = None,
         tunnels: bool = True,
+        flows: Flows | None = None,
     ) -> None:
         """Load the object at `path` over what is pinned in `pins`, able to use tunnels or not.
         `sizes`, or the `share` of memory, is for tables that are made now: those that are there
@@ -54,10 +63,19 @@ class Datapath:
         try:
             self.names = pin_names(self.object.schema)
             self._set_aside()
-            sizes = sizes or Sizes.from_memory(self.object.schema, share)
-            entries = self._reuse(sizes.by_map())
-            self.object.set_rodata((limits or Limits()).constants(entries["half_open"]))
-            self.object.set_rodata({"config_tunnel": int(tunnels)})
+            flows = flows or Flows()
+            wanted = (sizes or Sizes.from_memory(self.object.schema, share)).by_map()
+            if not flows.remember:
+                wanted["flows"] = 1
+            entries = self._reuse(wanted)
+            #: Values of bpf/config.h, for all objects.
+            self.constants = {
+                **(limits or Limits()).constants(entries["half_open"]),
+                **flows.constants(),
+                "config_tunnel": int(tunnels),
+                "config_netns_cookie": namespaces.cookie(),
+            }
+            self.object.set_rodata(self.constants)
             self.object.load()
         except BaseException:
             self.object.close()
@@ -83,6 +101,7 @@ class Datapath:
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
+        self.flows = HashMap.of(obj, "flows", dtype("tuple"), dtype("flow"))
         self.counters = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
         #: The programs on pods' links.
         self.guard = Guard(obj, self.links)
@@ -122,10 +141,11 @@ class Datapath:
         if self.pending:
             return 0
         count = 0
+        known = {*self.object.programs, *_EDGE}
         for name, info in links.links_in(str(self.links)).items():
-            program = name if name in self.object.programs else name.partition("-")[0]
+            program = name if name in known else name.partition("-")[0]
             severed = info.ifindex == 0 and info.cgroup_id == 0
-            if severed or program not in self.object.programs:
+            if severed or program not in known:
                 count += links.remove(str(self.links / name))
         return count
 
@@ -145,13 +165,15 @@ class Datapath:
     # ---- Attaching -----------------------------------------------------------------
 
     def attach_net(self, name: str, ifindex: int) -> None:
-        """from_net on a network card."""
-        fd, path = self.object.prog_fd("from_net"), self.links / f"from_net-{name}"
-        links.attach_tcx(fd, ifindex, "ingress", str(path)).close()
+        """from_net and to_net on a network card."""
+        for program, direction in _AT_CARDS:
+            path = self.links / f"{program}-{name}"
+            links.attach_tcx(self.object.prog_fd(program), ifindex, direction, str(path)).close()
 
     def detach_net(self, name: str) -> None:
-        """Remove a card's link. Nothing there is success."""
-        links.remove(str(self.links / f"from_net-{name}"))
+        """Remove a card's links. Nothing there is success."""
+        for program, _ in _AT_CARDS:
+            links.remove(str(self.links / f"{program}-{name}"))
 
     def attach_cgroup(self, cgroup: Path) -> None:
         """The socket programs on the node's cgroup."""

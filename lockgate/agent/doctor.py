@@ -82,6 +82,8 @@ class Facts(msgspec.Struct, kw_only=True):
     errors: list[str] = []
     #: Programs of others on pods' links, one line each.
     programs: list[str] = []
+    #: Cards by name → how XDP runs there ("" = not), and why so.
+    xdp: dict[str, tuple[str, str]] = {}
 
 
 def collect(agent: Agent) -> Facts:
@@ -115,6 +117,7 @@ def collect(agent: Agent) -> Facts:
         foreign=sorted("/".join(pod.key) for pod in agent.foreign.pods.values()),
         errors=[text for texts in agent.problems() for text in texts],
         programs=_programs_of_others(agent),
+        xdp={name: (place.mode or "", place.why) for name, place in agent.edge.places.items()},
     )
 
 
@@ -238,6 +241,22 @@ def _programs(facts: Facts) -> list[Finding]:
     ] or [Finding("ok", "programs", "no programs but ours are on pods' links")]
 
 
+def _xdp(facts: Facts) -> list[Finding]:
+    others = [
+        Finding(
+            "warning",
+            "xdp",
+            f"{card} has no XDP of ours: {why}",
+            "frontends are served all the same, but slower, and no firewall is at that card; find"
+            " out whose it is (bpftool net show)",
+        )
+        for card, (mode, why) in facts.xdp.items()
+        if not mode and why.startswith("another program")
+    ]
+    used = [f"{mode} at {card}" for card, (mode, _) in sorted(facts.xdp.items()) if mode]
+    return others or [Finding("ok", "xdp", f"XDP runs {', '.join(used)}" if used else "no XDP")]
+
+
 def _kube_proxy(facts: Facts) -> list[Finding]:
     tables = {(family, table) for family, table, _ in facts.chains if table == "kube-proxy"}
     chains = {
@@ -305,6 +324,7 @@ _CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     _forwarding,
     _firewall,
     _programs,
+    _xdp,
     _kube_proxy,
     _cni,
 )

@@ -10,8 +10,6 @@ gone, it is a filter again. Programs of others are never detached.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +98,7 @@ class Guard:
     def others(self, ifindex: int) -> list[str]:
         """Programs of others that run in tcx, as "NAME (id N, tcx ingress)"."""
         return [
-            f"{_name(one)} (id {one}, tcx {direction})"
+            f"{links.program_name(one)} (id {one}, tcx {direction})"
             for direction in self.programs
             for one in links.tcx_programs(ifindex, direction)
             if one != self._ids[direction]
@@ -149,17 +147,3 @@ class Guard:
             # Somebody made the clsact an `ingress` qdisc, which shows its filters for both.
             program = 0
         return Place(tuple(links.tcx_programs(ifindex, direction)), program, first)
-
-
-def _name(program: int) -> str:
-    """Of a program by its id; "a program" when that may not be known."""
-    try:
-        fd = syscall.prog_fd_by_id(program)
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.ENOENT):
-            return "a program"
-        raise
-    try:
-        return syscall.prog_info(fd).name or "a program"
-    finally:
-        os.close(fd)

@@ -25,6 +25,7 @@ from lockgate.agent.stack_routes import StackRoutes
 from lockgate.agent.tunnel import TunnelDevice
 from lockgate.agent.ways import Routing, Way, choose_way, internal_ips, of_family, pod_cidrs
 from lockgate.bpf.grace import wait_grace
+from lockgate.net import xdp
 from lockgate.net.dumps import Route
 from lockgate.net.links import Net
 from lockgate.net.vxlan import OVERHEAD4, OVERHEAD6
@@ -41,7 +42,7 @@ WORLD6, NEAR_UNDERLAY2, NEAR_OUTSIDE6 = 5, 6, 7
 FIRST_NODE = 8
 #: Addresses that mean something only within a host or on a link (RFC 6890): no way leads there.
 NEVER_LEAVES = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/127", "fe80::/10")
-_MAC, _MASQ, _TUNNEL = 1, 2, 8
+_MAC, _MASQ, _TUNNEL, _XDP = 1, 2, 8, 16
 _UNDERLAY, _OUTSIDE, _TUNNEL_ROLE = 1, 2, 3
 #: Where frames in the tunnel are made out to: whoever gets them takes them.
 _TUNNEL_MAC = bytes.fromhex("0a6c00000001")
@@ -148,8 +149,12 @@ class Hops:
         services = self._services(cluster)
         for cidr in (*services, *NEVER_LEAVES):
             routes[parse_cidr(cidr)] = NOWHERE
+        me = cluster.nodes.get(self._node)
+        mine = internal_ips(me) if me is not None else []
         for name, number in self.numbers.items():
-            wanted[number] = self._to_node(net, cards.underlay, tunnel, ways.get(name))
+            hop = self._to_node(net, cards.underlay, tunnel, ways.get(name))
+            # The source of what goes to a backend as this node's own.
+            wanted[number] = masquerading(hop, mine) if hop.ifindex else hop
         self.mtu = min((card.mtu for card in (cards.underlay, tunnel) if card), default=0)
         self._near(cards, wanted, routes)
         self._world(net, cards, wanted, routes)
@@ -233,7 +238,9 @@ class Hops:
         if card is None or way is None:
             return Hop()
         if not way.remote:
-            return self._towards(net, card, way.direct)
+            hop = self._towards(net, card, way.direct)
+            sends = hop.flags & _MAC and card.xdp.features & xdp.NDO_XMIT
+            return replace(hop, flags=hop.flags | _XDP) if sends else hop
         if tunnel is None:
             return Hop()
         return Hop(

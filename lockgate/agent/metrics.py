@@ -112,6 +112,16 @@ def _families(status: dict[str, Any], agent: Agent) -> Iterable[Metric]:
         "Connections begun towards pods that were over their limit, tracked apart",
         status["crowded"],
     )
+    yield counter(
+        "balanced_packets", "Packets that XDP sent on to other nodes' backends", status["balanced"]
+    )
+    attached = GaugeMetricFamily(
+        "lockgate_xdp", "1 for each card where XDP runs", labels=["card", "mode"]
+    )
+    for one in status["xdp"]:
+        if one["mode"] != "none":
+            attached.add_metric([one["card"], one["mode"]], 1)
+    yield attached
     yield counter("swept_connections", "Dead connections swept", status["counts"]["swept"])
     yield counter(
         "repaired_links",

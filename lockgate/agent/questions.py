@@ -128,6 +128,11 @@ def status(agent: Agent) -> dict[str, Any]:
         "events": total("EVENTS"),
         "forwarded": total("FORWARDED"),
         "crowded": total("CROWDED"),
+        "balanced": total("BALANCED"),
+        "xdp": [
+            {"card": name, "mode": place.mode or "none", "why": place.why}
+            for name, place in sorted(agent.edge.places.items())
+        ],
         "drops": drops,
     }
 

@@ -35,6 +35,7 @@ class Sizes:
     half_open: int
     nat: int
     sockets: int
+    flows: int
 
     @classmethod
     def from_memory(cls, schema: Schema, share: float = SHARE, memory: int | None = None) -> Sizes:
@@ -53,7 +54,9 @@ class Sizes:
 
     @classmethod
     def _of(cls, connections: int) -> Self:
-        return cls(connections, connections // 8, connections // 4, connections // 4)
+        return cls(
+            connections, connections // 8, connections // 4, connections // 4, connections // 4
+        )
 
     def by_map(self) -> dict[str, int]:
         return {
@@ -62,6 +65,7 @@ class Sizes:
             "crowd": self.half_open,
             "nat": self.nat,
             "sockets": self.sockets,
+            "flows": self.flows,
         }
 
     def bytes(self, schema: Schema) -> int:

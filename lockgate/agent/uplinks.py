@@ -92,6 +92,7 @@ class Uplinks:
             cards = cards or self.read()
             if not agent.dp.pending:
                 self.attach(cards)
+                agent.settle_edge(cards)
             with Net() as net:
                 agent.hops.refresh(net, cards, cluster)
             self.set_mtu(cards)

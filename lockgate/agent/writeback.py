@@ -41,6 +41,7 @@ REASONS = {
     "refused": "NoAddress",
     "attach": "ProgramNotAttached",
     "programs": "ProgramNotAttached",
+    "xdp": "ProgramNotAttached",
     "others": "ForeignProgram",
     "repaired": "ProgramPutBack",
     "endpoints": "StateRebuilt",

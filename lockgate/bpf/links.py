@@ -22,18 +22,25 @@ __all__ = [
     "CGROUP_HOOKS",
     "Direction",
     "Link",
+    "XdpMode",
     "attach_cgroup",
     "attach_tcx",
+    "attach_xdp",
     "links_in",
     "open_link",
+    "program_name",
     "remove",
     "tcx_programs",
 ]
 
 Direction = Literal["ingress", "egress"]
+XdpMode = Literal["native", "generic"]
 _Fits = Callable[[LinkInfo], bool]
 
 _TCX = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRESS}
+
+# XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE of linux/if_link.h
+_XDP: dict[XdpMode, int] = {"native": 1 << 2, "generic": 1 << 1}
 
 CGROUP_HOOKS = {
     "cgroup/connect4": AttachType.CGROUP_INET4_CONNECT,
@@ -108,6 +115,25 @@ def attach_tcx(
     )
 
 
+def attach_xdp(prog_fd: int, ifindex: int, mode: XdpMode, path: str, *, anew: bool = False) -> Link:
+    """Attach an XDP program to an interface of the calling thread's network namespace. Pins as
+    `attach_tcx`, but a link that is there keeps its mode: with `anew` it is removed first, and
+    frames go by for a moment. OSError(EOPNOTSUPP): the driver has no XDP of this mode, or not
+    with the interface's settings (EINVAL, ENOMEM, ERANGE: by driver); (EBUSY): another program
+    is there; (EEXIST): one of the other mode; (ENODEV): there is no interface."""
+    if anew:
+        remove(path)
+    kept = _update_pinned(
+        prog_fd, path, lambda info: info.ifindex == ifindex and info.attach_type == AttachType.XDP
+    )
+    if kept is not None:
+        return kept
+    fd = syscall.link_create(
+        prog_fd, ifindex, AttachType.XDP, f"{path} to interface {ifindex}", flags=_XDP[mode]
+    )
+    return _pin(fd, path)
+
+
 def tcx_programs(ifindex: int, direction: Direction) -> list[int]:
     """Ids of the tcx programs of an interface of the calling thread's network namespace, in
     the order that they run, whosever they are. OSError(ENODEV) if there is none."""
@@ -141,6 +167,20 @@ def open_link(path: str) -> Link | None:
         return Link(syscall.obj_get(path), path)
     except FileNotFoundError:
         return None
+
+
+def program_name(program: int) -> str:
+    """Of a program by its id; "a program" when that may not be known."""
+    try:
+        fd = syscall.prog_fd_by_id(program)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOENT):
+            return "a program"
+        raise
+    try:
+        return syscall.prog_info(fd).name or "a program"
+    finally:
+        os.close(fd)
 
 
 def links_in(directory: str) -> dict[str, LinkInfo]:

@@ -215,6 +215,13 @@ class Object:
                 )
         self._check(self._lib.bpf_map__reuse_fd(handle, fd), f"reuse map {name}")
 
+    def share_maps(self, other: Object) -> None:
+        """Use the maps of a loaded object wherever both declare one of a name. LoadError as
+        `reuse_map`."""
+        for name in self._maps:
+            if not name.startswith(".") and name in other._maps:
+                self.reuse_map(name, other.map_fd(name))
+
     def reuse_pinned(self, directory: str | os.PathLike[str]) -> list[str]:
         """Reuse every map that is pinned under its name in `directory`; returns their names.
         LoadError as `reuse_map`; nothing is unpinned."""

@@ -27,6 +27,7 @@ __all__ = [
     "PUBLISHED",
     "OtherPin",
     "convert",
+    "map_version",
     "node_folder",
     "other_pins",
     "pin_names",
@@ -79,6 +80,11 @@ def pin_names(schema: Schema) -> dict[str, str]:
         name: f"{name}-{_hash(together if name in PUBLISHED else layout)}"
         for name, layout in layouts.items()
     }
+
+
+def map_version(schema: Schema, name: str) -> str:
+    """The version of one map that stands for itself."""
+    return _hash(_layout(schema, name))
 
 
 def other_pins(directory: Path, names: dict[str, str]) -> list[OtherPin]:

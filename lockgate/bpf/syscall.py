@@ -55,6 +55,7 @@ __all__ = [
     "prog_query",
     "prog_test_run",
     "skb_context",
+    "xdp_context",
 ]
 
 _NUMBERS = {"x86_64": (321, 324), "aarch64": (280, 283), "riscv64": (280, 283)}
@@ -118,6 +119,7 @@ class AttachType(IntEnum):
     CGROUP_UDP6_RECVMSG = 20
     CGROUP_INET4_GETPEERNAME = 29
     CGROUP_INET6_GETPEERNAME = 30
+    XDP = 37
     TCX_INGRESS = 46
     TCX_EGRESS = 47
 
@@ -336,8 +338,9 @@ class ProgInfo:
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """struct bpf_link_info. `ifindex` is 0 for links to cgroups and for tcx links whose
-    interface is gone; `cgroup_id` is 0 for tcx links and when the cgroup is gone."""
+    """struct bpf_link_info. `ifindex` is 0 for links to cgroups and for those whose interface is
+    gone; `cgroup_id` is 0 for links to interfaces and when the cgroup is gone. Of XDP the kernel
+    does not tell `attach_type`: it is always `AttachType.XDP`."""
 
     type: int
     id: int
@@ -348,6 +351,7 @@ class LinkInfo:
 
 
 _LINK_TYPE_CGROUP = 3
+_LINK_TYPE_XDP = 6
 _LINK_TYPE_TCX = 11
 
 
@@ -399,6 +403,8 @@ def link_info(fd: int) -> LinkInfo:
     ifindex = cgroup_id = attach_type = 0
     if type_ == _LINK_TYPE_TCX:
         ifindex, attach_type = struct.unpack_from("<II", raw, 16)
+    elif type_ == _LINK_TYPE_XDP:
+        (ifindex,), attach_type = struct.unpack_from("<I", raw, 16), AttachType.XDP
     elif type_ == _LINK_TYPE_CGROUP:
         cgroup_id, attach_type = struct.unpack_from("<QI", raw, 16)
     return LinkInfo(type_, id_, prog_id, ifindex, cgroup_id, attach_type)
@@ -408,15 +414,21 @@ def link_info(fd: int) -> LinkInfo:
 
 
 def link_create(
-    prog_fd: int, target: int, attach_type: int, name: str = "program", *, first: bool = False
+    prog_fd: int,
+    target: int,
+    attach_type: int,
+    name: str = "program",
+    *,
+    first: bool = False,
+    flags: int = 0,
 ) -> int:
     """Attach a program; the link lives as long as its descriptor or a pin.
 
-    `target` is an interface index of the calling thread's network namespace for tcx
+    `target` is an interface index of the calling thread's network namespace for tcx and XDP
     (ENODEV if there is none), a descriptor of a cgroup v2 directory for cgroup hooks.
-    `first` (tcx): before the programs that are there, else after them.
+    `first` (tcx): before the programs that are there, else after them. `flags`: the hook's own.
     """
-    flags = _F_BEFORE if first else 0
+    flags |= _F_BEFORE if first else 0
     attr = struct.pack("<IIII32x", prog_fd, target, attach_type, flags)
     try:
         kind = AttachType(attach_type).name.lower()
@@ -496,6 +508,12 @@ def skb_context(
     return bytes(context)
 
 
+def xdp_context(length: int, ifindex: int) -> bytes:
+    """A struct xdp_md to run an XDP program with, on a frame of `length` bytes. The interface is
+    one of the calling thread's network namespace with XDP in use (else EINVAL); 0: loopback."""
+    return struct.pack("<6I", 0, length, 0, ifindex, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class TestRun:
     """Outcome of a test run: the program's return value, the packet and the context as it
@@ -534,8 +552,9 @@ def prog_test_run(
 ) -> TestRun:
     """Run a loaded program on `data` (at least 14 bytes: an Ethernet header) once.
 
-    `context` is a struct __sk_buff (see `skb_context`) or empty. `repeat` above 1 does
-    not restore the packet between runs: only for programs that leave it alone.
+    `context` is a struct __sk_buff (see `skb_context`), a struct xdp_md (`xdp_context`) or empty.
+    `repeat` above 1 does not restore the packet between runs: only for programs that leave it
+    alone.
     """
     out = ctypes.create_string_buffer(len(data) + _HEADROOM)
     context_out = ctypes.create_string_buffer(len(context) or 1)

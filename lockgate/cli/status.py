@@ -13,7 +13,7 @@ from lockgate.access import ROLES, Access, Refused
 from lockgate.cli.common import access_options, fail_unanswered, json_option, not_ready, print_json
 from lockgate.cli.render import paint, table
 
-__all__ = ["api_cost", "gather", "problems", "process_state", "status"]
+__all__ = ["api_cost", "gather", "problems", "process_state", "status", "xdp_lines"]
 
 Row = dict[str, Any]
 _AT_ONCE = 32
@@ -29,6 +29,7 @@ _FAULTS = {
     "fragment-untracked": "parts of a packet came without its first",
 }
 _LOST_SHARE = 0.001
+_UNUSED = "nothing needs it"
 _MUCH = 1 << 30  # bytes of an agent's or observer's memory
 
 
@@ -165,6 +166,8 @@ def _print(found: Row, access: Access) -> None:
     cost = api_cost(found["nodes"])
     if cost:
         click.echo(f"\n{cost}")
+    for line in xdp_lines(found["nodes"]):
+        click.echo(f"\n{line}")
     drops: dict[str, int] = {}
     for node in found["nodes"]:
         for cause, count in node["agentStatus"].get("drops", {}).items():
@@ -198,6 +201,23 @@ def api_cost(nodes: list[Row]) -> str:
     if len(rates) > 1:
         told += f", {_rate(rates[most])} of it to {most}"
     return told + " (average of a minute)"
+
+
+def xdp_lines(nodes: list[Row]) -> list[str]:
+    """How XDP runs, one line for all nodes where it is the same; nothing where nothing needs it."""
+    alike: dict[str, list[str]] = {}
+    for node in nodes:
+        cards = node["agentStatus"].get("xdp", ())
+        if any(one["why"] != _UNUSED for one in cards):
+            told = [
+                f"{one['card']} {one['mode']}" + (f" ({one['why']})" if one["why"] else "")
+                for one in cards
+            ]
+            alike.setdefault(", ".join(told), []).append(node["name"])
+    return [
+        f"XDP on {', '.join(names) if len(names) < len(nodes) else 'all nodes'}: {text}"
+        for text, names in alike.items()
+    ]
 
 
 def _rate(count: float) -> str:

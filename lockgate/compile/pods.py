@@ -10,7 +10,7 @@ from lockgate.compile.labels import Subjects
 from lockgate.compile.policy import PortName
 from lockgate.compile.tables import PORT_TABLE
 from lockgate.objects.changes import Name
-from lockgate.objects.model import Pod
+from lockgate.objects.model import MOST_WEIGHT, WEIGHT, Pod, read_weight
 
 __all__ = ["PodFacts", "Pods", "Profile"]
 
@@ -27,6 +27,7 @@ class PodFacts:
     profile: Profile
     addresses: tuple[bytes, ...]
     member: bool
+    weight: int = MOST_WEIGHT
 
 
 class Pods:
@@ -45,6 +46,8 @@ class Pods:
         self.local_profiles: Counter[Profile] = Counter()
         self.touched: dict[bytes, None] = {}
         self.fresh: set[Profile] = set()
+        #: Addresses of pods that weigh something else since it was emptied.
+        self.reweighed: set[bytes] = set()
         #: Equal profiles, kept once.
         self._known: dict[Profile, Profile] = {}
         #: Of addresses that several pods have: those pods.
@@ -62,6 +65,8 @@ class Pods:
         new = self.facts[key] = self._read(key, pod)
         if not new.member:
             return
+        if old is not None and old.weight != new.weight:
+            self.reweighed.update(new.addresses)
         self.touched.update(dict.fromkeys(new.addresses))
         for address in new.addresses:
             self._claim(address, new)
@@ -125,6 +130,13 @@ class Pods:
                 addresses.append(pack(ip))
             except ValueError as error:
                 errors.append(f"Pod {'/'.join(key)}: status.podIPs: {error}")
+        weight: int | None = MOST_WEIGHT
+        text = pod.metadata.annotations.get(WEIGHT)
+        if text is not None and (weight := read_weight(text)) is None:
+            errors.append(
+                f"Pod {'/'.join(key)}: metadata.annotations[{WEIGHT}]: expected per cent, from 1 to"
+                f" {MOST_WEIGHT}, got {text!r}"
+            )
         if errors:
             self._unreadable[key] = errors
         ports: dict[PortName, int] = {}
@@ -140,6 +152,7 @@ class Pods:
             self._known.setdefault(profile, profile),
             tuple(dict.fromkeys(addresses)) if len(addresses) > 1 else tuple(addresses),
             member,
+            weight or MOST_WEIGHT,
         )
 
 

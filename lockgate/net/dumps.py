@@ -26,6 +26,7 @@ __all__ = [
     "Route",
     "addresses",
     "ask",
+    "attributes",
     "default_gateways",
     "default_routes",
     "filters",
@@ -93,7 +94,7 @@ def interfaces() -> list[Interface]:
     found = []
     for body in ask(_GETLINK, _DUMP, _IFINFO.pack(0, 0, 0, 0, 0)):
         _, _, index, flags, _ = _IFINFO.unpack_from(body)
-        own = _attributes(body, _IFINFO.size)
+        own = attributes(body, _IFINFO.size)
         name = own.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
         alias = own.get(_IFLA_IFALIAS, b"").rstrip(b"\0").decode(errors="replace")
         peer = int.from_bytes(own.get(_IFLA_LINK, b""), "little")
@@ -104,7 +105,7 @@ def interfaces() -> list[Interface]:
 def link(ifindex: int) -> tuple[bytes, int]:
     """MAC and MTU of an interface; OSError with ENODEV if there is none."""
     (body,) = ask(_GETLINK, _ONE, _IFINFO.pack(0, 0, ifindex, 0, 0))
-    own = _attributes(body, _IFINFO.size)
+    own = attributes(body, _IFINFO.size)
     return own.get(_IFLA_ADDRESS, b""), int.from_bytes(own[_IFLA_MTU], "little")
 
 
@@ -114,7 +115,7 @@ def addresses(ifindex: int, *, link_local: bool = False, own: bool = False) -> l
     found = []
     for body in ask(_GETADDR, _DUMP, _IFADDR.pack(0, 0, 0, 0, ifindex)):
         _, length, _, _, index = _IFADDR.unpack_from(body)
-        told = _attributes(body, _IFADDR.size)
+        told = attributes(body, _IFADDR.size)
         raw = told.get(_IFA_LOCAL) or told.get(_IFA_ADDRESS)
         if index != ifindex or raw is None or (own and told.get(_IFA_PROTO) != _OURS):
             continue
@@ -130,7 +131,7 @@ def default_gateways(ifindex: int) -> list[str]:
         request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
         for body in ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
             length, kind = body[1], body[7]
-            own = _attributes(body, _ROUTE.size)
+            own = attributes(body, _ROUTE.size)
             gateway, card = own.get(_RTA_GATEWAY), own.get(_RTA_OIF, b"")
             of_card = int.from_bytes(card, "little") == ifindex
             if length == 0 and kind == _UNICAST and gateway and of_card:
@@ -156,7 +157,7 @@ def default_routes() -> list[DefaultRoute]:
             length, kind = body[1], body[7]
             if length or kind != _UNICAST:
                 continue
-            own = _attributes(body, _ROUTE.size)
+            own = attributes(body, _ROUTE.size)
             gateway = own.get(_RTA_GATEWAY)
             found.append(
                 DefaultRoute(
@@ -177,7 +178,7 @@ def on_link(address: str) -> int:
     wanted += ATTRIBUTE.pack(ATTRIBUTE.size + len(packed), _RTA_DST) + packed
     (body,) = ask(_GETROUTE, _ONE, wanted)
     length, kind = body[1], body[7]
-    own = _attributes(body, _ROUTE.size)
+    own = attributes(body, _ROUTE.size)
     if not length or kind != _UNICAST or _RTA_GATEWAY in own or _RTA_VIA in own:
         return 0
     return int.from_bytes(own.get(_RTA_OIF, b""), "little")
@@ -190,7 +191,7 @@ def routes_of(ifindex: int) -> set[str]:
         request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
         for body in ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
             length, kind = body[1], body[7]
-            own = _attributes(body, _ROUTE.size)
+            own = attributes(body, _ROUTE.size)
             address, card = own.get(_RTA_DST), own.get(_RTA_OIF, b"")
             if address and kind == _UNICAST and int.from_bytes(card, "little") == ifindex:
                 found.add(f"{ip_address(address)}/{length}")
@@ -203,7 +204,7 @@ def own_routes() -> list[str]:
     for family, anywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
         for body in ask(_GETROUTE, _DUMP, _ROUTE.pack(family, 0, 0, 0, 0, ROUTE_PROTOCOL, 0, 0, 0)):
             if body[5] == ROUTE_PROTOCOL:
-                address = _attributes(body, _ROUTE.size).get(_RTA_DST)
+                address = attributes(body, _ROUTE.size).get(_RTA_DST)
                 found.append(f"{ip_address(address) if address else anywhere}/{body[1]}")
     return found
 
@@ -215,7 +216,7 @@ def own_unreachable() -> set[str]:
         request = _ROUTE.pack(family, 0, 0, 0, _MAIN, ROUTE_PROTOCOL, 0, _UNREACHABLE, 0)
         for body in ask(_GETROUTE, _DUMP, request):
             length, protocol, kind = body[1], body[5], body[7]
-            address = _attributes(body, _ROUTE.size).get(_RTA_DST)
+            address = attributes(body, _ROUTE.size).get(_RTA_DST)
             if address and (protocol, kind) == (ROUTE_PROTOCOL, _UNREACHABLE):
                 found.add(f"{ip_address(address)}/{length}")
     return found
@@ -240,12 +241,12 @@ def own_unicast(below: int) -> dict[str, Route]:
         request = _ROUTE.pack(family, 0, 0, 0, _MAIN, ROUTE_PROTOCOL, 0, _UNICAST, 0)
         for body in ask(_GETROUTE, _DUMP, request):
             length, table, protocol, kind = body[1], body[4], body[5], body[7]
-            own = _attributes(body, _ROUTE.size)
+            own = attributes(body, _ROUTE.size)
             index = int.from_bytes(own.get(_RTA_OIF, b""), "little")
             if (table, protocol, kind) != (_MAIN, ROUTE_PROTOCOL, _UNICAST) or index >= below:
                 continue
             raw = own.get(_RTA_DST) or bytes(4 if family == socket.AF_INET else 16)
-            outer = _attributes(own.get(_RTA_ENCAP, b""), 0)
+            outer = attributes(own.get(_RTA_ENCAP, b""), 0)
             found[f"{ip_address(raw)}/{length}"] = Route(
                 index,
                 *(_text(own.get(kind)) for kind in (_RTA_GATEWAY, _RTA_PREFSRC)),
@@ -257,8 +258,8 @@ def own_unicast(below: int) -> dict[str, Route]:
 def vxlan_port(ifindex: int) -> int | None:
     """UDP port of an interface that is a VXLAN device in external mode; None if it is not."""
     (body,) = ask(_GETLINK, _ONE, _IFINFO.pack(0, 0, ifindex, 0, 0))
-    info = _attributes(_attributes(body, _IFINFO.size).get(_IFLA_LINKINFO, b""), 0)
-    data = _attributes(info.get(_INFO_DATA, b""), 0)
+    info = attributes(attributes(body, _IFINFO.size).get(_IFLA_LINKINFO, b""), 0)
+    data = attributes(info.get(_INFO_DATA, b""), 0)
     external = any(data.get(_VXLAN_COLLECT_METADATA, b""))
     if info.get(_INFO_KIND) != b"vxlan\0" or not external:
         return None
@@ -275,7 +276,7 @@ def macs(ifindex: int) -> dict[str, bytes]:
     request = _NEIGH.pack(0, 0, 0, 0, 0) + _number(_NDA_IFINDEX, ifindex)
     for body in ask(_GETNEIGH, _DUMP, request):
         family, index, state, _, _ = _NEIGH.unpack_from(body)
-        own = _attributes(body, _NEIGH.size)
+        own = attributes(body, _NEIGH.size)
         address, mac = own.get(_NDA_DST), own.get(_NDA_LLADDR)
         if family not in (socket.AF_INET, socket.AF_INET6) or index != ifindex:
             continue
@@ -300,14 +301,14 @@ def filters(ifindex: int, direction: Direction) -> list[Filter]:
     parent = FILTER_PARENTS[direction]
     for body in ask(_GETTFILTER, _DUMP, _TC.pack(0, ifindex, 0, parent, 0)):
         _, _, handle, _, info = _TC.unpack_from(body)
-        own = _attributes(body, _TC.size)
+        own = attributes(body, _TC.size)
         options = own.get(_TCA_OPTIONS)
         # The kernel tells of each priority as a whole first, without options; and other chains
         # than 0 are met only from there.
         if options is None or any(own.get(_TCA_CHAIN, b"")):
             continue
         is_bpf = own.get(_TCA_KIND) == b"bpf\0"
-        number = _attributes(options, 0).get(_BPF_ID, b"") if is_bpf else b""
+        number = attributes(options, 0).get(_BPF_ID, b"") if is_bpf else b""
         found.append(Filter(info >> 16, handle, int.from_bytes(number, "little")))
     return found
 
@@ -348,7 +349,8 @@ def ask(
                 return
 
 
-def _attributes(body: bytes, at: int) -> dict[int, bytes]:
+def attributes(body: bytes, at: int) -> dict[int, bytes]:
+    """The attributes of a message from byte `at` on, by type."""
     found: dict[int, bytes] = {}
     while at + ATTRIBUTE.size <= len(body):
         length, type_ = ATTRIBUTE.unpack_from(body, at)

@@ -18,6 +18,7 @@ __all__ = [
     "format_address",
     "format_cidr",
     "is_ipv4",
+    "is_special",
     "listen",
     "pack_cidrs",
     "parse_address",
@@ -51,6 +52,14 @@ def format_address(address: bytes) -> str:
 def is_ipv4(address: bytes) -> bool:
     """Whether 16 bytes carry an IPv4 address."""
     return address[:12] == _MAPPED
+
+
+def is_special(address: bytes) -> bool:
+    """Whether nobody beyond the host or its link can reach 16 bytes as an address of one host:
+    unspecified, loopback, link-local or multicast (ValidateNonSpecialIP in
+    k8s.io/kubernetes/pkg/apis/core/validation)."""
+    ip = IPv4Address(address[12:]) if is_ipv4(address) else IPv6Address(address)
+    return ip.is_unspecified or ip.is_loopback or ip.is_link_local or ip.is_multicast
 
 
 def parse_cidr(text: str) -> tuple[bytes, int]:

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lockgate.net import namespaces
+from lockgate.net import namespaces, xdp
 from lockgate.standalone.state import State
 
 __all__ = ["OUTSIDE4", "OUTSIDE6", "UnderlayError", "build", "remove", "teardown"]
@@ -67,6 +67,9 @@ def build(state: State, nodes: Sequence[tuple[str, int]]) -> None:
         with namespaces.inside(namespaces.path_of(hub)):
             _no_bridge_filter()
             _batch([f"link set n{number} master br0 up" for _, number in nodes])
+            for _, number in nodes:
+                # A veth takes what XDP redirects to a node's end only so.
+                xdp.use_gro(f"n{number}")
     for name, number in nodes:
         with namespaces.inside(state.netns_path(name)):
             _node_sysctls()

@@ -26,6 +26,7 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
 from tests.bytecode.world import (
+    CARD_MAC,
     HOP_DROP,
     HOP_MAC,
     HOP_MASQ,
@@ -152,7 +153,7 @@ def to_pod(slot: int) -> Ether:
 
 def wire() -> Ether:
     """As it comes from a network card."""
-    return Ether(src="02:00:00:00:00:aa", dst="02:00:00:00:00:bb")
+    return Ether(src="02:00:00:00:00:aa", dst=CARD_MAC)
 
 
 def to_hop() -> Ether:

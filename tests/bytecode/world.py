@@ -27,6 +27,7 @@ from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
 from lockgate.compile.tables import (
     CELL_ALLOW,
+    IMAGE_CIDRS,
     IMAGE_PORT_WORDS,
     PORT_TABLE_BY_NUMBER,
     EndpointView,
@@ -43,11 +44,15 @@ OBJECT = Path(__file__).parents[2] / "build" / "lockgate.bpf.o"
 IFINDEX_BASE = 65536
 SLOTS = 16  # pods' interfaces in the namespace
 UNDERLAY, OUTSIDE = 100, 101  # interface indices of the network cards
+CARD_MAC = "02:00:00:00:00:bb"
 DRY_MARK = 0x6C6B6761
 NEXT, DROP, REDIRECT = -1, 2, 7  # what a program may answer (enum tcx_action_base)
 
 LOCAL, REMOTE, NODE, HOST = 1, 2, 3, 4  # enum peer_kind
-HOP_MAC, HOP_MASQ, HOP_DROP = 1, 2, 4
+HOP_MAC, HOP_MASQ, HOP_DROP, HOP_TUNNEL, HOP_XDP = 1, 2, 4, 8, 16
+SVC_PRESENT, SVC_FRONTEND, SVC_SNAT, SVC_LOCAL, SVC_RANGES, SVC_HOST_ONLY = 1, 2, 4, 8, 16, 64
+SVC_OPEN, SVC_INTERNAL_LOCAL = 32, 128
+TO_NOWHERE, TO_LOCAL, TO_HOP, TO_HOST = 0, 1, 2, 3  # enum target_kind
 LINK_UNDERLAY, LINK_OUTSIDE = 1, 2
 INGRESS, EGRESS = 1, 2  # enum isolation; the order of Scene.cells
 TCP, UDP, SCTP = 6, 17, 132
@@ -87,10 +92,28 @@ class Hop:
 
 
 @dataclass(frozen=True)
+class Owner:
+    """A backend as a table's owner: `kind` of enum target_kind, and slot or hop."""
+
+    address: str
+    port: int
+    kind: int
+    index: int = 0
+    flags: int = 0
+
+
+@dataclass(frozen=True)
 class Service:
+    """With `owners`: a frontend, whose table is `slots`, each the numbers of its owners."""
+
     id: int
     backends: tuple[tuple[str, int], ...] = ()
     affinity: int = 0
+    flags: int = 0
+    owners: tuple[Owner, ...] = ()
+    slots: tuple[tuple[int, ...], ...] = ((0,),)
+    #: (family, first address, prefix length) of the sources that it serves, with SVC_RANGES.
+    ranges: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,8 @@ class Scene:
     hops: Mapping[int, Hop] = field(default_factory=dict)
     routes: Mapping[str, int] = field(default_factory=dict)
     services: Mapping[tuple[str, int, int], Service] = field(default_factory=dict)
+    #: Flags of services' addresses themselves, where they have any.
+    addresses: Mapping[str, int] = field(default_factory=dict)
     ports: Mapping[tuple[int, int], int] = field(default_factory=dict)
     cells: Mapping[int, Mapping[int, Mapping[tuple[int, int], int]]] = field(default_factory=dict)
     #: (family, first address, prefix length, peer class), as the CIDR trie takes them
@@ -176,13 +201,36 @@ class Scene:
                 for backend, number in service.backends
             )
             at = add(np.frombuffer(raw, "<u8").tolist()) if raw else 0
-            tables.services[packed, 0, 0] = ServiceView(0, 0, 0, 1)
-            tables.services[packed, port, proto] = ServiceView(
-                service.id, at, len(service.backends), 1, service.affinity
+            raw = b"".join(
+                struct.pack("!16sH", parse_address(one.address), one.port)
+                + struct.pack("<HI", one.flags, one.kind << 28 | one.index)
+                for one in service.owners
             )
+            owners = add(np.frombuffer(raw, "<u8").tolist()) if raw else 0
+            slots = [
+                sum(number << 16 * place for place, number in enumerate((*of, *[0xFFFF] * 4)[:4]))
+                for of in service.slots
+            ]
+            own = SVC_PRESENT | self.addresses.get(address, 0)
+            tables.services[packed, 0, 0] = ServiceView(0, 0, 0, own)
+            leaves = [(*block, 1) for block in service.ranges]
+            ranges = trie(leaves, start + len(words) - IMAGE_CIDRS)
+            ranged = add(np.frombuffer(ranges, "<u8").tolist())
+            tables.services[packed, port, proto] = ServiceView(
+                service.id,
+                at,
+                len(service.backends),
+                SVC_PRESENT | service.flags | (SVC_FRONTEND if service.owners else 0),
+                service.affinity,
+                add(slots) if service.owners else 0,
+                owners,
+                len(slots).bit_length() - 1 if service.owners else 0,
+                len(service.owners),
+                ranged,
+            )
+            behind = {(one.address, one.port) for one in service.owners} | {*service.backends}
             tables.backends.update(
-                (parse_address(backend), service.id, number, proto)
-                for backend, number in service.backends
+                (parse_address(backend), service.id, number, proto) for backend, number in behind
             )
         tables.image = np.concatenate((ports.view("<u8"), cidrs, np.array(words, "<u8")))
         return tables
@@ -207,7 +255,9 @@ class Outcome:
 
 
 # The maps that only programs write.
-REMEMBERED = ("connections", "half_open", "crowd", "nat", "fragments", "sockets", "affinities")
+REMEMBERED = (
+    *("connections", "half_open", "crowd", "nat", "fragments", "sockets", "affinities", "flows"),
+)
 
 
 class World:
@@ -246,6 +296,7 @@ class World:
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
+        self.flows = HashMap.of(obj, "flows", dtype("tuple"), dtype("flow"))
         self.counters_map = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
         self.ring = Ring.of(obj, "events", dtype("event"))
         self.ring_raw = Ring.of(obj, "events_raw", dtype("event_raw"))
@@ -280,7 +331,8 @@ class World:
                 ip.link(
                     "add", ifname=name, index=index, kind="veth", peer={"ifname": f"{name}-peer"}
                 )
-                ip.link("set", index=index, state="up")
+                own = {"address": CARD_MAC} if index in (UNDERLAY, OUTSIDE) else {}
+                ip.link("set", index=index, state="up", **own)
 
     # ---- State -----------------------------------------------------------------------
 
@@ -346,7 +398,7 @@ class World:
         for name in REMEMBERED:
             map_ = getattr(self, name)
             map_.delete_many(map_.keys())
-        self.state.view["capture"][0] = 0
+        self.state.view["capture"][0] = self.state.view["host_backends"][0] = 0
         self.events()
         self.ring_raw.read()
         self._base = self.counters_map.values().sum(axis=1)

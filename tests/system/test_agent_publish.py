@@ -40,7 +40,7 @@ from tests.unit.test_compile_changes import same
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 MAX_HOPS = 4096
-SIZES = Sizes(1024, 1024, 1024, 1024)
+SIZES = Sizes(1024, 1024, 1024, 1024, 1024)
 PINS = Path("/sys/fs/bpf/lockgate", f"test-publish-{os.getpid()}")
 
 

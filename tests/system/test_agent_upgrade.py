@@ -32,7 +32,7 @@ from lockgate.observer.tally import Tally
 from lockgate.paths import bpf_object
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-SIZES = Sizes(1024, 1024, 1024, 1024)
+SIZES = Sizes(1024, 1024, 1024, 1024, 1024)
 
 
 @pytest.fixture
@@ -167,16 +167,16 @@ def test_fields_are_converted_by_name() -> None:
 def test_tables_keep_their_size_and_their_connections(
     pins: Path, other_object: Path, share: float
 ) -> None:
-    sizes = Sizes(40_000, 30_000, 20_000, 20_000)
+    sizes = Sizes(40_000, 30_000, 20_000, 20_000, 20_000)
 
     def found(dp: Datapath) -> list[int]:
-        tables = (dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets)
+        tables = (dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets, dp.flows)
         return [table.info.max_entries for table in tables]
 
     with Datapath(bpf_object(), pins, sizes) as before:
         before.connections.update_many(*entries(before, range(20_000), state=2, seen=100))
         wanted = found(before)
-        assert wanted == [40_000, 30_000, 30_000, 20_000, 20_000]
+        assert wanted == [40_000, 30_000, 30_000, 20_000, 20_000, 20_000]
     with Datapath(bpf_object(), pins, share=share) as again:
         assert found(again) == wanted
         assert len(states(again)) == 20_000

@@ -32,6 +32,20 @@ def test_as_many_as_a_record_has_room_for() -> None:
     assert head.itemsize == CAPTURE_MAX
 
 
+def test_what_flows_come_to_in_the_kernel(tmp_path: Path) -> None:
+    usual = read(write(tmp_path, {})).flows.constants()
+    assert usual == {
+        "config_flows": 1,
+        "config_flow_ns": 20_000,
+        "config_outer4": [198, 18, 0, 0],
+        "config_outer6": [1, *[0] * 15],
+    }
+    flows = {"remember": False, "learn": 0, "outer6": "fd00:ab::/96"}
+    other = read(write(tmp_path, {"flows": flows})).flows.constants()
+    assert (other["config_flows"], other["config_flow_ns"]) == (0, 0)
+    assert other["config_outer6"][:4] == [0xFD, 0, 0, 0xAB]
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -42,6 +56,20 @@ def test_as_many_as_a_record_has_room_for() -> None:
         ({"memoryShare": 0.6}, "field memoryShare: expected more than 0 and at most 0.5, got 0.6"),
         ({"vxlanPort": 0}, "field vxlanPort: expected 1 to 65535, got 0"),
         ({"kubernetes": {}}, "expected one of control and kubernetes"),
+        ({"xdp": "fast"}, r"Invalid enum value 'fast' - at `\$.xdp`"),
+        ({"flows": {"learn": -1}}, r"Expected `int` >= 0 - at `\$.flows.learn`"),
+        (
+            {"flows": {"outer4": "198.18.0.0/24"}},
+            "field flows: outer4: expected a block of IPv4 with /16, got 198.18.0.0/24",
+        ),
+        (
+            {"flows": {"outer6": "198.18.0.0/16"}},
+            "field flows: outer6: expected a block of IPv6 with /96, got 198.18.0.0/16",
+        ),
+        (
+            {"flows": {"outer4": "198.18.1.0/16"}},
+            "field flows: outer4: 198.18.1.0/16 has host bits",
+        ),
         ({"web": "9781"}, "field web"),
         ({"node": ""}, "field node: expected the node's name"),
     ],

@@ -70,6 +70,12 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "a program of somebody else: spy (id 7, tcx ingress), Pod shop/web",
         "bpftool net show",
     ),
+    "somebody else's XDP": (
+        {"xdp": {"eth0": ("", "another program is there: spy (id 7)"), "eth1": ("native", "")}},
+        "warning",
+        "eth0 has no XDP of ours: another program is there: spy (id 7)",
+        "bpftool net show",
+    ),
     "kube-proxy's nftables": (
         {"chains": [("ip", "kube-proxy", "services")]},
         "warning",

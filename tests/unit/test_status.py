@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from lockgate import __version__
 from lockgate.cli.main import cli
-from lockgate.cli.status import api_cost, problems, process_state
+from lockgate.cli.status import api_cost, problems, process_state, xdp_lines
 
 UP = {"up": True, "restarts": 0, "error": ""}
 
@@ -185,6 +185,30 @@ def following(name: str, **rates: float) -> dict[str, Any]:
 )
 def test_what_agents_cost_the_api_server(nodes: list[dict[str, Any]], told: str) -> None:
     assert api_cost(nodes).partition(" (")[0] == told
+
+
+NATIVE = {"card": "eth0", "mode": "native", "why": ""}
+UNUSED = {"card": "eth0", "mode": "none", "why": "nothing needs it"}
+TAKEN = {"card": "eth0", "mode": "none", "why": "another program is there: spy (id 7)"}
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ([[UNUSED], [UNUSED]], []),
+        ([[NATIVE], [NATIVE]], ["XDP on all nodes: eth0 native"]),
+        (
+            [[NATIVE], [TAKEN], [NATIVE], [UNUSED], []],
+            [
+                "XDP on n0, n2: eth0 native",
+                "XDP on n1: eth0 none (another program is there: spy (id 7))",
+            ],
+        ),
+    ],
+)
+def test_how_xdp_runs_is_told_where_something_needs_it(told, wanted):
+    nodes = [{"name": f"n{i}", "agentStatus": {"xdp": one}} for i, one in enumerate(told)]
+    assert xdp_lines(nodes) == wanted
 
 
 KUBECONFIG = """

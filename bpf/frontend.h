@@ -1,0 +1,324 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * frontend.h: clients outside the cluster, at the card: which backend serves a packet of no
+ * known connection to a service's frontend (docs/services.md), and how it gets there.
+ */
+#ifndef LOCKGATE_FRONTEND_H
+#define LOCKGATE_FRONTEND_H
+
+#include "flow.h"
+#include "forward.h"
+#include "service.h"
+
+enum frontend_answer {		/* or what the program answers: the packet is done with */
+	GO_BEGIN = -10,		/* begin the connection p->now, served here or as this node */
+	GO_STACK = -11,		/* no frontend of a service: the stack's */
+};
+
+static __always_inline bool is_ordered(__u8 proto)
+{
+	return proto == IPPROTO_TCP || proto == IPPROTO_SCTP;
+}
+
+/* Does the packet begin a connection, as far as it says? */
+static __always_inline bool begins(const struct packet *p)
+{
+	return !p->quoted && (!is_ordered(p->asked.proto) || (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN);
+}
+
+/* Which slot is a flow's? All of a client's, where it shall keep its backend: so that it
+ * does whichever node it comes by. */
+static __always_inline __u32 slot_hash(struct packet *p, const struct service_view *view)
+{
+	if (!view->affinity)
+		return p->hash;
+	p->tuple = p->asked;
+	p->tuple.sport = 0;
+	return flow_hash(&p->tuple);
+}
+
+static __always_inline void set_owner(struct packet *p, const struct addr *addr, __be16 port)
+{
+	p->owner.addr = *addr;
+	p->owner.port = p->hint = port;
+	p->owner.target = peer_target(p, addr);
+}
+
+/* The backend that the client of p->asked was given before, as far as this node remembers. */
+static __noinline int owner_kept(struct packet *p, struct service_view *view)
+{
+	struct affinity_key client = { .by_address = 1 };
+	struct affinity kept;
+
+	if (!view)
+		return 0;
+	if (config_flows && !(is_ordered(p->asked.proto) && begins(p))) {
+		struct flow *flow = flow_find(&p->asked, view, p->hash, p->now_s);
+
+		if (flow && (flow->epoch == p->epoch || flow_again(flow, p->asked.proto, p->epoch, 0))) {
+			p->owner.addr = flow->addr;
+			p->owner.port = p->hint = flow->port;
+			p->owner.target = flow_target(flow);
+			return 1;
+		}
+	}
+	client.service = view->id;
+	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
+	if (!view->affinity ||
+	    !affinity_find(&client, view, p->epoch, p->asked.proto, p->now_s, p->dry || p->quoted, &kept))
+		return 0;
+	set_owner(p, &kept.addr, kept.port);
+	return 1;
+}
+
+/* The backend of a packet as a client sent it, in p->owner. False: there is none. */
+static __noinline int choose(struct packet *p, struct service_view *view)
+{
+	void *image = image_of(p->epoch);
+
+	p->hint = 0;
+	if (!view || !image)
+		return 0;
+	bool kept = owner_kept(p, view);
+
+	if (!kept && !owner_at(image, view, owners_of(image, view, slot_hash(p, view)) & NO_OWNER, &p->owner))
+		return 0;
+	if (p->dry || p->quoted)
+		return 1;
+	if (view->affinity && !kept && begins(p)) {
+		struct affinity_key client = { .service = view->id, .by_address = 1 };
+
+		__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
+		affinity_keep(&client, &p->owner.addr, p->owner.port, p->now_s);
+	}
+	return 1;
+}
+
+/* The backend of a packet that another node sent here, encapsulated: the pod that it was
+ * sent to, if it begins a connection; else the next owner on another node, which may know it.
+ * None is left: it is for this one, so that the client hears a reset. False: no backend here
+ * or elsewhere. */
+static __noinline int choose_inside(struct packet *p, struct service_view *view)
+{
+	void *image = image_of(p->epoch);
+	bool mine, more = p->outer_ttl > OUTER_TTL_STEP;
+	int place = -1;
+
+	if (!view || !image)
+		return 0;
+	__u64 owners = owners_of(image, view, slot_hash(p, view));
+
+	for (int i = 0; i < OWNERS; i++) {
+		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
+			break;
+		if (same_addr(&p->owner.addr, &p->outer)) {
+			place = i;
+			break;
+		}
+	}
+	mine = place >= 0;
+	if (backend_live(p->epoch, view->id, &p->outer, p->hint, p->asked.proto)) {
+		set_owner(p, &p->outer, p->hint);
+		mine = true;
+	}
+	if (mine && begins(p))
+		return 1;
+	/* For this node the pod is no backend any more, or not yet: then as if it had come here
+	 * by itself. */
+	struct owner *last = (struct owner *)p->bytes;
+
+	*last = p->owner;
+	for (int i = 0; i < OWNERS; i++) {
+		if (i <= place)
+			continue;
+		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
+			break;
+		if (target_kind(p->owner.target) == TO_HOP && more)
+			return 1;
+		if (is_ours(p->owner.target) && !mine) {
+			*last = p->owner;
+			mine = true;
+			if (begins(p))
+				return 1;
+		}
+	}
+	p->owner = *last;
+	return mine;
+}
+
+/* Nobody serves it: the client is told, if it is the one who sent it. */
+static __always_inline int nobody_serves(struct __sk_buff *skb, struct packet *p, bool tell)
+{
+	if (!tell || p->outer_size || p->quoted)
+		return drop(skb, p);
+	return drop_and_tell(skb, p, refuse(skb, p));
+}
+
+/* An echo request to an address that is nobody's but services': answered in their name. */
+__noinline int answer_echo(struct __sk_buff *skb, struct packet *p)
+{
+	if (!p)
+		return TCX_DROP;
+	__u32 csum = p->l4 + 2;
+	__u8 ttl = p->ttl;
+	__u8 type = p->family == 4 ? ICMP_ECHO_REPLY : ICMP6_REPLY;
+	__be16 was = bpf_htons((p->family == 4 ? ICMP_ECHO : ICMP6_ECHO) << 8 | p->icmp_code);
+	__be16 is = bpf_htons(type << 8 | p->icmp_code);
+
+	p->target = target_of(TO_HOST, 0);
+	if (p->dry)
+		return answer_dry(skb, p);
+	reverse_of(&p->tuple, &p->wire);
+	if (store_addresses(skb, p->family, p->l3, &p->tuple) || turn_around(skb))
+		return TCX_DROP;
+	if (p->family == 4 &&
+	    (bpf_l3_csum_replace(skb, p->l3 + 10, bpf_htons(ttl << 8), bpf_htons(64 << 8), 2)))
+		return TCX_DROP;
+	ttl = 64;
+	if (bpf_skb_store_bytes(skb, p->l3 + (p->family == 4 ? 8 : 7), &ttl, 1, 0))
+		return TCX_DROP;
+	if (p->fragment != FRAG_LATER &&
+	    (bpf_l4_csum_replace(skb, csum, was, is, 2) || bpf_skb_store_bytes(skb, p->l4, &type, 1, 0)))
+		return TCX_DROP;
+	return answer_sender(skb, p);
+}
+
+static __always_inline bool is_echo(const struct packet *p)
+{
+	if (p->asked.proto != (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+		return false;
+	return p->fragment == FRAG_LATER || p->icmp_type == (p->family == 4 ? ICMP_ECHO : ICMP6_ECHO);
+}
+
+/* To no frontend. Where the address is a service's and nobody else's, nothing else is there. */
+static __always_inline int no_frontend(struct __sk_buff *skb, struct packet *p)
+{
+	if (p->outer_size) {
+		GIVE_UP(p, CAUSE_NO_FRONTEND);
+		return drop(skb, p);
+	}
+	struct service_view *address = p->quoted ? NULL : service_find(p, &p->asked, true);
+
+	if (!address || (address->flags & (SVC_FRONTEND | SVC_OPEN)) != SVC_FRONTEND)
+		return GO_STACK;
+	if (is_echo(p))
+		return answer_echo(skb, p);
+	GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
+	return nobody_serves(skb, p, p->asked.proto != (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6));
+}
+
+/* To p->owner, on another node: the packet as it is, in an outer header. */
+__noinline int send_encapsulated(struct __sk_buff *skb, struct packet *p)
+{
+	if (!p)
+		return TCX_DROP;
+	__u32 index = target_index(p->owner.target);
+	struct hop_view *hop = hop_of(p->epoch, index);
+	int verdict;
+
+	p->target = p->owner.target;
+	if (!hop || !hop->ifindex || hop->flags & HOP_DROP) {
+		GIVE_UP(p, CAUSE_NO_ROUTE);
+		return drop(skb, p);
+	}
+	if (!p->outer_size) {
+		if (cannot_leave(skb, p, outer_size(p), &verdict))
+			return verdict;
+		if (decrement_ttl(skb, p) || !encapsulate(skb, p))
+			return drop(skb, p);
+	} else {
+		if (hop->mtu && !fits(skb, p->l4 - ETH_HLEN, hop->mtu)) {
+			GIVE_UP(p, CAUSE_PACKET_TOO_BIG);
+			return drop(skb, p);
+		}
+		if (!encapsulate_again(skb, p))
+			return drop(skb, p);
+	}
+	return leave_by(skb, p, hop);
+}
+
+/* Can it be a client's who is not of this node, by this link? begin() asks the same of what
+ * is served here. */
+static __always_inline bool is_believed(struct __sk_buff *skb, struct packet *p)
+{
+	__u32 source = peer_target(p, &p->wire.saddr);
+
+	return p->outer_size || (!is_ours(source) && comes_by(skb, p, source));
+}
+
+/* Serve p->now's client by p->owner, here or as this node. */
+static __always_inline int serve(struct packet *p)
+{
+	p->now.daddr = p->owner.addr;
+	p->now.dport = p->owner.port;
+	/* A pod that is its own backend: see to_backend(). */
+	p->now.saddr = same_addr(&p->now.daddr, &p->wire.saddr) ? p->wire.daddr : p->wire.saddr;
+	p->now.sport = p->wire.sport;
+	p->slot = target_kind(p->owner.target) == TO_LOCAL ? target_index(p->owner.target) : NO_SLOT;
+	return GO_BEGIN;
+}
+
+/* A packet at a card that is of no known connection and to no pod, or came encapsulated. Global,
+ * so that the verifier walks it once. */
+__noinline int frontend(struct __sk_buff *skb, struct packet *p)
+{
+	if (!p)
+		return TCX_DROP;
+	if (p->quoted)
+		reverse_of(&p->asked, &p->inner);
+	else
+		p->asked = p->wire;
+	/* A frame for another machine's MAC, that a bridge sent everywhere, is that one's. */
+	if (p->role != LINK_TUNNEL && skb->pkt_type != PACKET_HOST)
+		return GO_STACK;
+	struct service_view *view = service_find(p, &p->asked, false);
+
+	if (!view || !(view->flags & SVC_FRONTEND))
+		return no_frontend(skb, p);
+	p->service = view->id;
+	p->hash = flow_hash(&p->asked);
+	if (view->flags & SVC_RANGES && cidr_class(p->epoch, view->ranges, &p->asked.saddr) != 1) {
+		GIVE_UP(p, CAUSE_SOURCE_RANGE);
+		return drop(skb, p);
+	}
+	if (!is_believed(skb, p)) {
+		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
+		return drop(skb, p);
+	}
+	if (p->fragment == FRAG_FIRST && !leave_ports(p, NO_SLOT))
+		return drop(skb, p);
+	if (p->outer_size ? !choose_inside(p, view) : !choose(p, view)) {
+		GIVE_UP(p, view->flags & SVC_LOCAL ? CAUSE_NO_LOCAL_BACKEND :
+			   p->outer_size ? CAUSE_NO_FRONTEND : CAUSE_NO_BACKEND);
+		return nobody_serves(skb, p, !(view->flags & SVC_LOCAL));
+	}
+	bool snat = !is_ours(p->owner.target) && !p->outer_size &&
+		    (view->flags & SVC_SNAT || target_kind(p->owner.target) != TO_HOP);
+
+	if (snat || is_ours(p->owner.target)) {
+		/* An error about what nobody here knows. */
+		if (p->quoted) {
+			GIVE_UP(p, CAUSE_UNRELATED_ERROR);
+			return drop(skb, p);
+		}
+		if (p->asked.proto == IPPROTO_SCTP && p->owner.port != p->asked.dport) {
+			GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
+			return nobody_serves(skb, p, true);
+		}
+		p->snat = snat;
+		/* What had the same ends before may have gone to another node: XDP, which looks
+		 * for flows before connections, shall not send this after it. */
+		if (config_flows && !p->dry)
+			bpf_map_delete_elem(&flows, &p->asked);
+		return serve(p);
+	}
+	if (!p->dry && !p->outer_size && begins(p) && (is_ordered(p->asked.proto) || !p->hint)) {
+		if (config_flows && !p->hint)
+			flow_learn(&p->asked, &p->owner, view->id, p->epoch, 0);
+		/* Served here before, with the same ends: what comes next shall not go there. */
+		bpf_map_delete_elem(&nat, &p->asked);
+	}
+	return send_encapsulated(skb, p);
+}
+
+#endif

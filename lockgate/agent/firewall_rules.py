@@ -42,6 +42,11 @@ class Rules:
         record["reason"] = self._reason(None) if drop else 0
         record["action"] = self._actions["FW_DENY" if drop else "FW_ALLOW"]
 
+    @property
+    def drops(self) -> bool:
+        """Does the default?"""
+        return int(self._maps.rules.view[0]["action"]) == self._actions["FW_DENY"]
+
     def adopt(self, candidates: Iterable[Rule], numbers: Iterable[int]) -> None:
         """Know again, of the rules that might be, those that these numbers have."""
         view = self._maps.rules.view
@@ -105,7 +110,7 @@ class Rules:
         number = next((n for n in range(1, len(self._maps.ports)) if n not in taken), 0)
         if not number:
             raise FirewallFull(
-                f"there are {len(taken) - 1} different lists of ports, and there is no room for more"
+                f"there are {len(taken) - 1} different lists of ports, with no room for more"
             )
         self._maps.ports.view[number] = self._bits(ports)[0]
         self._sets[ports] = number

@@ -86,7 +86,7 @@ class FirewallTables:
         #: their counters when it came.
         self._retired: list[tuple[U32, U32, NDArray[np.uint64]]] = []
         self._deleted = False  # elements of the hash, since the last grace period
-        self._memory = memoryview(maps.entries.view.view(np.uint8).reshape(-1))
+        self._memory = maps.entries.view.view(np.uint8).reshape(-1).data
         self._size = maps.entries.view.dtype.itemsize
         self._bare = np.zeros(1, maps.prefixes.value_dtype)
         self.next_expiry = 0.0
@@ -113,8 +113,9 @@ class FirewallTables:
     def expires(self, numbers: U32) -> NDArray[np.float64]:
         return self._expires[numbers]
 
-    def rule(self, number: int) -> Rule:
-        return self.rules.rules[int(self._rule[number])]
+    def rule_numbers(self, numbers: U32) -> NDArray[np.int32]:
+        """Of the rule of each."""
+        return self._rule[numbers]
 
     def all(self) -> U32:
         return self._numbers(self._live)
@@ -216,21 +217,59 @@ class FirewallTables:
         expires = np.concatenate(
             (self._expires[old], np.repeat(np.array([e for _, _, e in added], np.float64), sizes))
         )
-        was = np.concatenate((old, np.zeros(len(prefixes) - len(old), np.uint32)))
-        rank, builtin = self._ranks()
         self._make_room(len(prefixes))
+        # After _make_room(), which may have counted up what is kept.
+        totals = np.zeros((len(prefixes), 2), np.uint64)
+        totals[: len(old)] = self.counters(old)
+        order, numbers = self._lay(prefixes, rule, expires, totals)
+        kept = order < len(old)
+        self._retire(old[order[kept]], numbers[kept])
+        self._retire(removed, np.zeros(len(removed), np.uint32))
+
+    def _lay(
+        self,
+        prefixes: Prefixes,
+        rule: NDArray[np.int32],
+        expires: NDArray[np.float64],
+        totals: NDArray[np.uint64],
+    ) -> tuple[NDArray[np.int64], U32]:
+        """These entries and no others, with what they have counted; in which order they are, and
+        their numbers. There is room."""
+        rank, builtin = self._ranks()
         numbers = self._take(len(prefixes))
         layout = lay_out(prefixes, rank[rule], builtin[rule], numbers)
         order = layout.order
-        self._write(layout, prefixes.take(order), rule[order], expires[order], was[order])
-        gone = self.all()
-        self._live[gone] = False
+        self._write(layout, prefixes.take(order), rule[order], expires[order], totals[order])
+        self._live[:] = False
         self._live[numbers] = True
         self.rules.count[:] = np.bincount(rule, minlength=len(self.rules.count))
         self._lead_to(layout)
-        kept = was[order] != 0
-        self._retire(was[order][kept], numbers[kept])
-        self._retire(removed, np.zeros(len(removed), np.uint32))
+        return order, numbers
+
+    def copy(self, other: FirewallTables) -> tuple[U32, U32]:
+        """All of other tables into these, which are empty; its numbers and ours of the same
+        entries. FirewallFull."""
+        theirs = other.all()
+        number = np.zeros(len(other.rules.count), np.int32)
+        for rule, old in other.rules.numbers.items():
+            if other.rules.count[old]:
+                number[old] = self.rules.number(rule)
+        self._make_room(len(theirs))
+        order, mine = self._lay(
+            other.prefixes(theirs),
+            number[other._rule[theirs]],
+            other._expires[theirs],
+            other.counters(theirs),
+        )
+        self.next_expiry = other.next_expiry
+        return theirs[order], mine
+
+    def count_up(self, numbers: U32, late: NDArray[np.uint64]) -> None:
+        """Add what was counted elsewhere, to those that there still are."""
+        live = self._live[numbers]
+        view = self.maps.entries.view
+        view["packets_before"][numbers[live]] += late[live, 0]
+        view["bytes_before"][numbers[live]] += late[live, 1]
 
     def _write(
         self,
@@ -238,7 +277,7 @@ class FirewallTables:
         prefixes: Prefixes,
         rule: NDArray[np.int32],
         expires: NDArray[np.float64],
-        was: U32,
+        totals: NDArray[np.uint64],
     ) -> None:
         """Records of entries that nothing leads to yet."""
         numbers = layout.numbers
@@ -261,8 +300,6 @@ class FirewallTables:
         records["addr"] = (
             np.stack((prefixes.high, prefixes.low), axis=1).astype(">u8").view(np.uint8)
         )
-        totals = self.counters(was)
-        totals[was == 0] = 0
         records["packets_before"], records["bytes_before"] = totals[:, 0], totals[:, 1]
         self.maps.entries.view[numbers] = records
 

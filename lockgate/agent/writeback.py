@@ -45,6 +45,7 @@ REASONS = {
     "others": "ForeignProgram",
     "repaired": "ProgramPutBack",
     "endpoints": "StateRebuilt",
+    "firewall": "FirewallNotInForce",
 }
 
 _KINDS = {kind.name for kind in KINDS}

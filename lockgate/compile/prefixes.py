@@ -1,4 +1,4 @@
-"""Many CIDR blocks as columns, and which lies in which. Pure, and vectorised: there may be a million.
+"""Many CIDR blocks as columns, and which lies in which. Pure, and vectorised: it may be a million.
 
 An address is two numbers of 64 bits, IPv4 as ::ffff:a.b.c.d, and lengths are out of 128, as in the
 kernel's tables. Families are apart: no block of IPv6 has one of IPv4.
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lockgate.objects.address import format_cidr, pack_cidrs
+from lockgate.objects.address import format_cidr
+from lockgate.objects.blocks import pack_cidrs
 
 __all__ = ["NONE", "Prefixes", "high_mask", "is_v4", "low_mask", "parents", "parse"]
 
@@ -64,9 +65,7 @@ class Prefixes:
 
     def missing_in(self, other: Prefixes) -> Prefixes:
         """Those of ours that `other` has not; both `unique`."""
-        both = Prefixes(
-            *(np.concatenate(pair) for pair in zip(_columns(self), _columns(other), strict=True))
-        )
+        both = Prefixes.joined((self, other))
         which = np.repeat([0, 1], (len(self), len(other)))
         order = np.lexsort((which, both.length, both.low, both.high))
         first = both.take(order).first()
@@ -75,12 +74,12 @@ class Prefixes:
 
     @classmethod
     def joined(cls, parts: Iterable[Prefixes]) -> Prefixes:
-        columns = [_columns(part) for part in parts] or [_columns(parse(())[0])]
-        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
-
-
-def _columns(of: Prefixes) -> tuple[U64, U64, U8]:
-    return of.high, of.low, of.length
+        all_ = list(parts) or [parse(())[0]]
+        return cls(
+            np.concatenate([one.high for one in all_]),
+            np.concatenate([one.low for one in all_]),
+            np.concatenate([one.length for one in all_]),
+        )
 
 
 def parse(texts: Iterable[str], *, bare: bool = False) -> tuple[Prefixes, list[int]]:
@@ -96,7 +95,8 @@ def parse(texts: Iterable[str], *, bare: bool = False) -> tuple[Prefixes, list[i
 
 def is_v4(of: Prefixes) -> NDArray[np.bool_]:
     """Which are of IPv4."""
-    return (of.high == 0) & (of.low >> np.uint64(32) == _V4) & (of.length >= 96)
+    found: NDArray[np.bool_] = (of.high == 0) & (of.low >> np.uint64(32) == _V4)
+    return found & (of.length >= 96)
 
 
 def parents(of: Prefixes) -> Places:

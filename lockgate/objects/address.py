@@ -8,10 +8,8 @@ IPv6 block, not even in ::/0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
-from socket import AF_INET, AF_INET6, inet_pton
 
 __all__ = [
     "contains",
@@ -20,7 +18,6 @@ __all__ = [
     "is_ipv4",
     "is_special",
     "listen",
-    "pack_cidrs",
     "parse_address",
     "parse_cidr",
 ]
@@ -85,39 +82,6 @@ def parse_cidr(text: str) -> tuple[bytes, int]:
         raise ValueError(f"prefix length out of range: {text!r}")
     mask = (1 << 128) - (1 << (128 - bits))
     return (int.from_bytes(address, "big") & mask).to_bytes(16, "big"), bits
-
-
-def pack_cidrs(texts: Iterable[str], *, bare: bool = False) -> tuple[bytes, bytes, list[int]]:
-    """Many blocks, a million a second: 16 bytes of each, host bits as they are; a byte of each with
-    the prefix length out of 128; and the places of texts that are no blocks, which have 0 in both.
-    `bare`: an address without a length is the block of it alone."""
-    addresses, lengths, bad = bytearray(), bytearray(), list[int]()
-    for place, text in enumerate(texts):
-        host, slash, length = text.partition("/")
-        try:
-            if slash:
-                bits = int(length)
-                if not (length.isascii() and length.isdigit()) or (bits and length[0] == "0"):
-                    raise ValueError
-            elif bare:
-                bits = 128 if ":" in host else 32
-            else:
-                raise ValueError
-            if ":" in host:
-                address = inet_pton(AF_INET6, host)
-                if bits > 128 or address[:12] == _MAPPED:
-                    raise ValueError
-            else:
-                address = _MAPPED + inet_pton(AF_INET, host)
-                if bits > 32:
-                    raise ValueError
-                bits += 96
-        except (ValueError, OSError):
-            bad.append(place)
-            address, bits = bytes(16), 0
-        addresses += address
-        lengths.append(bits)
-    return bytes(addresses), bytes(lengths), bad
 
 
 def format_cidr(address: bytes, length: int) -> str:

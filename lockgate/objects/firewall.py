@@ -1,42 +1,27 @@
-"""What a Firewall object may say beyond types, and what its words mean."""
+"""What the words of a Firewall object mean: ports, times."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from lockgate.objects.address import pack_cidrs
 from lockgate.objects.errors import FieldError
-from lockgate.objects.model import FirewallPort, FirewallRule
+from lockgate.objects.model import FirewallPort
 from lockgate.objects.names import check_port
 
-__all__ = ["RATE_MAX", "Range", "check_rule", "moment", "port_ranges"]
+__all__ = [
+    "RATE_MAX",
+    "Range",
+    "moment",
+    "port_ranges",
+    "ranges_text",
+    "read_ranges",
+]
 
 #: Packets a second. At one a nanosecond a limit is none.
 RATE_MAX = 1_000_000_000
 #: (protocol, first port, last port); ICMP has no ports: 0, 0.
 Range = tuple[str, int, int]
-
-
-def check_rule(rule: FirewallRule, path: str) -> None:
-    """Raises FieldError for the first fault; `path` is the rule's."""
-    if not rule.from_:
-        raise FieldError(f"{path}.from", "at least one CIDR block", rule.from_)
-    _, _, bad = pack_cidrs(rule.from_)
-    if bad:
-        raise FieldError(
-            f"{path}.from[{bad[0]}]",
-            "a CIDR block such as 192.0.2.0/24 or 2001:db8::/32",
-            rule.from_[bad[0]],
-        )
-    port_ranges(rule.ports, f"{path}.ports")
-    rate = rule.packets_per_second
-    if rate and rule.action == "Deny":
-        raise FieldError(f"{path}.packetsPerSecond", "none, as the action is Deny", rate)
-    if not 0 <= rate <= RATE_MAX:
-        raise FieldError(f"{path}.packetsPerSecond", f"a number from 1 to {RATE_MAX}", rate)
-    if rule.expires:
-        moment(rule.expires, f"{path}.expires")
 
 
 def port_ranges(ports: Sequence[FirewallPort], path: str) -> tuple[Range, ...]:
@@ -62,6 +47,41 @@ def port_ranges(ports: Sequence[FirewallPort], path: str) -> tuple[Range, ...]:
             )
         found.add((item.protocol, item.port, last))
     return tuple(sorted(found))
+
+
+def read_ranges(texts: Sequence[str]) -> tuple[Range, ...]:
+    """Of texts such as tcp, tcp/80, udp/30000-32767 and icmp. Raises FieldError."""
+    ports = []
+    for text in texts:
+        protocol, slash, range_ = text.partition("/")
+        first, dash, last = range_.partition("-")
+        numbers = [one for one in (first, last) if one]
+        if (
+            protocol.upper() not in ("TCP", "UDP", "SCTP", "ICMP")
+            or any(not (one.isascii() and one.isdigit()) or len(one) > 5 for one in numbers)
+            or (slash and not first)
+            or (dash and not last)
+        ):
+            raise FieldError("ports", "ports such as tcp/80, udp/30000-32767, sctp or icmp", text)
+        ports.append(
+            FirewallPort(
+                protocol=protocol.upper(),  # type: ignore[arg-type]
+                port=int(first) if first else None,
+                end_port=int(last) if last else None,
+            )
+        )
+    return port_ranges(ports, "ports")
+
+
+def ranges_text(ranges: Sequence[Range]) -> list[str]:
+    """As `read_ranges` takes them."""
+    texts = []
+    for protocol, first, last in ranges:
+        text = protocol.lower()
+        if protocol != "ICMP" and (first, last) != (0, 65535):
+            text += f"/{first}" if first == last else f"/{first}-{last}"
+        texts.append(text)
+    return texts
 
 
 def moment(text: str, path: str) -> float:

@@ -18,7 +18,6 @@ from lockgate.objects.checks import (
     check_unique,
 )
 from lockgate.objects.errors import FieldError
-from lockgate.objects.firewall import check_rule
 from lockgate.objects.model import (
     MOST_WEIGHT,
     WEIGHT,
@@ -46,6 +45,7 @@ from lockgate.objects.names import (
     check_port,
     check_port_name,
 )
+from lockgate.objects.validate_firewall import check_rule
 from lockgate.objects.validate_services import check_endpoint_slice, check_service
 
 __all__ = ["CLOSED", "VALIDATORS"]
@@ -71,8 +71,10 @@ CLOSED: dict[str, frozenset[str]] = {
         )
     ),
     "Firewall": frozenset(
-        ("spec", "spec.nodeSelector", "spec.nodeSelector.matchExpressions")
-        + ("spec.rules", "spec.rules.ports")
+        (
+            *("spec", "spec.nodeSelector", "spec.nodeSelector.matchExpressions"),
+            *("spec.rules", "spec.rules.ports"),
+        )
     ),
 }
 

@@ -73,7 +73,9 @@ class FirewallWorld:
 
     def open_tables(self) -> FirewallTables:
         """As an agent that starts does."""
-        return FirewallTables(self.maps, self.schema, self.reason, [one for one in self.reasons if one])
+        return FirewallTables(
+            self.maps, self.schema, self.reason, [one for one in self.reasons if one]
+        )
 
     def add(self, rule: Rule, *prefixes: str, expires: float = 0.0) -> None:
         change = Change()

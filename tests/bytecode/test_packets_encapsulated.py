@@ -61,6 +61,8 @@ from tests.bytecode.world import (
 )
 
 SPORT = 40000
+
+
 @pytest.fixture(autouse=True)
 def _other_tables(world: World) -> None:
     """Tables alone make no difference that a publisher looks for."""
@@ -147,9 +149,7 @@ def test_the_last_in_the_chain_serves(world: World, family: int, to: str, slot: 
     out = arrives(world, inner(family, CHAIN, "ack"), to)
     assert out.verdict == REDIRECT
     number = {"b": B, "c": 2}[to]
-    same_frame(
-        out.packet, to_pod(number) / ip(family, "world", to, ttl=63) / tcp(SPORT, 8080, "A")
-    )
+    same_frame(out.packet, to_pod(number) / ip(family, "world", to, ttl=63) / tcp(SPORT, 8080, "A"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -413,9 +413,7 @@ def test_congestion_marked_outside_is_marked_inside(world: World, family: int) -
         found = Ether(out.packet)[1]
         assert (found.tos if family == 4 else found.tc) == wanted
         assert bytes(found) == bytes(
-            ip(
-                family, "world", "b", ttl=63, **({"tos": wanted} if family == 4 else {"tc": wanted})
-            )
+            ip(family, "world", "b", ttl=63, **({"tos": wanted} if family == 4 else {"tc": wanted}))
             / syn(SPORT, 8080)
         )
 

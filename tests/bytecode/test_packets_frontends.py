@@ -114,9 +114,7 @@ def tables() -> Iterator[Golden]:
                 OUTSIDE,
                 REDIRECT,
                 to_hop()
-                / outer(
-                    ip(family, "world", LB[family], ttl=63) / l4(SPORT, PORTS[DSR]), "remote"
-                ),
+                / outer(ip(family, "world", LB[family], ttl=63) / l4(SPORT, PORTS[DSR]), "remote"),
                 [],
                 frontends,
             )
@@ -364,7 +362,8 @@ def tables() -> Iterator[Golden]:
             wire() / ip(family, "world", LB[family], **_sctp(family)) / sctp(SPORT, 73),
             OUTSIDE,
             REDIRECT,
-            to_hop() / ip(family, known["host"], "remote", ttl=63, **_sctp(family))
+            to_hop()
+            / ip(family, known["host"], "remote", ttl=63, **_sctp(family))
             / sctp(SPORT, 73),
             [],
             frontends,
@@ -393,7 +392,9 @@ def test_the_answers_of_a_pod_here_bear_the_frontends_address(world: World, fami
     run(world, "from_net", wire() / ask(family, HERE), OUTSIDE)
     for flags in ("SA", "A", "FA"):
         out = run(
-            world, "from_pod", from_pod(B) / ip(family, "b", "world") / tcp(8080, SPORT, flags),
+            world,
+            "from_pod",
+            from_pod(B) / ip(family, "b", "world") / tcp(8080, SPORT, flags),
             at_pod(B),
         )
         assert out.verdict == REDIRECT
@@ -427,8 +428,10 @@ def test_as_the_node_there_and_back(world: World, family: int, kind: str) -> Non
     more = tcp(port, 8080, "A") if False else None
     assert more is None and Ether(out.packet)[2].sport == port
     out = run(
-        world, "from_net",
-        wire() / ip(family, "remote", "host")
+        world,
+        "from_net",
+        wire()
+        / ip(family, "remote", "host")
         / (tcp(8080, port, "A") if kind == "syn" else udp(8080, port)),
         UNDERLAY,
     )
@@ -449,7 +452,8 @@ def test_icmp_errors_of_a_connection_as_the_node_both_ways(world: World, family:
     quoted = ip(family, "world", LB[family], ttl=63) / udp(SPORT, PORTS[SNAT])
     # IPv4's quoted header keeps its checksum; what scapy builds has the same.
     wanted = (
-        to_world() / ip(family, LB[family], "world", ttl=63)
+        to_world()
+        / ip(family, LB[family], "world", ttl=63)
         / unreachable(family, quoted, 48 if family == 6 else 28)
     )
     found = Ether(out.packet)
@@ -550,7 +554,8 @@ def fragments(family: int, whole: Packet) -> list[Packet]:
     head, body = whole.copy(), bytes(whole.payload)
     head.remove_payload()
     return [
-        head / IPv6ExtHdrFragment(nh=17, offset=at // 8, m=at + 800 < len(body), id=7)
+        head
+        / IPv6ExtHdrFragment(nh=17, offset=at // 8, m=at + 800 < len(body), id=7)
         / Raw(body[at : at + 800])
         for at in range(0, len(body), 800)
     ]
@@ -601,7 +606,9 @@ def test_a_known_connection_goes_on_whatever_the_owners(world: World, family: in
     world.publish(scene)
     run(world, "from_net", wire() / ask(family, HERE), OUTSIDE)
     run(
-        world, "from_pod", from_pod(B) / ip(family, "b", "world") / tcp(8080, SPORT, "SA"),
+        world,
+        "from_pod",
+        from_pod(B) / ip(family, "b", "world") / tcp(8080, SPORT, "SA"),
         at_pod(B),
     )
     key = LB[family], PORTS[HERE], TCP
@@ -614,7 +621,9 @@ def test_a_known_connection_goes_on_whatever_the_owners(world: World, family: in
     for kind in ("syn", "ack"):
         run(world, "from_net", wire() / ask(family, HERE, "ack"), OUTSIDE)
     run(
-        world, "from_pod", from_pod(B) / ip(family, "b", "world") / tcp(8080, SPORT, "R"),
+        world,
+        "from_pod",
+        from_pod(B) / ip(family, "b", "world") / tcp(8080, SPORT, "R"),
         at_pod(B),
     )
     for kind in ("syn", "ack"):
@@ -632,7 +641,9 @@ def test_two_frontends_of_one_backend_and_the_same_client_port(world: World, fam
     ports = [Ether(out.packet)[2].sport for out in (first, second)]
     assert ports[0] == SPORT != ports[1]
     out = run(
-        world, "from_pod", from_pod(B) / ip(family, "b", "world") / tcp(8080, ports[1], "SA"),
+        world,
+        "from_pod",
+        from_pod(B) / ip(family, "b", "world") / tcp(8080, ports[1], "SA"),
         at_pod(B),
     )
     same_frame(
@@ -721,7 +732,9 @@ def test_a_pod_reaches_another_nodes_port_and_hears_a_third(world: World, family
     )
     same_frame(out.packet, to_hop() / ip(family, "a", "node", ttl=63) / syn(SPORT, NODE_PORT))
     out = run(
-        world, "from_net",
-        wire() / ip(family, "node", "a") / tcp(NODE_PORT, SPORT, "SA"), UNDERLAY,
+        world,
+        "from_net",
+        wire() / ip(family, "node", "a") / tcp(NODE_PORT, SPORT, "SA"),
+        UNDERLAY,
     )
     assert out.verdict == REDIRECT

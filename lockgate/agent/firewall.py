@@ -1,0 +1,408 @@
+"""The firewall of the node: what objects and commands ask for, in the kernel's tables.
+
+It is loaded while anybody asks for anything (docs/firewall.md). All of it blocks: call it from the
+agent's worker, in turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lockgate.agent.edge import Edge
+from lockgate.agent.firewall_log import Entries, FirewallLog
+from lockgate.agent.firewall_maps import FirewallMaps, sizes
+from lockgate.agent.firewall_tables import Change, FirewallFull, FirewallTables
+from lockgate.agent.journal import Journal
+from lockgate.bpf.grace import wait_grace
+from lockgate.bpf.object import LoadError
+from lockgate.compile.firewall import COMMAND, Facts, Memory, Rule, Wanted, wanted
+from lockgate.compile.prefixes import Prefixes
+from lockgate.objects.changes import Changed
+from lockgate.objects.model import Cluster
+
+__all__ = ["Deleted", "Firewall", "FirewallFull"]
+
+log = logging.getLogger(__name__)
+_API_SERVERS = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """How many entries went; of those asked for, which there are only by objects, and none of."""
+
+    count: int
+    of_objects: list[str]
+    unknown: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgrown:
+    """Tables that were too small, while programs have them; entries there and in the new ones, and
+    what they had counted."""
+
+    tables: FirewallTables
+    theirs: NDArray[np.uint32]
+    mine: NDArray[np.uint32]
+    at: NDArray[np.uint64]
+
+
+class Firewall:
+    """For one agent."""
+
+    def __init__(self, edge: Edge, journal: Journal, state: Path, node: str) -> None:
+        self._edge, self._journal, self._node = edge, journal, node
+        self._log = FirewallLog(state / "firewall.jsonl")
+        self._commands: Entries | None = self._log.load(time.time())
+        self._memory = Memory()
+        self._wanted = Wanted({})
+        self._facts = Facts()
+        self._cards: frozenset[str] = frozenset()
+        self._cluster: Cluster | None = None
+        self._drop_by = ""
+        self._rule_expiry = 0.0
+        self._clock = _clock()
+        self.tables: FirewallTables | None = None
+        self._maps: FirewallMaps | None = None
+        self._outgrown: _Outgrown | None = None
+        #: What is in force of objects, and built in.
+        self._applied: dict[Rule, tuple[Prefixes, float]] = {}
+        self.errors: list[str] = []
+
+    def close(self) -> None:
+        """What is in the kernel stays."""
+        self._log.close()
+        self._let_go()
+
+    # ---- Objects -------------------------------------------------------------------
+
+    def follow(self, cluster: Cluster, changed: Changed | None) -> None:
+        """Objects are others, `changed` of them; None: any."""
+        self._cluster = cluster
+        if changed is not None and not (
+            changed.firewalls
+            or changed.nodes
+            or any(namespace == _API_SERVERS for namespace, _ in changed.slices)
+        ):
+            return
+        self._look()
+
+    def see_cards(self, addresses: Iterable[str]) -> None:
+        """The addresses of the node's cards."""
+        cards = frozenset(addresses)
+        if cards != self._cards:
+            self._cards = cards
+            if self._cluster is not None:
+                self._look()
+
+    def ask(self) -> None:
+        """Ask the journal for all ids that are in use (`Journal.asking`)."""
+        for rule in self.tables.rules.numbers if self.tables is not None else ():
+            self._reason(rule)
+        if self._wanted.drop:
+            self._reason(None)
+
+    def _look(self) -> None:
+        cluster = self._cluster
+        assert cluster is not None
+        me = cluster.nodes.get(self._node)
+        labels = me.metadata.labels if me is not None else {}
+        self._facts = Facts.of(cluster, self._node, self._cards)
+        now = time.time()
+        found = wanted(cluster.firewalls.values(), labels, self._facts, self._memory, now)
+        self._drop_by = next(
+            (name for name, one in sorted(cluster.firewalls.items()) if one.spec.default == "Drop"),
+            "",
+        )
+        expiries = [expires for _, expires in found.rules.values() if expires > now]
+        self._rule_expiry = min(expires for expires in expiries) if expiries else 0.0
+        self._wanted = found
+        try:
+            self._bring()
+            self.errors = found.errors
+        except (FirewallFull, LoadError, OSError) as error:
+            log.warning("the firewall is not in force as it should be: %s", error)
+            self.errors = [*found.errors, f"the firewall is not in force as it should be: {error}"]
+
+    def summary(self) -> dict[str, Any] | None:
+        """For the agent's status; None: there is none."""
+        tables = self.tables
+        if tables is None:
+            return None
+        return {
+            "default": "Drop" if tables.rules.drops else "Allow",
+            "entries": len(tables),
+            "room": tables.room,
+            "rules": sum(rule.source != "builtin" for rule in tables.rules.numbers),
+        }
+
+    # ---- Commands ------------------------------------------------------------------
+
+    def add(self, rule: Rule, prefixes: Prefixes, expires: float) -> int:
+        """Entries for each of them, in force when it returns; how many are new. FirewallFull,
+        LoadError or OSError, and nothing has changed."""
+        change = Change()
+        change.added.append((rule, prefixes, expires))
+        before = self._count(rule)
+        if self.tables is None:
+            self._commands = {**(self._commands or {}), (rule, expires): prefixes}
+            try:
+                self._bring()
+            except BaseException:
+                self._commands.pop((rule, expires))
+                raise
+        else:
+            self._apply(change)
+        try:
+            self._log.added(rule, _texts(prefixes), expires)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"it is in force, but not kept in {self._log.path}: {error.strerror}"
+            ) from error
+        self._tidy_log()
+        return self._count(rule) - before
+
+    def delete(self, prefixes: Prefixes | None, ports: tuple[object, ...] | None) -> Deleted:
+        """What commands added of them (None: all), with these ports (None: any)."""
+        if self.tables is None:
+            return Deleted(0, [], _texts(prefixes))
+        change = Change()
+        told: list[tuple[Rule, list[str]]] = []
+        gone: list[Prefixes] = []
+        objects: list[Prefixes] = []
+        for rule in list(self.tables.rules.numbers):
+            if rule.source == "builtin" or (ports is not None and rule.ports != ports):
+                continue
+            all_ = self.tables.numbers_of(rule) if prefixes is None else None
+            numbers = self.tables.find(prefixes, rule) if prefixes is not None else all_
+            assert numbers is not None
+            if not len(numbers):
+                continue
+            found = self.tables.prefixes(numbers)
+            if rule.source == "command":
+                change.removed.append(numbers)
+                told.append((rule, _texts(found)))
+                gone.append(found)
+            else:
+                objects.append(found)
+        if change:
+            self.tables.apply(change)
+            self._log.deleted(told)
+        count = sum(map(len, gone))
+        if not self._has_commands() and not self._wanted.needed:
+            self._bring()
+        if prefixes is None:
+            return Deleted(count, [], [])
+        left = prefixes.missing_in(Prefixes.joined(gone).unique())
+        by_object = Prefixes.joined(objects).unique()
+        unknown = left.missing_in(by_object)
+        return Deleted(count, _texts(left.missing_in(unknown)), _texts(unknown))
+
+    @property
+    def idle(self) -> bool:
+        """Is there nothing that `tick` could do?"""
+        return self.tables is None and not self._rule_expiry
+
+    # ---- As time goes by -------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Once a second or so: what has expired goes, what was replaced is made free."""
+        now = time.time()
+        if self.tables is not None:
+            clock = _clock()
+            if abs(clock - self._clock) > 1:
+                self._clock = clock
+                self.tables.set_clock()
+            if self.tables.expire(now):
+                self._tidy_log()
+            self.tables.settle()
+            if self._outgrown is not None and not self._edge.due:
+                self._leave()
+        if 0 < self._rule_expiry <= now and self._cluster is not None:
+            self._look()
+        if self.tables is not None and not self._wanted.needed and not self._has_commands():
+            self._bring()
+
+    # ---- Inside --------------------------------------------------------------------
+
+    def _bring(self) -> None:
+        """Have what is wanted in force, and nothing loaded where nothing is."""
+        commands = self._commands or {}
+        if not self._wanted.needed and not commands and not self._has_commands():
+            if self.tables is not None:
+                log.info("the firewall is empty")
+            self._edge.firewall = False
+            self._let_go()
+            return
+        need = sum(len(prefixes) for prefixes, _ in self._wanted.rules.values())
+        need += sum(len(prefixes) for prefixes in commands.values())
+        if self.tables is None:
+            self._open(need, [rule for rule, _ in commands])
+        assert self.tables is not None
+        self._apply(self._difference(commands))
+        self._applied = dict(self._wanted.rules)
+        self._commands = None
+        self._reason_of_default()
+        self.tables.rules.set_default(self._wanted.drop)
+        self._edge.firewall = True
+
+    def _difference(self, commands: Entries) -> Change:
+        assert self.tables is not None
+        change = Change()
+        rules: dict[Rule, list[tuple[Prefixes, float]]] = {
+            rule: [(prefixes, expires)] for rule, (prefixes, expires) in self._wanted.rules.items()
+        }
+        for (rule, expires), prefixes in commands.items():
+            rules.setdefault(rule, []).append((prefixes, expires))
+        # A list that is the same list as before is long, perhaps.
+        same = {
+            rule
+            for rule, (prefixes, expires) in self._applied.items()
+            if rule in self._wanted.rules
+            and self._wanted.rules[rule][0] is prefixes
+            and self._wanted.rules[rule][1] == expires
+        }
+        for rule, parts in rules.items():
+            if rule not in same:
+                change.added += [(rule, prefixes, expires) for prefixes, expires in parts]
+        for rule in list(self.tables.rules.numbers):
+            if rule in same or (rule.source == "command" and self._commands is None):
+                continue  # what there is, is what there should be
+            numbers = self.tables.numbers_of(rule)
+            kept = Prefixes.joined(part for part, _ in rules.get(rule, ())).unique()
+            over = self.tables.prefixes(numbers).unique().missing_in(kept)
+            if len(over):
+                change.removed.append(self.tables.find(over, rule))
+        return change
+
+    def _apply(self, change: Change) -> None:
+        """In larger tables if these are too small."""
+        assert self.tables is not None
+        for rule, _, _ in change.added:
+            self._reason(rule)
+        self._journal.commit()
+        try:
+            self.tables.apply(change)
+        except FirewallFull:
+            more = sum(len(prefixes) for _, prefixes, _ in change.added)
+            if sizes(len(self.tables) + more)["fw_entries"] <= self.tables.room + 1:
+                raise
+            self._grow(change, more)
+
+    def _grow(self, change: Change, more: int) -> None:
+        """Everything into larger tables, with its counters; then programs with these."""
+        old, old_maps, before = self.tables, self._maps, dict(self._edge.sizes)
+        assert old is not None
+        old.settle()
+        drop = old.rules.drops
+        try:
+            self._open(len(old) + more, ())
+            assert self.tables is not None
+            theirs, mine = self.tables.copy(old)
+            at = old.counters(theirs)
+            self.tables.apply(change)
+            self.tables.rules.set_default(drop)
+        except BaseException:
+            if self._maps is not None and self._maps is not old_maps:
+                self._maps.close()
+            self.tables, self._maps, self._edge.sizes = old, old_maps, before
+            raise
+        log.info("the firewall's tables have room for %d entries now", self.tables.room)
+        self._outgrown = _Outgrown(old, theirs, mine, at)
+
+    def _leave(self) -> None:
+        """No program counts in the tables that were too small any more, after a grace period."""
+        one, self._outgrown = self._outgrown, None
+        if one is not None and self.tables is not None:
+            wait_grace()
+            self.tables.count_up(one.mine, one.tables.counters(one.theirs) - one.at)
+            one.tables.maps.close()
+
+    def _open(self, need: int, commands: Iterable[Rule]) -> None:
+        """The tables, those that are pinned if they are large enough."""
+        edge = self._edge
+        was_on, edge.firewall = edge.firewall, True
+        try:
+            wanted_sizes = sizes(need)
+            if not edge.sizes:
+                pinned = edge.pinned_size("fw_entries")
+                if pinned >= wanted_sizes["fw_entries"]:
+                    wanted_sizes = {
+                        name: pinned if name in ("fw_entries", "fw_prefixes") else size
+                        for name, size in wanted_sizes.items()
+                    }
+            edge.sizes = wanted_sizes
+            obj = edge.object()
+            self._maps = FirewallMaps.of(obj)
+            candidates = [*self._wanted.rules, *commands]
+            self.tables = FirewallTables(self._maps, obj.schema, self._reason, candidates)
+        except BaseException:
+            edge.firewall = was_on
+            raise
+
+    def _let_go(self) -> None:
+        if self._maps is not None:
+            self._maps.close()
+        if self._outgrown is not None:
+            self._outgrown.tables.maps.close()
+        self.tables = self._maps = self._outgrown = None
+        self._applied = {}
+        self._edge.sizes = {}
+
+    def _reason(self, rule: Rule | None) -> int:
+        if rule is None:
+            return self._journal.firewall(self._drop_by, COMMAND)
+        if rule.source == "builtin":
+            return 0
+        return self._journal.firewall(rule.name, rule.index)
+
+    def _reason_of_default(self) -> None:
+        if self._wanted.drop:
+            self._reason(None)
+            self._journal.commit()
+
+    def _count(self, rule: Rule) -> int:
+        if self.tables is None or rule not in self.tables.rules.numbers:
+            return 0
+        return int(self.tables.rules.count[self.tables.rules.numbers[rule]])
+
+    def _has_commands(self) -> bool:
+        if self.tables is None:
+            return bool(self._commands)
+        return any(
+            rule.source == "command" and self.tables.rules.count[number]
+            for rule, number in self.tables.rules.numbers.items()
+        )
+
+    def _tidy_log(self) -> None:
+        if self.tables is None:
+            return
+        rules = [rule for rule in self.tables.rules.numbers if rule.source == "command"]
+        if not self._log.overgrown(sum(self._count(rule) for rule in rules)):
+            return
+        entries: Entries = {}
+        for rule in rules:
+            numbers = self.tables.numbers_of(rule)
+            ends = self.tables.expires(numbers)
+            for expires in np.unique(ends).tolist():
+                entries[rule, expires] = self.tables.prefixes(numbers[ends == expires])
+        try:
+            self._log.rewrite(entries)
+        except OSError as error:
+            log.warning("%s stays long: %s", self._log.path, error)
+
+
+def _texts(prefixes: Prefixes | None) -> list[str]:
+    return [prefixes.text(n) for n in range(len(prefixes))] if prefixes is not None else []
+
+
+def _clock() -> float:
+    """Between the time of day and the kernel's clock."""
+    return time.time() - time.monotonic()

@@ -24,8 +24,8 @@ _GOLDEN = np.uint32(0x9E3779B1)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Of entries in the order `order`: their numbers, what comes next, and the place of the built-in
-    entry that hides each (NONE). `heads` are the places of the first of each prefix."""
+    """Of entries in the order `order`: their numbers, what comes next, and the place of the
+    built-in entry that hides each (NONE). `heads`: the places of the first of each prefix."""
 
     order: Places
     numbers: U32

@@ -15,9 +15,9 @@ _V6 = re.compile(r"([0-9a-fA-F:.]+)(?:/(0|[1-9][0-9]{0,2}))?")
 
 
 def pack_cidrs(texts: Iterable[str], *, bare: bool = False) -> tuple[bytes, bytes, list[int]]:
-    """Many blocks, those of IPv4 a million a second: 16 bytes of each, host bits as they are; a byte
-    of each with the prefix length out of 128; and the places of texts that are no blocks, which have
-    0 in both. `bare`: an address without a length is the block of it alone."""
+    """Many blocks, a million of IPv4 a second: 16 bytes of each, host bits as they are; a byte of
+    each with the prefix length out of 128; and the places of texts that are no blocks, which
+    have 0 in both. `bare`: an address without a length is the block of it alone."""
     addresses, lengths, bad = bytearray(), bytearray(), list[int]()
     of_four = _V4.fullmatch
     for place, text in enumerate(texts):

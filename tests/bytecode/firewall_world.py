@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from socket import AF_INET, AF_INET6, inet_pton
 
@@ -17,6 +20,7 @@ from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
 from lockgate.compile.firewall import Rule
 from lockgate.compile.prefixes import parse
+from lockgate.net import namespaces
 from lockgate.paths import xdp_object
 
 __all__ = ["XDP_DROP", "XDP_PASS", "FirewallWorld", "frame"]
@@ -102,6 +106,22 @@ class FirewallWorld:
         roles = self.schema.enum("link_role")
         self.link_roles.set(_LO, roles["LINK_UNDERLAY" if yes else "LINK_OUTSIDE"])
 
+    @contextlib.contextmanager
+    def addresses(self, *addresses: str) -> Iterator[None]:
+        """This thread in a namespace of its own, whose lo has these addresses."""
+        name = f"lg-firewall-{os.getpid()}"
+        namespaces.create(name)
+        try:
+            with namespaces.inside(namespaces.path_of(name)):
+                subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+                for address in addresses:
+                    length = ["128", "nodad"] if ":" in address else ["32"]
+                    block, *more = f"{address}/{length[0]}", *length[1:]
+                    subprocess.run(["ip", "addr", "add", block, "dev", "lo", *more], check=True)
+                yield
+        finally:
+            namespaces.delete(name)
+
     def run(self, packet: bytes) -> Outcome:
         context = _CONTEXT.pack(0, len(packet), 0, _LO, 0, 0)
         done = syscall.prog_test_run(self._program, packet, context, name="xdp_net")
@@ -151,8 +171,3 @@ def frame(
         "!BBHHHBBH", 0x45, 0, 20 + len(payload), 99, 16 if later else 0, 64, protocol, 0
     )
     return bytes(12) + b"\x08\0" + head + _address(source) + _address(destination) + payload
-
-
-def own_object() -> bool:
-    """May this process load programs?"""
-    return os.geteuid() == 0

@@ -49,6 +49,14 @@ static __always_inline enum peer_kind kind_of(struct packet *p, const struct add
 	return peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
 }
 
+/* Is it the address of a pod, of whatever node? */
+static __always_inline bool is_pod(struct packet *p, const struct addr *addr)
+{
+	enum peer_kind kind = kind_of(p, addr);
+
+	return kind == PEER_LOCAL || kind == PEER_REMOTE;
+}
+
 /* Where packets to a peer go; TO_NOWHERE for what is none. */
 static __always_inline __u32 peer_target(struct packet *p, const struct addr *addr)
 {

@@ -90,10 +90,14 @@ static __noinline int leave_as_node(struct packet *p)
 }
 
 /* A packet of no known connection whose services are resolved: verdict,
- * entry, way out. `flags`: enum ct_flag bits found so far. */
-static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found)
+ * entry, way out. `flags`: enum ct_flag bits found so far. This, judge(), related() and
+ * forward() are global, so that the verifier walks them once and not on every way there. */
+__noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found)
 {
 	__u8 flags = found;
+
+	if (!p)
+		return TCX_DROP;
 
 	p->reply = 0;
 	if (!admit(skb, p, &flags))
@@ -128,6 +132,21 @@ static __noinline int begin(struct __sk_buff *skb, struct packet *p, __u32 found
 		}
 	}
 	return forward(skb, p);
+}
+
+#define UNKNOWN (-2)		/* it is not done with */
+
+/* A packet in another node's name than sent it: an answer, or dropped. */
+__noinline int of_a_third(struct __sk_buff *skb, struct packet *p, struct ct *ct)
+{
+	if (!p)
+		return TCX_DROP;
+	if (ct && answers_for_another(p, ct))
+		return UNKNOWN;
+	if (!ct && answers_for_the_stack(p))
+		return TCX_NEXT;
+	GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
+	return drop(skb, p);
 }
 
 /* What a service refuses is told, and what it keeps to some clients dropped. */
@@ -223,8 +242,6 @@ static __noinline int judge_again(struct __sk_buff *skb, struct packet *p, struc
 	return STANDS;
 }
 
-#define UNKNOWN (-2)		/* known() finds that it is none after all */
-
 /* The translation was evicted: another, from the same port if that is free. */
 static __noinline int masquerade_again(struct packet *p)
 {
@@ -294,14 +311,6 @@ static __always_inline bool is_at_pod(struct packet *p, const struct addr *addr)
 static __always_inline bool for_a_pod(struct packet *p)
 {
 	return is_at_pod(p, &p->wire.daddr);
-}
-
-/* Is it the address of a pod, of whatever node? */
-static __always_inline bool is_pod(struct packet *p, const struct addr *addr)
-{
-	enum peer_kind kind = kind_of(p, addr);
-
-	return kind == PEER_LOCAL || kind == PEER_REMOTE;
 }
 
 /* Can what goes to a pod's address be translated? Datagrams to a backend that went
@@ -431,10 +440,13 @@ static __always_inline __u32 pod_of(struct packet *p, struct ct *ct)
 
 /* An ICMP error about a known connection passes with it, both packets
  * translated. False: it is related to nothing; p->now is as it came. */
-static __noinline int related(struct __sk_buff *skb, struct packet *p)
+__noinline int related(struct __sk_buff *skb, struct packet *p)
 {
-	struct tuple *t = &p->tuple;	/* as if the quoted packet were answered */
 	struct ct *ct = NULL;
+
+	if (!p)
+		return 0;
+	struct tuple *t = &p->tuple;	/* as if the quoted packet were answered */
 
 	/* It must go to the sender of what it quotes, and a pod speaks only of
 	 * what it was sent: else a quote would be a pass to anywhere. */
@@ -485,11 +497,11 @@ static __always_inline int connection(struct __sk_buff *skb, struct packet *p, c
 		GIVE_UP(p, CAUSE_NO_FRONTEND);
 		return drop(skb, p);
 	}
-	if (from_net && p->third && !(ct && answers_for_another(p, ct))) {
-		if (!ct && answers_for_the_stack(p))
-			return for_the_stack(skb, p);
-		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
-		return drop(skb, p);
+	if (from_net && p->third) {
+		int answer = of_a_third(skb, p, ct);
+
+		if (answer != UNKNOWN)
+			return answer;
 	}
 	if (!ct && from_net && !p->outer_size) {
 		to_pod = for_a_pod(p);

@@ -137,10 +137,12 @@ static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p,
 }
 
 /* Rewrite and send to p->target. */
-static __always_inline int forward(struct __sk_buff *skb, struct packet *p)
+__noinline int forward(struct __sk_buff *skb, struct packet *p)
 {
 	int verdict;
 
+	if (!p)
+		return TCX_DROP;
 	if (cannot_leave(skb, p, 0, &verdict))
 		return verdict;
 	if (p->outer_size && !decapsulate(skb, p))

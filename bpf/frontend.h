@@ -246,6 +246,20 @@ static __always_inline bool is_believed(struct __sk_buff *skb, struct packet *p)
 	return p->outer_size || (!is_ours(source) && comes_by(skb, p, source));
 }
 
+/* The node port that another node's client asked there, as this node has it. All nodes have
+ * the same ports, each at its own addresses, of which the others do not know all. */
+static __always_inline struct service_view *node_port(struct packet *p)
+{
+	__u32 zero = 0;
+	struct node_state *node = bpf_map_lookup_elem(&state, &zero);
+
+	if (!p->outer_size || !node || is_pod(p, &p->asked.daddr) || service_find(p, &p->asked, true))
+		return NULL;
+	p->tuple = p->asked;
+	p->tuple.daddr = p->family == 4 ? node->node4 : node->node6;
+	return service_find(p, &p->tuple, false);
+}
+
 /* Serve p->now's client by p->owner, here or as this node. */
 static __always_inline int serve(struct packet *p)
 {
@@ -273,6 +287,8 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 		return GO_STACK;
 	struct service_view *view = service_find(p, &p->asked, false);
 
+	if (!view)
+		view = node_port(p);
 	if (!view || !(view->flags & SVC_FRONTEND))
 		return no_frontend(skb, p);
 	p->service = view->id;

@@ -42,6 +42,7 @@ struct node_state {
 	__u32 capture;		/* bytes of the packet that ride on an event; 0 = none */
 	__u32 tunnel_port;	/* UDP port of our VXLAN device, host order; 0 = there is none */
 	__u32 host_backends;	/* processes of the node serve frontends: see to_net.h */
+	struct addr node4, node6;	/* its InternalIPs, where its node ports are; or all zero */
 };
 
 /* The last id of each kind that was given out: no program reads it. It lasts as
@@ -200,7 +201,8 @@ struct owner {
 	struct addr addr;
 	__be16 port;
 	__u16 flags;		/* enum owner_flag bits */
-	__u32 target;		/* target_kind << 28 | slot or hop; TO_HOST: this node's process */
+	__u32 target;		/* target_kind << 28 | slot or hop; TO_HOST: this node's process;
+				 * TO_NOWHERE: outside the cluster, by this node's routes */
 } __attribute__((aligned(8)));
 
 enum owner_flag {
@@ -236,8 +238,13 @@ struct backend_key {
 	__u8   pad;
 };
 
+enum liveness {
+	LIVE_TAKES = 1,
+	LIVE_ENDS  = 2,
+};
+
 struct backend_state {
-	__u8 live[2];		/* per view */
+	__u8 live[2];		/* per view; LIVE_ENDS: keeps what it has, takes nothing new */
 	__u8 pad[2];
 	struct bpf_spin_lock lock;
 };

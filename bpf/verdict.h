@@ -133,9 +133,12 @@ static __always_inline __u64 read_cell(struct packet *p, const struct tuple *t, 
 
 /* Judge the connection `t`, oriented from its originator. Fills the ends and
  * cells of the packet. True when it may pass. */
-static __noinline int judge(struct packet *p, const struct tuple *t)
+__noinline int judge(struct packet *p, const struct tuple *t)
 {
 	struct end src, dst;
+
+	if (!p || !t)
+		return 0;
 
 	find_end(p, &t->saddr, &src);
 	find_end(p, &t->daddr, &dst);

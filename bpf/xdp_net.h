@@ -6,9 +6,7 @@
 #include "dsr.h"
 #include "firewall.h"
 
-/* Frames may lie in several pieces: without `frags`, a card with a large MTU refuses it. */
-SEC("xdp.frags")
-int xdp_net(struct xdp_md *ctx)
+static __always_inline int from_card(struct xdp_md *ctx)
 {
 	struct frame frame = {};
 
@@ -16,6 +14,13 @@ int xdp_net(struct xdp_md *ctx)
 	if (config_firewall && firewall(ctx, &frame) == XDP_DROP)
 		return XDP_DROP;
 	return config_balance ? balance_frame(ctx, &frame) : XDP_PASS;
+}
+
+/* Frames may lie in several pieces: without `frags`, a card with a large MTU refuses it. */
+SEC("xdp.frags")
+int xdp_net(struct xdp_md *ctx)
+{
+	return from_card(ctx);
 }
 
 #endif

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -42,6 +42,8 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     underlay: str = AUTO
     outside: str = AUTO
     service_cidrs: list[str] = []
+    # How clients outside reach backends on other nodes, where a Service does not say it
+    forwarding: Literal["dsr", "snat"] = "dsr"
     bpffs: str = "/sys/fs/bpf"
     object: str = ""  # "" = the one that was built or installed
     xdp_object: str = ""  # likewise

@@ -151,6 +151,7 @@ class Hops:
             routes[parse_cidr(cidr)] = NOWHERE
         me = cluster.nodes.get(self._node)
         mine = internal_ips(me) if me is not None else []
+        self._write_own(mine)
         for name, number in self.numbers.items():
             hop = self._to_node(net, cards.underlay, tunnel, ways.get(name))
             # The source of what goes to a backend as this node's own.
@@ -190,6 +191,14 @@ class Hops:
         self._routes = wanted
 
     # ---- Inside --------------------------------------------------------------------
+
+    def _write_own(self, mine: list[str]) -> None:
+        """Where the node's ports are, for what other nodes send here: see `frontend.h`."""
+        state = self._dp.state.view
+        for name, sample in (("node4", "."), ("node6", ":")):
+            own = next((parse_address(ip) for ip in mine if sample in ip), NONE)
+            if state[name][0].tobytes() != own:
+                state[name][0] = np.frombuffer(own, np.uint8)
 
     def _services(self, cluster: Cluster) -> list[str]:
         """The ranges of services' addresses: those of the settings, else the API's."""

@@ -538,6 +538,7 @@ class TestRun:
         return struct.unpack_from("<5I", self.context, SKB_CB)
 
 
+_F_TEST_XDP_LIVE_FRAMES = 1 << 1
 _HEADROOM = 512
 """Bytes that a program may add to a packet before the run is refused with ENOSPC."""
 
@@ -548,13 +549,15 @@ def prog_test_run(
     context: bytes = b"",
     *,
     repeat: int = 1,
+    live: bool = False,
     name: str = "program",
 ) -> TestRun:
     """Run a loaded program on `data` (at least 14 bytes: an Ethernet header) once.
 
     `context` is a struct __sk_buff (see `skb_context`), a struct xdp_md (`xdp_context`) or empty.
     `repeat` above 1 does not restore the packet between runs: only for programs that leave it
-    alone.
+    alone. `live` (XDP): frames really go where the program sends them, and the kernel begins with
+    as many as it takes at once; their pointers are restored between runs, what was written not.
     """
     out = ctypes.create_string_buffer(len(data) + _HEADROOM)
     context_out = ctypes.create_string_buffer(len(context) or 1)
@@ -564,16 +567,16 @@ def prog_test_run(
             prog_fd,
             0,
             len(data),
-            len(out),
+            0 if live else len(out),
             _address(data),
-            ctypes.addressof(out),
+            0 if live else ctypes.addressof(out),
             repeat,
             0,
             len(context),
-            len(context),
+            0 if live else len(context),
             _address(context) if context else 0,
-            ctypes.addressof(context_out) if context else 0,
-            0,
+            ctypes.addressof(context_out) if context and not live else 0,
+            _F_TEST_XDP_LIVE_FRAMES if live else 0,
             0,
             0,
             0,

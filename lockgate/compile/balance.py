@@ -124,9 +124,10 @@ def patch(before: Table, owners: Sequence[Owner]) -> Words:
         due |= _scores(seeds[number], weight, slots, number) > last
     words = _join(kept)
     at = np.flatnonzero(due)
-    for start in range(0, len(at), _PASS):
-        part = at[start : start + _PASS]
-        words[part] = _words([owners], slots[part])[0]
+    together = max(1, 8 * _PASS // len(owners))
+    for start in range(0, len(at), together):
+        part = at[start : start + together]
+        words[part] = _few(owners, slots[part])
     return words
 
 
@@ -155,6 +156,22 @@ def _words(many: Sequence[Sequence[Owner]], slots: Numbers) -> Words:
     if ends.any():
         best = _taking_first(best, taking)
     return _join(np.stack([_number(rank) for rank in best]))
+
+
+def _few(owners: Sequence[Owner], slots: Numbers) -> Words:
+    """The same for few slots and many owners: all scores at once."""
+    seeds, weights = _seeds([owners])[0], _weights([owners])[0]
+    numbers = np.arange(len(owners), dtype=np.uint64)
+    weight = weights if _weighted(owners) else None
+    scores = _scores(seeds, weight, slots[:, None], numbers)
+    ends = np.array([owner.ends for owner in owners])
+    taking = np.where(ends, np.uint64(0), scores).max(axis=1)
+    if len(owners) > OWNERS:
+        scores = np.partition(scores, len(owners) - OWNERS, axis=1)[:, -OWNERS:]
+    scores = np.sort(scores, axis=1)[:, ::-1]
+    best = [np.ascontiguousarray(row) for row in scores.T]
+    best += [np.zeros(len(slots), np.uint64)] * (OWNERS - len(best))
+    return _join(np.stack([_number(rank) for rank in _taking_first(best, taking)]))
 
 
 def _taking_first(best: list[Numbers], taking: Numbers) -> list[Numbers]:

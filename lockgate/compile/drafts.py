@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lockgate.compile import choose, ranges
 from lockgate.compile.balance import Owner
@@ -126,7 +127,10 @@ def of_pod(
         draft.backends[backend, number, port.container_port, protocol] = False
         if ask.kind != "loopback":
             seed.flags |= SVC_FRONTEND
-            _balance(draft, seed, ask.port, ipv4, [(spot, False)], around)
+            owners = _key(ask.port, ipv4, _OWNERS)
+            if owners not in draft.lists:
+                _balance(draft, owners, [(spot, False)], around)
+            _with_table(seed, owners, 1)
         draft.entries[ask.key] = seed
     return draft
 
@@ -145,6 +149,8 @@ class _Reader:
         self._draft, self._title = draft, title
         self._service, self._slices, self._around = service, slices, around
         self._chosen: dict[tuple[int, bool], _Port] = {}
+        #: How long lists are that were made.
+        self._counts: dict[ListKey, int] = {}
         spec = service.spec
         self._affinity = max(0, min(service.affinity, 0x7FFFFFFF))
         self._inside_local = spec.internal_traffic_policy == "Local"
@@ -207,36 +213,43 @@ class _Reader:
     def _inside(self, seed: Seed, number: int, ipv4: bool, kind: int, of: list[Candidate]) -> None:
         """The list for clients in the cluster."""
         draft, key = self._draft, _key(number, ipv4, kind)
-        if kind == _INSIDE:
-            of = choose.taking(of)
-        chosen = choose.spots(of)
-        if len(chosen) > NO_OWNER:
-            self._tell(f"{len(chosen)} backends, the first {NO_OWNER} serve")
-            del chosen[NO_OWNER:]
-        seed.count = len(chosen)
-        seed.backends = key if chosen else 0
-        if key not in draft.lists and chosen:
-            draft.lists[key] = _backends(chosen, self._around)
+        if key not in self._counts:
+            chosen = choose.spots(choose.taking(of) if kind == _INSIDE else of)
+            self._counts[key] = self._limit(chosen)
+            if chosen:
+                draft.lists[key] = _backends(chosen, self._around)
             protocol = PROTOCOL_NUMBER[self._service.spec.ports[number].protocol]
             for address, target in chosen:
                 draft.backends[address, seed.id, target, protocol] = False
+        seed.count = self._counts[key]
+        seed.backends = key if seed.count else 0
 
     def _outside(self, seed: Seed, number: int, ipv4: bool, chosen: _Port) -> None:
         """The table for clients outside. Where nobody takes new connections there is none, but
         whoever has some is live."""
-        protocol = PROTOCOL_NUMBER[self._service.spec.ports[number].protocol]
-        of = chosen.here if self._outside_local else chosen.every
-        takes = choose.taking(of) if self._outside_local else chosen.taking
-        found = choose.owners(of, takes, protocol == UDP)
+        key = _key(number, ipv4, _OWNERS)
+        if key not in self._counts:
+            protocol = PROTOCOL_NUMBER[self._service.spec.ports[number].protocol]
+            of = chosen.here if self._outside_local else chosen.every
+            takes = choose.taking(of) if self._outside_local else chosen.taking
+            found = choose.owners(of, takes, protocol == UDP)
+            if len(found) > NO_OWNER:  # those that end are the first to be left out
+                found.sort(key=lambda one: one[1])
+                self._limit(found)
+                found.sort()
+            for (address, target), ends in found:
+                backend = address, seed.id, target, protocol
+                self._draft.backends[backend] = self._draft.backends.get(backend, ends) and ends
+            self._counts[key] = len(found) if takes else 0
+            if takes:
+                _balance(self._draft, key, found, self._around)
+        _with_table(seed, key, self._counts[key])
+
+    def _limit(self, found: list[Any]) -> int:
         if len(found) > NO_OWNER:
-            found.sort(key=lambda one: one[1])  # those that end are the first to be left out
             self._tell(f"{len(found)} backends, the first {NO_OWNER} serve")
-            found = sorted(found[:NO_OWNER])
-        for (address, target), ends in found:
-            key = address, seed.id, target, protocol
-            self._draft.backends[key] = self._draft.backends.get(key, ends) and ends
-        if takes:
-            _balance(self._draft, seed, number, ipv4, found, self._around)
+            del found[NO_OWNER:]
+        return len(found)
 
     def _tell(self, text: str) -> None:
         self._draft.errors.append(f"{self._title}: {text}")
@@ -265,26 +278,22 @@ def _backends(chosen: Sequence[Spot], around: Surroundings) -> bytes:
     )
 
 
+def _with_table(seed: Seed, owners: ListKey, count: int) -> None:
+    if count:
+        seed.owners, seed.table, seed.owner_count = owners, owners - _OWNERS + _TABLE, count
+
+
 def _balance(
-    draft: Draft,
-    seed: Seed,
-    number: int,
-    ipv4: bool,
-    found: Sequence[tuple[Spot, bool]],
-    around: Surroundings,
+    draft: Draft, key: ListKey, found: Sequence[tuple[Spot, bool]], around: Surroundings
 ) -> None:
-    """The owners in order, and their table."""
-    seed.owners, seed.table = _key(number, ipv4, _OWNERS), _key(number, ipv4, _TABLE)
-    seed.owner_count = len(found)
-    if seed.owners in draft.lists:
-        return
+    """The owners in order, and what their table is made of."""
     words = []
     for (address, port), ends in found:
         target = around.target(address)
         draft.hosting |= target >> TARGET_SHIFT == TO_HOST
         flags = OWNER_ENDS if ends else 0
         words.append(ADDRESS_PORT.pack(address, port) + _FLAGS_NUMBER.pack(flags, target))
-    draft.lists[seed.owners] = b"".join(words)
-    draft.tables[seed.table] = tuple(
+    draft.lists[key] = b"".join(words)
+    draft.tables[key - _OWNERS + _TABLE] = tuple(
         Owner(address, port, ends, around.weight(address)) for (address, port), ends in found
     )

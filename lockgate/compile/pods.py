@@ -46,8 +46,6 @@ class Pods:
         self.local_profiles: Counter[Profile] = Counter()
         self.touched: dict[bytes, None] = {}
         self.fresh: set[Profile] = set()
-        #: Addresses of pods that weigh something else since it was emptied.
-        self.reweighed: set[bytes] = set()
         #: Equal profiles, kept once.
         self._known: dict[Profile, Profile] = {}
         #: Of addresses that several pods have: those pods.
@@ -65,8 +63,6 @@ class Pods:
         new = self.facts[key] = self._read(key, pod)
         if not new.member:
             return
-        if old is not None and old.weight != new.weight:
-            self.reweighed.update(new.addresses)
         self.touched.update(dict.fromkeys(new.addresses))
         for address in new.addresses:
             self._claim(address, new)

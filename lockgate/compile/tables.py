@@ -172,8 +172,8 @@ class Delta:
     peers: dict[bytes, PeerView | None] = field(default_factory=dict)
     services: dict[ServiceKey, ServiceView | None] = field(default_factory=dict)
     backends: dict[BackendKey, bool] = field(default_factory=dict)
-    ending: dict[BackendKey, bool] = field(default_factory=dict)
     words: list[tuple[int, int]] | None = field(default_factory=list)
+    ending: dict[BackendKey, bool] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(
@@ -197,14 +197,14 @@ class Tables:
     endpoints: dict[int, EndpointView] = field(default_factory=dict)
     services: dict[ServiceKey, ServiceView] = field(default_factory=dict)
     backends: set[BackendKey] = field(default_factory=set)
-    #: Of `backends` those that keep what they have and take nothing new.
-    ending: set[BackendKey] = field(default_factory=set)
-    #: Do processes of the node serve clients outside? See bpf/to_net.h.
-    host_backends: bool = False
     errors: list[str] = field(default_factory=list)
     delta: Delta | None = None
     serial: int = field(default_factory=itertools.count(1).__next__)
     cache: Any = field(default=None, repr=False)
+    #: Of `backends` those that keep what they have and take nothing new.
+    ending: set[BackendKey] = field(default_factory=set)
+    #: Do processes of the node serve clients outside? See bpf/to_net.h.
+    host_backends: bool = False
 
 
 class Builder:

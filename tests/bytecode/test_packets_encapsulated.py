@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
+from lockgate.objects.address import parse_address
 from tests.bytecode.balancing import (
     CHAIN,
     HERE,
     HOST,
     LB,
+    NODE_PORT,
     OTHER,
     PORTS,
     RANGED,
@@ -266,6 +269,29 @@ def test_the_client_may_be_a_pod_or_node_that_asked_another_node(
     assert (found.src, found.dst) == (LB[family], ADDRESSES[family][client])
     out = arrives(world, inner(family, HERE, "ack", source=client))
     assert out.verdict == REDIRECT, out.events
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("asked", ["node", "unpublished"])
+def test_a_node_port_of_another_node(world: World, family: int, asked: str) -> None:
+    """At an address of it that this node does not know as its, too; but not as a pod's."""
+    world.publish(frontends())
+    known = ADDRESSES[family]
+    own = world.state.view[f"node{family}"][0]
+    own[:] = np.frombuffer(parse_address(known["host"]), np.uint8)
+    address = known["node"] if asked == "node" else OTHER[family]
+    packet = ip(family, "world", address, ttl=63) / syn(SPORT, NODE_PORT)
+    out = arrives(world, packet)
+    same_frame(out.packet, to_pod(B) / ip(family, "world", "b", ttl=63) / syn(SPORT, 8080))
+    answer = from_pod(B) / ip(family, "b", "world") / tcp(8080, SPORT, "SA")
+    out = world.run("from_pod", bytes(answer), at_pod(B))
+    same_frame(
+        out.packet, to_world() / ip(family, address, "world", ttl=63) / tcp(NODE_PORT, SPORT, "SA")
+    )
+    for other in (known["remote"], known["a"], known["svc"], LB[family]):
+        out = arrives(world, ip(family, "world", other, ttl=63) / syn(SPORT, NODE_PORT))
+        same_events(out.events, dropped("no-frontend"))
+    own[:] = 0
 
 
 # ---- What is refused -------------------------------------------------------------------

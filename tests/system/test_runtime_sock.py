@@ -165,7 +165,7 @@ def publish(bpf: Libbpf, epoch: int, services: dict[Frontend, Backends]) -> None
         address, protocol, port = frontend
         backends = services.get(frontend, [])
         view = struct.pack(
-            "=IIHHI", number, len(words) // 8, len(backends), frontend in services, 0
+            "=IIHHI16x", number, len(words) // 8, len(backends), frontend in services, 0
         )
         key = packed(address) + struct.pack("!HBx", port, protocol)
         bpf.update("services", key, view * 2 + LOCK)
@@ -179,7 +179,7 @@ def publish(bpf: Libbpf, epoch: int, services: dict[Frontend, Backends]) -> None
     for backend, is_live in live.items():
         bpf.update("service_backends", backend, bytes([is_live, is_live, 0, 0]) + LOCK)
     bpf.put_image(epoch & 1, words + b"\0" * 8)
-    bpf.update("state", struct.pack("=I", 0), struct.pack("=4I", epoch, 0, 0, 0))
+    bpf.update("state", struct.pack("=I", 0), struct.pack("=4I32x", epoch, 0, 0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_nothing_is_translated_before_the_first_epoch(
 ) -> None:
     monkeypatch.setenv("LOCKGATE_POD", str(binary))
     publish(bpf, 1, SERVICES)
-    bpf.update("state", struct.pack("=I", 0), bytes(16))
+    bpf.update("state", struct.pack("=I", 0), bytes(48))
     script = 'try: connect(AF_INET, "10.96.0.1", 80)\nexcept OSError as e: print(e.errno)'
     assert asyncio.run(lines_of(script, cgroup)) == ["101"]
 

@@ -108,7 +108,7 @@ def begin(seed: int) -> tuple[Cluster, Ids, Random]:
     return cluster, ids, rng
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.integers(0, 2**32))
 def test_the_tables_agree_with_the_specification(seed: int) -> None:
     cluster, ids, rng = begin(seed)
@@ -145,7 +145,7 @@ def same(found: Tables, wanted: Tables) -> None:
     assert sorted(found.errors) == sorted(wanted.errors)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 12))
 def test_patching_comes_to_what_a_cold_compilation_does(seed: int, steps: int) -> None:
     cluster, ids, rng = begin(seed)

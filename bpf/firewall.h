@@ -137,13 +137,12 @@ static __always_inline bool fw_has_port(__u32 set, const struct frame *f, __u8 a
 	return ports->bits[table][port >> 6] >> (port & 63) & 1;
 }
 
-static __always_inline bool fw_within_rate(const struct frame *f, __u32 number, const struct fw_rule *rule, __u64 now)
+static __always_inline bool fw_within_rate(const struct frame *f, __u32 number, const struct fw_rule *rule)
 {
 	struct fw_source key = { .rule = number };
+	__u64 now = bpf_ktime_get_coarse_ns();
 	__u64 *bucket;
 
-	if (!rule->every_ns)
-		return true;
 	key.addr = f->ends.saddr;
 	if (f->family == 6)
 		((__u32 *)&key.addr)[2] = ((__u32 *)&key.addr)[3] = 0;
@@ -182,9 +181,31 @@ static __always_inline __u32 fw_obey(struct xdp_md *ctx, const struct frame *f, 
 	return 0;
 }
 
-/* The number of the first entry from `number` on that matches, 0 = none. One function, as
- * fw_probe(). */
-__noinline int fw_match(const struct frame *f, __u32 number, __u64 now)
+/* Is the source in the prefix? A slot leads to longer prefixes than its own without asking, where
+ * all of these lie in one another. */
+static __always_inline bool fw_has_source(const struct fw_entry *entry, const struct frame *f)
+{
+	__u32 beyond = 128 - entry->length;
+
+	if (f->family != 4 || beyond >= 8)
+		return true;
+	return !((bpf_ntohl(((const __be32 *)&f->ends.saddr)[3]) ^ bpf_ntohl(((const __be32 *)&entry->addr)[3])) >> beyond);
+}
+
+static __always_inline bool fw_matches(const struct fw_entry *entry, const struct fw_rule *rule, const struct frame *f)
+{
+	__u32 expires = *(const volatile __u32 *)&entry->expires;
+
+	if (!fw_has_source(entry, f))
+		return false;
+	if (expires && bpf_ktime_get_coarse_ns() >= expires * 1000000000ull)
+		return false;
+	return !rule->ports || fw_has_port(rule->ports, f, rule->action);
+}
+
+/* The number of the first entry from `number` on that matches, 0 = none. A global function: the
+ * verifier walks it once. */
+__noinline int fw_match(const struct frame *f, __u32 number)
 {
 	if (!f)
 		return 0;
@@ -193,43 +214,46 @@ __noinline int fw_match(const struct frame *f, __u32 number, __u64 now)
 
 		if (!entry)
 			break;
-		__u32 which = *(volatile __u32 *)&entry->rule, expires = *(volatile __u32 *)&entry->expires;
+		__u32 which = *(volatile __u32 *)&entry->rule;
 		struct fw_rule *rule = bpf_map_lookup_elem(&fw_rules, &which);
 
-		/* Not `now < …`: from that the verifier would learn another range of `now` each time. */
-		if (rule && (!expires || (__s64)(expires * 1000000000ull - now) > 0) &&
-		    (!rule->ports || fw_has_port(rule->ports, f, rule->action)))
+		if (rule && fw_matches(entry, rule, f))
 			return number;
 		number = *(volatile __u32 *)&entry->next;
 	}
 	return 0;
 }
 
-/* By the first entry from `number` on that matches, or the default. */
+/* By the first entry from `number` on that matches, or the default. Mostly it is the first. */
 static __noinline int fw_judge(struct xdp_md *ctx, struct frame *f, struct fw_answer *a, __u32 number)
 {
-	__u64 now = bpf_ktime_get_coarse_ns();
-	struct fw_entry *entry;
+	struct fw_entry *entry = bpf_map_lookup_elem(&fw_entries, &number);
 	struct fw_rule *rule;
-	__u32 which = 0;
+	__u32 which;
 
-	a->cause = 0;
-	if (number)
-		number = fw_match(f, number, now);
-	entry = bpf_map_lookup_elem(&fw_entries, &number);
+	a->cause = a->fallen = 0;
 	if (!entry)
 		return 0;
-	if (number)
-		which = *(volatile __u32 *)&entry->rule;
+	which = *(volatile __u32 *)&entry->rule;
 	rule = bpf_map_lookup_elem(&fw_rules, &which);
 	if (!rule)
 		return 0;
-	a->fallen = !number;
+	if (number && !fw_matches(entry, rule, f)) {
+		number = fw_match(f, *(volatile __u32 *)&entry->next);
+		entry = bpf_map_lookup_elem(&fw_entries, &number);
+		if (!entry)
+			return 0;
+		which = *(volatile __u32 *)&entry->rule;
+		rule = bpf_map_lookup_elem(&fw_rules, &which);
+		if (!rule)
+			return 0;
+	}
 	a->reason = rule->reason;
 	a->cause = fw_obey(ctx, f, rule);
+	a->fallen = !number;
 	if (!number)
 		return 0;
-	if (!a->cause && !fw_within_rate(f, which, rule, now))
+	if (!a->cause && rule->every_ns && !fw_within_rate(f, which, rule))
 		a->cause = CAUSE_FIREWALL_RATE;
 	__sync_fetch_and_add(&entry->packets, 1);
 	__sync_fetch_and_add(&entry->bytes, f->length);

@@ -11,7 +11,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from lockgate.agent.firewall_keys import Key, cut, filter_place, is_v4_key, keys_of, packed
+from lockgate.agent.firewall_keys import (
+    Key,
+    cut,
+    filter_place,
+    holds,
+    is_v4_key,
+    keys_of,
+    packed,
+)
 from lockgate.agent.firewall_maps import FirewallMaps
 from lockgate.agent.firewall_rules import FirewallFull, Rules
 from lockgate.bpf import syscall
@@ -137,27 +145,28 @@ class Entries:
     def head(self, key: Key) -> int:
         """The first entry of a prefix; 0 if there is none."""
         _, low, length = key
-        if is_v4_key(key):
-            if length > 120:
-                return self.look_up(key)
-            number = int(self.maps.slots.view[(low & 0xFFFFFFFF) >> 8]) & NUMBER
-            while number and self.length[number] > length:
-                number = int(self.following[number])
-            return number if number and self.length[number] == length else 0
-        return self.look_up(key) if length else int(self.maps.state.view["root6"][0])
+        if not is_v4_key(key):
+            return self.look_up(key) if length else int(self.maps.state.view["root6"][0])
+        word = int(self.maps.slots.view[(low & 0xFFFFFFFF) >> 8])
+        if length > 120 and word >> LENGTHS:
+            return self.look_up(key)
+        number = word & NUMBER
+        while number and self.length[number] > length:
+            number = int(self.following[number])
+        return number if number and self.key(number) == key else 0
 
     def around(self, key: Key) -> int:
         """The first entry of the longest prefix around; 0 if there is none."""
         high, low, length = key
         if is_v4_key(key):
             word = int(self.maps.slots.view[(low & 0xFFFFFFFF) >> 8])
-            for longer in range(length - 1, 120, -1):
-                if word >> (LENGTHS + 128 - longer) & 1:
+            if word >> LENGTHS:
+                for longer in range(length - 1, 120, -1):
                     number = self.look_up(cut(key, longer))
                     if number:
                         return number
             number = word & NUMBER
-            while number and self.length[number] >= length:
+            while number and not holds(self.key(number), key):
                 number = int(self.following[number])
             return number
         for shorter in self.lengths6(high):
@@ -187,7 +196,10 @@ class Entries:
         if is_v4_key(key):
             first = (low & 0xFFFFFFFF) >> 8
             if length > 120:
-                return bool(int(self.maps.slots.view[first]) >> LENGTHS & (1 << (128 - length)) - 1)
+                word = int(self.maps.slots.view[first])
+                if word >> LENGTHS:
+                    return bool(word >> LENGTHS & (1 << (128 - length)) - 1)
+                return bool(self.length[word & NUMBER] > length)
             words = self.maps.slots.view[first : first + (1 << (120 - length))]
             return bool((words >> LENGTHS).any() or (self.length[words & NUMBER] > length).any())
         return length < 32 or any(inner > length for inner in self.lengths6(high))

@@ -17,6 +17,7 @@ __all__ = [
     "as_bytes",
     "cut",
     "filter_place",
+    "holds",
     "is_v4_key",
     "key_records",
     "keys_of",
@@ -38,6 +39,11 @@ def is_v4_key(key: Key) -> bool:
 
 def cut(key: Key, length: int) -> Key:
     return key[0] & int(high_mask[length]), key[1] & int(low_mask[length]), length
+
+
+def holds(outer: Key, inner: Key) -> bool:
+    """Is the one within the other, and not the same? Of one family."""
+    return outer[2] < inner[2] and cut(inner, outer[2]) == outer
 
 
 def packed(key: Key) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from lockgate.agent.firewall_keys import (
     Key,
     cut,
     filter_place,
+    holds,
     is_v4_key,
     monotonic_of,
     packed,
@@ -182,41 +184,72 @@ class Patch:
         self,
     ) -> tuple[list[tuple[Key, int]], list[Key], list[tuple[int, U32]]]:
         """Elements of the hash to write and to delete; slots to write."""
-        tables = self._tables
         put: list[tuple[Key, int]] = []
         gone: list[Key] = []
-        slots: dict[int, U32] = {}
+        slots: dict[int, _Slots] = {}
+        long4: dict[int, list[Key]] = {}
         for key, number in self._heads.items():  # the outer ones first
             _, low, length = key
-            v4 = is_v4_key(key)
-            if not v4 or length > 120:
+            first = (low & 0xFFFFFFFF) >> 8
+            if not is_v4_key(key):
                 if number and length:
                     put.append((key, number))
                 elif length and self._before[key]:
                     gone.append(key)
-                if v4 and number:
-                    at = (low & 0xFFFFFFFF) >> 8
-                    words = self._slots(slots, at, 1)
-                    words |= np.uint32(1 << (LENGTHS + 128 - length))
-                continue
-            words = self._slots(slots, (low & 0xFFFFFFFF) >> 8, 1 << (120 - length))
-            led = words & NUMBER
-            if self._before[key]:
-                here = led == self._before[key][0]
-                to = number or self._outer[key][1]
+            elif length > 120:
+                long4.setdefault(first, []).append(key)
             else:
-                here = tables.length[led] < length
-                to = number
-            words[here] = words[here] & np.uint32(0xFF000000) | np.uint32(to)
-        return put, gone, list(slots.items())
+                self._lead_short(key, number, self._slots(slots, first, 1 << (120 - length))[0])
+        for first, keys in long4.items():
+            words, at = self._slots(slots, first, 1)[0], first
+            before = int(self._tables.maps.slots.view[at])
+            if before >> LENGTHS:
+                put += [(key, self._heads[key]) for key in keys if self._heads[key]]
+                gone += [key for key in keys if not self._heads[key] and self._before[key]]
+                bits = sum({_bit(key) for key in keys if self._heads[key]})
+                words |= np.uint32(bits)
+            else:
+                put += self._lead_long(keys, before & NUMBER, words)
+            self._slots(slots, first, 1)[1][:] = 0
+        return put, gone, [(first, one.words()) for first, one in slots.items()]
 
-    def _slots(self, slots: dict[int, U32], first: int, count: int) -> U32:
-        """A copy of those words to change, within one that is there already."""
-        for start, words in slots.items():
-            if start <= first and first + count <= start + len(words):
-                return words[first - start : first - start + count]
-        slots[first] = self._tables.maps.slots.view[first : first + count].copy()
-        return slots[first]
+    def _lead_short(self, key: Key, number: int, words: U32) -> None:
+        led = words & NUMBER
+        if self._before[key]:
+            here = led == self._before[key][0]
+            to = number or self._outer[key][1]
+        else:
+            here = self._tables.length[led] < key[2]
+            to = number
+        words[here] = words[here] & np.uint32(0xFF000000) | np.uint32(to)
+
+    def _lead_long(self, keys: list[Key], tip: int, words: U32) -> list[tuple[Key, int]]:
+        """A slot that leads to its longer prefixes by itself, as long as they lie in one another;
+        else what is to be put into the hash."""
+        tables = self._tables
+        there: dict[Key, int] = {}
+        while tip and tables.length[tip] > 120:
+            there.setdefault(tables.key(tip), tip)
+            tip = int(tables.following[tip])
+        there |= {key: self._heads[key] for key in keys}
+        left = sorted((key for key, number in there.items() if number), key=lambda one: one[2])
+        if all(holds(outer, inner) for outer, inner in pairwise(left)):
+            if left:
+                words[0] = there[left[-1]]
+            return []
+        words |= np.uint32(sum({_bit(key) for key in left}))
+        return [(key, there[key]) for key in left]
+
+    def _slots(self, slots: dict[int, _Slots], first: int, count: int) -> tuple[U32, U32]:
+        """Those slots to change, within some that are there already."""
+        for start, one in slots.items():
+            if start <= first and first + count <= start + len(one.short):
+                break
+        else:
+            start, one = first, _Slots(self._tables, first, count)
+            slots[first] = one
+        part = slice(first - start, first - start + count)
+        return one.short[part], one.tips[part]
 
     def _mark6(self, key: Key) -> None:
         maps = self._tables.maps
@@ -225,3 +258,24 @@ class Patch:
             maps.state.view["short6"][0] |= np.uint64(bit)
         else:
             maps.filter6.view["length"][filter_place(key[0]), word] |= np.uint64(bit)
+
+
+class _Slots:
+    """Words of slots: by their prefixes up to /24, and the longer ones that they lead to."""
+
+    def __init__(self, tables: Entries, first: int, count: int) -> None:
+        self.short = tables.maps.slots.view[first : first + count].copy()
+        led = self.short & NUMBER
+        long4 = tables.length[led] > 120
+        self.tips = np.where(long4, led, 0).astype(np.uint32)
+        while long4.any():
+            led[long4] = tables.following[led[long4]]
+            long4 = tables.length[led] > 120
+        self.short = self.short & np.uint32(0xFF000000) | led
+
+    def words(self) -> U32:
+        return np.where(self.tips != 0, self.tips, self.short).astype(np.uint32)
+
+
+def _bit(key: Key) -> int:
+    return 1 << (LENGTHS + 128 - key[2])

@@ -21,7 +21,7 @@ from lockgate.agent.firewall_rules import FirewallFull
 from lockgate.bpf import syscall
 from lockgate.bpf.btf import Schema
 from lockgate.compile.firewall import Rule
-from lockgate.compile.firewall_layout import NUMBER, Layout, lay_out
+from lockgate.compile.firewall_layout import LENGTHS, NUMBER, Layout, lay_out
 from lockgate.compile.prefixes import NONE, Prefixes
 
 __all__ = ["Change", "FirewallFull", "FirewallTables"]
@@ -335,7 +335,8 @@ class FirewallTables(Entries):
         rule = self.own_rule[numbers]
         prefixes = self.prefixes(numbers)
         order = np.lexsort((rank[rule], prefixes.length, prefixes.low, prefixes.high))
-        layout = lay_out(prefixes, rank[rule], builtin[rule], numbers[order])
+        apart = np.flatnonzero(self.maps.slots.view >> LENGTHS)
+        layout = lay_out(prefixes, rank[rule], builtin[rule], numbers[order], apart)
         ordered = rule[order]
         hidden = layout.hidden != NONE
         ordered[hidden] = ordered[layout.hidden[hidden]]

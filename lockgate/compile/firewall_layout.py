@@ -33,20 +33,26 @@ class Layout:
     hidden: Places
     heads: Places
     nodes: Prefixes
+    #: Prefixes beyond /24 that a slot leads to by itself: all of its /24 lie in one another. `tips`
+    #: are the places of the innermost ones.
+    chained: NDArray[np.bool_]
+    tips: Places
 
     @property
     def head_numbers(self) -> U32:
         return self.numbers[self.heads]
 
     def hashed(self) -> NDArray[np.bool_]:
-        """Which prefixes are found in the hash: IPv4 beyond /24, IPv6 but ::/0."""
-        return np.where(is_v4(self.nodes), self.nodes.length > 120, self.nodes.length > 0)
+        """Which prefixes are found in the hash: IPv4 beyond /24, but for `chained`; IPv6, but for
+        ::/0."""
+        long4 = (self.nodes.length > 120) & ~self.chained
+        return np.where(is_v4(self.nodes), long4, self.nodes.length > 0)
 
     def slots(self) -> U32:
         """All of `fw_slots`."""
         made = np.zeros(SLOTS, np.uint32)
         v4, numbers = is_v4(self.nodes), self.head_numbers
-        first = (self.nodes.low & np.uint64(0xFFFFFFFF)).astype(np.int64) >> 8
+        first = _slot(self.nodes)
         for length in range(96, 121):
             here = np.flatnonzero(v4 & (self.nodes.length == length))
             span = 1 << (120 - length)
@@ -59,8 +65,9 @@ class Layout:
                 into = first[here][:, None] + np.arange(span)
                 made[into] = numbers[here][:, None]
         for length in range(121, 129):
-            here = v4 & (self.nodes.length == length)
+            here = v4 & (self.nodes.length == length) & ~self.chained
             made[first[here]] |= np.uint32(1 << (LENGTHS + 128 - length))
+        made[first[self.tips]] = numbers[self.tips]
         return made
 
     def filter6(self) -> tuple[NDArray[np.uint64], int]:
@@ -95,11 +102,16 @@ def filter_index(high: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def lay_out(
-    prefixes: Prefixes, rank: NDArray[np.int64], builtin: NDArray[np.bool_], numbers: U32
+    prefixes: Prefixes,
+    rank: NDArray[np.int64],
+    builtin: NDArray[np.bool_],
+    numbers: U32,
+    apart: Places | None = None,
 ) -> Layout:
     """Entries are given by prefix, by the rank of their rule, and whether it is built in; `numbers`
     are for them in the order of the result. Of those with the same prefix the lowest rank is
-    first; built-in ones are before all others."""
+    first; built-in ones are before all others. `apart`: slots whose longer prefixes are to be in
+    the hash."""
     order = np.lexsort((rank, prefixes.length, prefixes.low, prefixes.high))
     sorted_ = prefixes.take(order)
     first = sorted_.first()
@@ -124,4 +136,30 @@ def lay_out(
         left = left[~hides[hidden[left]]]
     hidden = np.where(hidden == NONE, NONE, heads[hidden] if len(heads) else NONE)[node]
     hidden[builtin[order]] = NONE
-    return Layout(order, numbers, following, hidden, heads, nodes)
+    chained, tips = _chains(nodes, around, apart)
+    return Layout(order, numbers, following, hidden, heads, nodes, chained, tips)
+
+
+def _slot(of: Prefixes) -> Places:
+    """The first slot of a prefix of IPv4."""
+    return (of.low & np.uint64(0xFFFFFFFF)).astype(np.int64) >> 8
+
+
+def _chains(
+    nodes: Prefixes, around: Places, apart: Places | None
+) -> tuple[NDArray[np.bool_], Places]:
+    """`chained` and `tips` of a Layout."""
+    chained = np.zeros(len(nodes), np.bool_)
+    long4 = np.flatnonzero(is_v4(nodes) & (nodes.length > 120))
+    if not len(long4):
+        return chained, long4
+    slot = _slot(nodes)[long4]
+    begins = np.append(True, slot[1:] != slot[:-1])
+    group = np.cumsum(begins) - 1
+    broken = ~begins & (around[long4] != long4 - 1)
+    if apart is not None:
+        broken |= np.isin(slot, apart)
+    whole = np.bincount(group, weights=broken)[group] == 0
+    chained[long4] = whole
+    ends = np.append(begins[1:], True)
+    return chained, long4[ends & whole]

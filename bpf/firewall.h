@@ -6,6 +6,7 @@
 #ifndef LOCKGATE_FIREWALL_H
 #define LOCKGATE_FIREWALL_H
 
+#include "balance.h"
 #include "bucket.h"
 #include "firewall_maps.h"
 #include "firewall_known.h"
@@ -28,7 +29,22 @@ struct fw_probe {
 	__u64 length[2];	/* as struct fw_filter */
 	__u64 high, low;	/* the address, cut to the last length */
 	__u32 number;
+	__u32 bloom_mask;
 };
+
+/* Can the hash have it? lockgate/compile/firewall_layout.py has the same function. */
+static __always_inline bool fw_may_be_there(const struct fw_probe *p, __u32 length)
+{
+	__u64 x = p->high * HASH_MULTIPLIER + p->low;
+
+	x = ((x ^ x >> 29) + length) * HASH_MULTIPLIER;
+	x ^= x >> 32;
+	__u32 index = x >> 12 & p->bloom_mask;
+	__u64 *word = bpf_map_lookup_elem(&fw_bloom, &index);
+	__u64 bits = 1ull << (x & 63) | 1ull << (x >> 6 & 63);
+
+	return word && (*(volatile __u64 *)word & bits) == bits;
+}
 
 static long fw_probe_one(__u64 i, void *context)
 {
@@ -52,6 +68,8 @@ static long fw_probe_one(__u64 i, void *context)
 		p->high &= ~0ull << bit;
 	}
 	key.length = (longer ? 128 : 64) - bit;
+	if (!fw_may_be_there(p, key.length))
+		return 0;
 	k[0] = bpf_htonl(p->high >> 32);
 	k[1] = bpf_htonl(p->high);
 	k[2] = bpf_htonl(p->low >> 32);
@@ -66,12 +84,15 @@ static long fw_probe_one(__u64 i, void *context)
 /* The number of the first of those lengths that has a prefix with the address, else `rest`. */
 static __noinline int fw_probe(const struct addr *addr, __u64 longer, __u64 shorter, __u32 rest)
 {
+	__u32 zero = 0;
+	struct fw_state *now = bpf_map_lookup_elem(&fw_state, &zero);
 	const __be32 *w = (const __be32 *)addr;
 	struct fw_probe p = {
 		.length = { longer, shorter },
 		.high = (__u64)bpf_ntohl(w[0]) << 32 | bpf_ntohl(w[1]),
 		.low = (__u64)bpf_ntohl(w[2]) << 32 | bpf_ntohl(w[3]),
 		.number = rest,
+		.bloom_mask = now ? now->bloom_mask : 0,
 	};
 
 	bpf_loop(128, fw_probe_one, &p, 0);
@@ -89,7 +110,12 @@ static __always_inline __u32 fw_find(const struct addr *addr, __u8 family)
 	__u32 index;
 
 	if (family == 4) {
+		__u32 group = bpf_ntohl(w[3]) >> 14;
+		__u64 *used = bpf_map_lookup_elem(&fw_slots_used, &group);
+
 		index = bpf_ntohl(w[3]) >> 8;
+		if (!used || !(*(volatile __u64 *)used >> (index & 63) & 1))
+			return 0;
 		__u32 *slot = bpf_map_lookup_elem(&fw_slots, &index);
 		__u32 word = slot ? *(volatile __u32 *)slot : 0;
 

@@ -86,7 +86,7 @@ struct fw_ports {
 struct fw_state {
 	__u64 short6;		/* lengths below 32 in use for IPv6, as the second word of a filter */
 	__u32 root6;		/* number of the entry of ::/0 */
-	__u32 pad;
+	__u32 bloom_mask;	/* words of fw_bloom - 1 */
 	/* What the programs write has a cache line of its own. */
 	__u64 told __attribute__((aligned(64)));	/* bucket of flow records */
 };
@@ -106,6 +106,11 @@ struct fw_source {		/* an IPv4 address, or a /64 */
 		__type(value, record);					\
 	} name SEC(".maps")
 
+/* Filters before what is large: a bit for each slot that is not 0, and two bits in one word for
+ * each prefix of the hash (Putze, Sanders and Singler 2007). What they have too many costs a
+ * look-up, and nothing else. */
+FW_ARRAY(fw_slots_used, __u64);
+FW_ARRAY(fw_bloom, __u64);
 FW_ARRAY(fw_slots, __u32);
 FW_ARRAY(fw_filter6, struct fw_filter);
 FW_ARRAY(fw_entries, struct fw_entry);

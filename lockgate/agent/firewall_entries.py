@@ -60,6 +60,7 @@ class Entries:
         #: Numbers that nothing leads to any more, what came in their places (0 = nothing), and
         #: their counters when it came.
         self.retired: list[tuple[U32, U32, NDArray[np.uint64]]] = []
+        maps.state.view["bloom_mask"][0] = len(maps.bloom) - 1
         self.deleted = False  # elements of the hash, since the last grace period
         self.memory = maps.entries.view.view(np.uint8).reshape(-1).data
         self.record_size = maps.entries.view.dtype.itemsize

@@ -24,6 +24,8 @@ def sizes(entries: int) -> dict[str, int]:
     room = min(_MOST, max(_LEAST, 1 << (2 * entries).bit_length()))
     return {
         "fw_slots": SLOTS,
+        "fw_slots_used": SLOTS // 64,
+        "fw_bloom": room // 4,  # 16 bits for each of as many prefixes as are asked for
         "fw_filter6": 1 << FILTER_BITS,
         "fw_prefixes": room,
         "fw_entries": room,
@@ -38,6 +40,8 @@ class FirewallMaps:
     """Typed views; `close` lets go of them, what is pinned or used by a program stays."""
 
     slots: MappedArray
+    used: MappedArray
+    bloom: MappedArray
     filter6: MappedArray
     entries: MappedArray
     rules: MappedArray
@@ -51,6 +55,8 @@ class FirewallMaps:
         dtype = obj.schema.dtype
         return cls(
             MappedArray.of(obj, "fw_slots", np.dtype("<u4")),
+            MappedArray.of(obj, "fw_slots_used", np.dtype("<u8")),
+            MappedArray.of(obj, "fw_bloom", np.dtype("<u8")),
             MappedArray.of(obj, "fw_filter6", dtype("fw_filter")),
             MappedArray.of(obj, "fw_entries", dtype("fw_entry")),
             MappedArray.of(obj, "fw_rules", dtype("fw_rule")),
@@ -60,6 +66,5 @@ class FirewallMaps:
         )
 
     def close(self) -> None:
-        for map_ in (self.slots, self.filter6, self.entries, self.rules, self.ports, self.state):
-            map_.close()
-        self.prefixes.close()
+        for name in self.__slots__:
+            getattr(self, name).close()

@@ -19,7 +19,7 @@ from lockgate.agent.firewall_keys import (
     packed,
 )
 from lockgate.bpf import syscall
-from lockgate.compile.firewall_layout import LENGTHS, NUMBER, filter_bit
+from lockgate.compile.firewall_layout import LENGTHS, NUMBER, bloom_bits, filter_bit, slots_used
 from lockgate.compile.prefixes import high_mask, is_v4, low_mask
 
 __all__ = ["Patch"]
@@ -81,12 +81,14 @@ class Patch:
         if hash_put and tables.deleted:
             tables.settle()
         for key, number in hash_put:
+            self._mark(key)
             raw = number.to_bytes(4, "little") + bytes(4)
             syscall.map_update(tables.maps.prefixes.fd, packed(key), raw, syscall.BPF_F_LOCK)
             if not is_v4_key(key):
                 self._mark6(key)
         for first, words in slots:
             tables.maps.slots.view[first : first + len(words)] = words
+            self._mark_slots(first, len(words))
         for (_, _, length), number in self._heads.items():
             if not length:
                 tables.maps.state.view["root6"][0] = number
@@ -250,6 +252,22 @@ class Patch:
             slots[first] = one
         part = slice(first - start, first - start + count)
         return one.short[part], one.tips[part]
+
+    def _mark(self, key: Key) -> None:
+        bloom = self._tables.maps.bloom.view
+        high, low, length = (np.array([part], np.uint64) for part in key)
+        at, bits = bloom_bits(high, low, length.astype(np.uint8), len(bloom))
+        bloom[at[0]] |= bits[0]
+
+    def _mark_slots(self, first: int, count: int) -> None:
+        """Which of them are used; those beside them are as they are."""
+        maps = self._tables.maps
+        if count == 1:
+            if maps.slots.view[first]:
+                maps.used.view[first >> 6] |= np.uint64(1 << (first & 63))
+            return
+        start, end = first & ~63, (first + count + 63) & ~63
+        maps.used.view[start >> 6 : end >> 6] = slots_used(maps.slots.view[start:end])
 
     def _mark6(self, key: Key) -> None:
         maps = self._tables.maps

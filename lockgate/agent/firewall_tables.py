@@ -21,7 +21,7 @@ from lockgate.agent.firewall_rules import FirewallFull
 from lockgate.bpf import syscall
 from lockgate.bpf.btf import Schema
 from lockgate.compile.firewall import Rule
-from lockgate.compile.firewall_layout import LENGTHS, NUMBER, Layout, lay_out
+from lockgate.compile.firewall_layout import LENGTHS, NUMBER, Layout, lay_out, slots_used
 from lockgate.compile.prefixes import NONE, Prefixes
 
 __all__ = ["Change", "FirewallFull", "FirewallTables"]
@@ -204,6 +204,8 @@ class FirewallTables(Entries):
         before = maps.prefixes.keys()
         if self.deleted and len(keys):
             self.settle()
+        bloom = layout.bloom(len(maps.bloom))
+        maps.bloom.view |= bloom
         if len(keys):
             maps.prefixes.update_many(keys, values, syscall.BPF_F_LOCK)
         bits, short6 = layout.filter6()
@@ -212,12 +214,15 @@ class FirewallTables(Entries):
         state = maps.state.view
         state["short6"][0] |= np.uint64(short6)
         state["root6"][0] = layout.root6()
-        maps.slots.view[:] = layout.slots()
+        slots = layout.slots()
+        maps.slots.view[:] = slots
+        maps.used.view[:] = slots_used(slots)
         over = before[~np.isin(as_bytes(before), as_bytes(keys))]
         if len(over):
             maps.prefixes.delete_many(over)
             self.deleted = True
         filters[:] = bits
+        maps.bloom.view[:] = bloom
         state["short6"][0] = short6
 
     # ---- A few ---------------------------------------------------------------------
@@ -348,6 +353,10 @@ class FirewallTables(Entries):
         slots = self.maps.slots.view
         wanted = layout.slots()
         if ((slots ^ wanted) & NUMBER).any() or (wanted & ~slots).any():
+            return False
+        if (slots_used(wanted) & ~self.maps.used.view).any():
+            return False
+        if (layout.bloom(len(self.maps.bloom)) & ~self.maps.bloom.view).any():
             return False
         bits, short6 = layout.filter6()
         if (bits & ~self.maps.filter6.view["length"]).any():

@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 
 from lockgate.compile.prefixes import NONE, Places, Prefixes, is_v4, parents
 
-__all__ = ["FILTER_BITS", "LENGTHS", "NUMBER", "SLOTS", "Layout", "filter_index", "lay_out"]
+__all__ = [
+    "FILTER_BITS",
+    "LENGTHS",
+    "NUMBER",
+    "SLOTS",
+    "Layout",
+    "bloom_bits",
+    "filter_bit",
+    "filter_index",
+    "lay_out",
+    "slots_used",
+]
 
 U32 = NDArray[np.uint32]
 SLOTS = 1 << 24
@@ -70,6 +81,18 @@ class Layout:
         made[first[self.tips]] = numbers[self.tips]
         return made
 
+    def bloom(self, words: int) -> NDArray[np.uint64]:
+        """`fw_bloom` of so many words, a power of two."""
+        of = self.nodes.take(self.hashed())
+        made = np.zeros(words, np.uint64)
+        at, bits = bloom_bits(of.high, of.low, of.length, words)
+        order = np.argsort(at, kind="stable")
+        at, bits = at[order], bits[order]
+        begins = np.flatnonzero(np.append(True, at[1:] != at[:-1])) if len(at) else at
+        if len(at):
+            made[at[begins]] = np.bitwise_or.reduceat(bits, begins)
+        return made
+
     def filter6(self) -> tuple[NDArray[np.uint64], int]:
         """`fw_filter6` as rows of two words, and `fw_state.short6`."""
         made = np.zeros((1 << FILTER_BITS, 2), np.uint64)
@@ -88,6 +111,24 @@ class Layout:
         """The number of ::/0."""
         at = np.flatnonzero(self.nodes.length == 0)
         return int(self.head_numbers[at[0]]) if len(at) else 0
+
+
+def bloom_bits(
+    high: NDArray[np.uint64], low: NDArray[np.uint64], length: NDArray[np.uint8], words: int
+) -> tuple[Places, NDArray[np.uint64]]:
+    """As fw_may_be_there() in bpf/firewall.h: of each prefix the word, and its bits there."""
+    by, one = np.uint64(0x9E3779B97F4A7C15), np.uint64(1)
+    x = high * by + low
+    x = ((x ^ x >> np.uint64(29)) + length.astype(np.uint64)) * by
+    x ^= x >> np.uint64(32)
+    at = (x >> np.uint64(12) & np.uint64(words - 1)).astype(np.int64)
+    six = np.uint64(63)
+    return at, one << (x & six) | one << (x >> np.uint64(6) & six)
+
+
+def slots_used(slots: U32) -> NDArray[np.uint64]:
+    """`fw_slots_used` of those slots, of which there are a multiple of 64."""
+    return np.packbits(slots != 0, bitorder="little").view("<u8")
 
 
 def filter_bit(length: int) -> tuple[int, int]:

@@ -27,11 +27,14 @@ from lockgate.bpf.btf import Schema
 from lockgate.bpf.grace import wait_grace
 from lockgate.compile.firewall import Rule
 from lockgate.compile.firewall_layout import LENGTHS, NUMBER
-from lockgate.compile.prefixes import Prefixes
+from lockgate.compile.prefixes import Prefixes, high_mask, is_v4, low_mask
 
 __all__ = ["Entries"]
 
 U32 = NDArray[np.uint32]
+_ONES = 0xFFFF_FFFF_FFFF_FFFF
+#: Numbers that are looked through one by one, as it were.
+_MANY = 4096
 
 
 class Entries:
@@ -62,6 +65,10 @@ class Entries:
         self.retired: list[tuple[U32, U32, NDArray[np.uint64]]] = []
         maps.state.view["bloom_mask"][0] = len(maps.bloom) - 1
         self.deleted = False  # elements of the hash, since the last grace period
+        #: Numbers by prefix, as they were when that was known last, and those given out since.
+        self._index = np.zeros(0, np.uint32)
+        self._index_of = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+        self._since: list[int] = []
         self.memory = maps.entries.view.view(np.uint8).reshape(-1).data
         self.record_size = maps.entries.view.dtype.itemsize
 
@@ -205,12 +212,40 @@ class Entries:
             return bool((words >> LENGTHS).any() or (self.length[words & NUMBER] > length).any())
         return length < 32 or any(inner > length for inner in self.lengths6(high))
 
+    def inner(self, key: Key) -> U32:
+        """The entries of all longer prefixes inside."""
+        first = key[0], key[1]
+        last = key[0] | ~int(high_mask[key[2]]) & _ONES, key[1] | ~int(low_mask[key[2]]) & _ONES
+        high, low = self._index_of
+        begin = int(np.searchsorted(high, np.uint64(first[0]), "left"))
+        end = int(np.searchsorted(high, np.uint64(last[0]), "right"))
+        if first[0] == last[0]:
+            part = low[begin:end]
+            end = begin + int(np.searchsorted(part, np.uint64(last[1]), "right"))
+            begin += int(np.searchsorted(part, np.uint64(first[1]), "left"))
+        found = np.concatenate((self._index[begin:end], np.array(self._since, np.uint32)))
+        # Numbers may be other prefixes' by now.
+        there = self.live[found] & (self.length[found] > key[2])
+        there &= self.high[found] & high_mask[key[2]] == np.uint64(key[0])
+        there &= self.low[found] & low_mask[key[2]] == np.uint64(key[1])
+        found = np.unique(found[there])
+        of_family: U32 = found[is_v4(self.prefixes(found)) == is_v4_key(key)]
+        return of_family
+
+    def sort(self, numbers: U32 | None = None) -> None:
+        """Know all by prefix; `numbers`: all of them, in that order."""
+        if numbers is None:
+            all_ = self.all()
+            numbers = all_[np.lexsort((self.low[all_], self.high[all_]))]
+        self._index, self._since = numbers.copy(), []
+        self._index_of = self.high[numbers], self.low[numbers]
+
     # ---- Numbers -------------------------------------------------------------------
 
     def make_room(self, count: int) -> None:
         left = len(self.free) + len(self.live) - self.fresh
         if left < count and self.retired:
-            self.settle()
+            self.reclaim()
             left = len(self.free) + len(self.live) - self.fresh
         if left < count:
             raise FirewallFull(f"{count} entries do not fit: of {self.room} places {left} are free")
@@ -222,6 +257,7 @@ class Entries:
         del self.free[len(self.free) - again :]
         numbers += range(self.fresh, self.fresh + count - again)
         self.fresh += count - again
+        self._since += numbers
         return np.array(numbers, np.uint32)
 
     def retire(self, old: U32, new: U32) -> None:
@@ -242,8 +278,15 @@ class Entries:
 
     def settle(self) -> None:
         """Wait until no packet sees what was replaced, and make it free for others."""
-        if not self.retired and not self.deleted:
-            return
+        if len(self._since) > _MANY:
+            self.sort()
+        if self.retired or self.deleted:
+            self.reclaim()
+            # Not in the middle of a change: rules without entries may be in force still.
+            self.rules.tidy()
+
+    def reclaim(self) -> None:
+        """Wait until no packet sees the entries that were replaced, and make them free."""
         wait_grace()
         self.deleted = False
         view = self.maps.entries.view
@@ -256,4 +299,3 @@ class Entries:
             view[old] = np.zeros(1, view.dtype)[0]
             self.free += old.tolist()
         self.retired = []
-        self.rules.tidy()

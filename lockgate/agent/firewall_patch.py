@@ -20,7 +20,6 @@ from lockgate.agent.firewall_keys import (
 )
 from lockgate.bpf import syscall
 from lockgate.compile.firewall_layout import LENGTHS, NUMBER, bloom_bits, filter_bit, slots_used
-from lockgate.compile.prefixes import high_mask, is_v4, low_mask
 
 __all__ = ["Patch"]
 
@@ -79,13 +78,12 @@ class Patch:
         moved = self._inner()
         hash_put, hash_gone, slots = self._words()
         if hash_put and tables.deleted:
-            tables.settle()
-        for key, number in hash_put:
+            tables.reclaim()
+        # The longest first: what an address in one of them finds until then is as it was.
+        for key, number in sorted(hash_put, key=lambda one: -one[0][2]):
             self._mark(key)
             raw = number.to_bytes(4, "little") + bytes(4)
             syscall.map_update(tables.maps.prefixes.fd, packed(key), raw, syscall.BPF_F_LOCK)
-            if not is_v4_key(key):
-                self._mark6(key)
         for first, words in slots:
             tables.maps.slots.view[first : first + len(words)] = words
             self._mark_slots(first, len(words))
@@ -96,7 +94,8 @@ class Patch:
         for number, target in moved.items():
             tables.following[number] = target
             following[number] = target
-        for key in hash_gone:
+        # The shortest first, likewise.
+        for key in sorted(hash_gone, key=lambda one: one[2]):
             syscall.map_delete(tables.maps.prefixes.fd, packed(key), "fw_prefixes")
             tables.deleted = True
         tables.retire(np.array(self._old, np.uint32), np.array(self._new, np.uint32))
@@ -158,7 +157,6 @@ class Patch:
     def _inner(self) -> dict[int, int]:
         """Entries that lead out of prefixes inside ours, which are not made anew: to what."""
         tables = self._tables
-        top = len(tables.live)
         gone = set(self._old)
         moved: dict[int, int] = {}
         for key, number in self._heads.items():
@@ -167,16 +165,8 @@ class Patch:
             mine = self._before[key]
             was, outer = self._outer[key]
             leads = mine[0] if mine else was
-            inner = np.flatnonzero((tables.following[:top] == leads) & tables.live)
-            if not mine:
-                mask_high, mask_low = high_mask[key[2]], low_mask[key[2]]
-                inside = (
-                    (tables.high[inner] & mask_high == key[0])
-                    & (tables.low[inner] & mask_low == key[1])
-                    & (tables.length[inner] > key[2])
-                )
-                inner = inner[inside]
-                inner = inner[is_v4(tables.prefixes(inner.astype(np.uint32))) == is_v4_key(key)]
+            inner = tables.inner(key)
+            inner = inner[tables.following[inner] == leads]
             for one in inner.tolist():
                 if one not in gone:
                     moved[one] = number or outer
@@ -254,10 +244,13 @@ class Patch:
         return one.short[part], one.tips[part]
 
     def _mark(self, key: Key) -> None:
+        """In the filters, which must have it before it is there."""
         bloom = self._tables.maps.bloom.view
         high, low, length = (np.array([part], np.uint64) for part in key)
         at, bits = bloom_bits(high, low, length.astype(np.uint8), len(bloom))
         bloom[at[0]] |= bits[0]
+        if not is_v4_key(key):
+            self._mark6(key)
 
     def _mark_slots(self, first: int, count: int) -> None:
         """Which of them are used; those beside them are as they are."""

@@ -14,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockgate.agent.firewall_entries import Entries
-from lockgate.agent.firewall_keys import Key, as_bytes, key_records, keys_of, monotonic_of, wall_of
+from lockgate.agent.firewall_keys import (
+    Key,
+    as_bytes,
+    cut,
+    is_v4_key,
+    key_records,
+    keys_of,
+    monotonic_of,
+    wall_of,
+)
 from lockgate.agent.firewall_maps import FirewallMaps
 from lockgate.agent.firewall_patch import Patch
 from lockgate.agent.firewall_rules import FirewallFull
@@ -133,6 +142,7 @@ class FirewallTables(Entries):
         self._write(layout, prefixes.take(order), rule[order], expires[order], totals[order])
         self.live[:] = False
         self.live[numbers] = True
+        self.sort(numbers)
         self.rules.count[:] = np.bincount(rule, minlength=len(self.rules.count))
         self._lead_to(layout)
         return order, numbers
@@ -197,29 +207,32 @@ class FirewallTables(Entries):
     def _lead_to(self, layout: Layout) -> None:
         """From all addresses. Longer prefixes are there before a slot says so, and go after."""
         maps = self.maps
-        hashed = layout.hashed()
+        hashed = np.flatnonzero(layout.hashed())
+        # The longest first: what an address in one of them finds until then is as it was.
+        hashed = hashed[np.argsort(-layout.nodes.length[hashed].astype(np.int64), kind="stable")]
         keys = key_records(layout.nodes.take(hashed), maps.prefixes.key_dtype)
         values = np.zeros(len(keys), maps.prefixes.value_dtype)
         values["number"] = layout.head_numbers[hashed]
         before = maps.prefixes.keys()
         if self.deleted and len(keys):
-            self.settle()
+            self.reclaim()
+        # Filters must have what comes before it is there.
         bloom = layout.bloom(len(maps.bloom))
         maps.bloom.view |= bloom
+        bits, short6 = layout.filter6()
+        filters, state = maps.filter6.view["length"], maps.state.view
+        filters |= bits
+        state["short6"][0] |= np.uint64(short6)
         if len(keys):
             maps.prefixes.update_many(keys, values, syscall.BPF_F_LOCK)
-        bits, short6 = layout.filter6()
-        filters = maps.filter6.view["length"]
-        filters |= bits
-        state = maps.state.view
-        state["short6"][0] |= np.uint64(short6)
         state["root6"][0] = layout.root6()
         slots = layout.slots()
         maps.slots.view[:] = slots
         maps.used.view[:] = slots_used(slots)
         over = before[~np.isin(as_bytes(before), as_bytes(keys))]
         if len(over):
-            maps.prefixes.delete_many(over)
+            # The shortest first, likewise.
+            maps.prefixes.delete_many(over[np.argsort(over["length"], kind="stable")])
             self.deleted = True
         filters[:] = bits
         maps.bloom.view[:] = bloom
@@ -249,19 +262,29 @@ class FirewallTables(Entries):
     def _add_between(
         self, nodes: dict[Key, list[tuple[int, float]]], before: dict[Key, list[int]]
     ) -> None:
-        """Prefixes between two that change: an address in the inner one would read two words."""
-        for key in list(nodes):
-            chain = self.around(key)
-            path: list[tuple[Key, int]] = []
-            while chain:
-                outer = self.key(chain)
-                path.append((outer, chain))
-                chain = self.beyond(chain)
-            changed = [at for at, (outer, _) in enumerate(path) if outer in nodes]
-            for outer, _ in path[: changed[-1]] if changed else ():
+        """Prefixes between two that change, or come: an address in the inner one would read two
+        words."""
+        changed = list(nodes)
+        lengths = sorted({key[2] for key in changed})
+        for key in changed:
+            v4 = is_v4_key(key)
+            outermost = next(
+                (
+                    length
+                    for length in lengths
+                    if length < key[2]
+                    and (outer := cut(key, length)) in nodes
+                    and is_v4_key(outer) == v4
+                ),
+                None,
+            )
+            number = self.around(key) if outermost is not None else 0
+            while number and self.length[number] > (outermost or 0):
+                outer = self.key(number)
                 if outer not in nodes:
                     nodes[outer] = []
                     before[outer] = self.node(outer)
+                number = self.beyond(number)
 
     def _expect(self, expires: float) -> None:
         if expires and not 0 < self.next_expiry <= expires:
@@ -331,6 +354,7 @@ class FirewallTables(Entries):
         self.rules.count[:] = used[: len(self.rules.count)]
         self.rules.adopt(candidates, np.flatnonzero(self.rules.count).tolist())
         self.next_expiry = self._first_expiry()
+        self.sort()
         if not self._is_whole(numbers):
             self._replace(self.places(None), ())
 

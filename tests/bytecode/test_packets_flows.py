@@ -184,7 +184,9 @@ def test_connections_as_the_node_begin_in_the_crowd_when_there_are_many(
         assert Ether(out.packet)[1].src == LB[family]
         packet = wire() / ip(family, "world", LB[family]) / tcp(40019, PORTS[SNAT], "A")
         out = world.run("from_net", bytes(packet), OUTSIDE)
-        same_frame(out.packet, to_hop() / ip(family, "host", "remote", ttl=63) / tcp(port, 8080, "A"))
+        same_frame(
+            out.packet, to_hop() / ip(family, "host", "remote", ttl=63) / tcp(port, 8080, "A")
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

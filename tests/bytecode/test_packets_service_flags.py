@@ -46,9 +46,7 @@ def scene(family: int) -> Scene:
     services = {}
     for proto in (TCP, UDP):
         services |= {
-            (known["host"], NODE_PORT, proto): Service(
-                1, backend, flags=SVC_FRONTEND | SVC_LOCAL
-            ),
+            (known["host"], NODE_PORT, proto): Service(1, backend, flags=SVC_FRONTEND | SVC_LOCAL),
             (LB[family], 80, proto): Service(2, backend, flags=SVC_FRONTEND),
             (LB[family], PORTS[RANGED], proto): Service(
                 3, backend, flags=SVC_FRONTEND | SVC_RANGES, ranges=pods

@@ -135,9 +135,7 @@ def sockets() -> Iterator[Sockets]:
 
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("kind", ["tcp", "udp"])
-def test_a_node_port_on_loopback_is_the_nodes_own(
-    sockets: Sockets, kind: str, family: int
-) -> None:
+def test_a_node_port_on_loopback_is_the_nodes_own(sockets: Sockets, kind: str, family: int) -> None:
     address = LOOPBACK[family]
     assert sockets.ask("node", kind, family, address, 80) == f"{address} 80"
     found = sockets.ask("pod", kind, family, address, 80)

@@ -25,9 +25,7 @@ from tests.system.test_traffic import ping
 pytestmark = pytest.mark.skipif(need_root(), reason="needs root")
 
 PORT, TARGET = 80, 9000
-NODE_IPS = {
-    f"node-{n}": {4: f"172.30.0.{10 + n}", 6: f"fd00:172:30::{10 + n}"} for n in (1, 2, 3)
-}
+NODE_IPS = {f"node-{n}": {4: f"172.30.0.{10 + n}", 6: f"fd00:172:30::{10 + n}"} for n in (1, 2, 3)}
 NODES = ("node-1", "node-2", "node-3")
 KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 FAMILIES = (4, 6)
@@ -78,9 +76,7 @@ def frontend(name: str) -> list[str]:
                 "labels": {"kubernetes.io/service-name": name},
             },
             "addressType": f"IPv{family}",
-            "ports": [
-                {"name": kind, "port": TARGET, "protocol": kind.upper()} for kind in KINDS
-            ],
+            "ports": [{"name": kind, "port": TARGET, "protocol": kind.upper()} for kind in KINDS],
             "endpoints": [{"addresses": [address], "conditions": {"ready": True}}],
         }
         documents.append(json.dumps(piece))

@@ -56,6 +56,8 @@ from lockgate.objects.model import (
 )
 
 FRONTENDS, BACKENDS, CLIENTS = 10, 100, 65536
+#: As on a node with 8 GB: room for 65,536 flows.
+FLOW_SETS = 32768
 CARD, OTHER_END, HOP = 100, 101, 1
 MAC = bytes.fromhex("020000000001")
 PASS, TX = 2, 3  # enum xdp_action
@@ -89,7 +91,10 @@ ALL = ("flows", "no flows")
 CASES = (
     Case("TCP established, one client", TCP, ACK, 1, ALL),
     Case("TCP established, 65,536 clients", TCP, ACK, CLIENTS, ALL),
-    Case("TCP new", TCP, SYN, 0, ("flows", "flows, all learned", "no flows")),
+    Case("TCP new, one client", TCP, SYN, 1, ALL),
+    Case(
+        "TCP new, always another client", TCP, SYN, 0, ("flows", "flows, all learned", "no flows")
+    ),
     Case("UDP, one client", UDP, 0, 1, ALL),
     Case("UDP, 65,536 clients", UDP, 0, CLIENTS, ALL),
     Case("not ours", TCP, ACK, CLIENTS, ("flows",), ours=False),
@@ -166,9 +171,7 @@ class World:
     """The maps as an agent fills them, and the programs over them by kind."""
 
     def __init__(self, pins: Path) -> None:
-        self.dp = Datapath(
-            _object("lockgate"), pins, Sizes(16384, 16384, 16384, 16384, 4 * CLIENTS)
-        )
+        self.dp = Datapath(_object("lockgate"), pins, Sizes(16384, 16384, 16384, 16384, FLOW_SETS))
         found = cluster()
         tables = compile_node(found, "a", kernel.Ids(found, "a"))
         if tables.errors:
@@ -192,13 +195,25 @@ class World:
         made = Object(_object(name))
         made.share_maps(self.dp.object)
         mac = int.from_bytes(MAC, "little")
-        made.set_rodata({"config_balance": 1, "config_macs": [mac, 0, 0, 0], **more})
+        made.set_rodata(
+            {
+                **_known(made, self.dp.constants),
+                "config_balance": 1,
+                "config_macs": [mac, 0, 0, 0],
+                **more,
+            }
+        )
         made.load()
         return made
 
     def forget(self) -> None:
         """Flows of the last case."""
-        self.dp.flows.delete_many(self.dp.flows.keys())
+        self.dp.flows.view[:] = np.zeros((), self.dp.flows.view.dtype)
+
+
+def _known(of: Object, constants: Mapping[str, Any]) -> dict[str, Any]:
+    names = of.schema.variables(".rodata")
+    return {name: value for name, value in constants.items() if name in names}
 
 
 def _object(name: str) -> Path:

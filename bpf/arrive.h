@@ -74,6 +74,13 @@ static __always_inline __u32 peer_target(struct packet *p, const struct addr *ad
 	return TO_NOWHERE;
 }
 
+/* What a node itself says to another goes by the card, by the stacks of both, also where pods'
+ * packets go through the tunnel. */
+static __always_inline bool is_between_nodes(struct packet *p)
+{
+	return p->role == LINK_UNDERLAY && kind_of(p, &p->wire.saddr) == PEER_NODE && !is_pod(p, &p->wire.daddr);
+}
+
 /* A node's answer to a pod or process of this one comes from wherever the backend is that
  * a third node sent the question to (docs/services.md, DSR). Is it one, to a pod? */
 static __always_inline bool answers_for_another(struct packet *p, struct ct *ct)

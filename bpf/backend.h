@@ -5,8 +5,8 @@
 
 #include "packet.h"
 
-/* Is this address a backend of this service, in the epoch's view? */
-static __always_inline bool backend_live(__u32 epoch, __u32 service, const struct addr *addr,
+/* Is this address a backend of this service, in the epoch's view? An enum liveness, or 0. */
+static __always_inline __u8 backend_live(__u32 epoch, __u32 service, const struct addr *addr,
 					 __be16 port, __u8 proto)
 {
 	struct backend_key key = {
@@ -17,21 +17,25 @@ static __always_inline bool backend_live(__u32 epoch, __u32 service, const struc
 	};
 	struct backend_state *backend = bpf_map_lookup_elem(&service_backends, &key);
 
-	return backend && backend->live[epoch & 1];
+	return backend ? backend->live[epoch & 1] : 0;
 }
 
-/* The backend that a client keeps, while it lives and the client comes back in
- * time. False: it keeps none. */
+/* The backend that a client keeps, while it lives and the client comes back in time; for what
+ * `begins`, while it takes new connections. False: it keeps none. */
 static __always_inline bool affinity_find(const struct affinity_key *key, const struct service_view *view,
-					  __u32 epoch, __u8 proto, __u32 now, bool dry, struct affinity *found)
+					  __u32 epoch, __u8 proto, bool begins, __u32 now, bool dry,
+					  struct affinity *found)
 {
 	struct affinity *kept = bpf_map_lookup_elem(&affinities, key);
 
 	if (!kept)
 		return false;
 	*found = *kept;
-	if (is_later(now, found->seen, view->affinity) ||
-	    !backend_live(epoch, view->id, &found->addr, found->port, proto))
+	if (is_later(now, found->seen, view->affinity))
+		return false;
+	__u8 live = backend_live(epoch, view->id, &found->addr, found->port, proto);
+
+	if (!live || (begins && live != LIVE_TAKES))
 		return false;
 	if (!dry && found->seen != now)
 		kept->seen = now;

@@ -38,6 +38,9 @@ const volatile __u64 config_fragment_ns = 0;
 const volatile __u32 config_flows = 1;
 const volatile __u64 config_flow_ns = 0;
 
+/* Elements of `flows`, a power of two, less one. */
+const volatile __u32 config_flow_mask = 4095;
+
 /* Outer source of encapsulated packets, whose low bits are the flow's hash: a /16
  * of IPv4 in network order, a /96 of IPv6. */
 const volatile __u8 config_outer4[4] = { 198, 18, 0, 0 };

@@ -38,8 +38,8 @@ static __always_inline bool admit(struct __sk_buff *skb, struct packet *p, __u8 
 	p->tuple.saddr = p->wire.saddr;
 	bool allowed = judge(p, &p->tuple);
 
-	/* What another node sent here encapsulated, it took from the client: which may be anywhere. */
-	if (p->place == PLACE_FROM_NET && !p->outer_size &&
+	/* A frontend's client was looked at: see is_believed(). */
+	if (p->place == PLACE_FROM_NET && !(*flags & CT_SERVICE) &&
 	    (is_ours(p->src_target) || !comes_by(skb, p, p->src_target))) {
 		p->judged = 0;
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
@@ -278,7 +278,7 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 		}
 	}
 	if (p->place == PLACE_FROM_NET && !p->outer_size && !comes_by(skb, p, ct->target[!p->reply]) &&
-	    !answers_for_another(p, ct)) {
+	    !answers_for_another(p, ct) && !(ct->flags & CT_SERVICE && is_between_nodes(p))) {
 		p->judged = 0;
 		GIVE_UP(p, CAUSE_SPOOFED_SOURCE);
 		return drop(skb, p);
@@ -310,7 +310,14 @@ static __always_inline bool is_at_pod(struct packet *p, const struct addr *addr)
 
 static __always_inline bool for_a_pod(struct packet *p)
 {
-	return is_at_pod(p, &p->wire.daddr);
+	struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
+	enum peer_kind kind = peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
+
+	p->to_host = kind == PEER_HOST;
+	if (kind != PEER_LOCAL)
+		return false;
+	p->slot = peer->view[p->epoch & 1].target;
+	return true;
 }
 
 /* Can what goes to a pod's address be translated? Datagrams to a backend that went
@@ -326,6 +333,10 @@ static __always_inline bool may_have_moved(struct __sk_buff *skb, struct packet 
  * late answer of a backend that went began it, it does not take the client back. */
 static __noinline struct ct *find_untranslated(struct __sk_buff *skb, struct packet *p, const struct tuple *t)
 {
+	p->twin = p->late = 0;
+	/* A frontend's. The client may be a pod of this node, which has an entry of its own. */
+	if (p->outer_size)
+		return NULL;
 	struct ct *ct = ct_find(p, t);
 
 	p->twin = ct && (p->place == PLACE_FROM_POD || p->place == PLACE_FROM_NET) && !p->reply &&

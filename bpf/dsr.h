@@ -7,6 +7,7 @@
 #ifndef LOCKGATE_DSR_H
 #define LOCKGATE_DSR_H
 
+#include "bits.h"
 #include "cidr.h"
 #include "count.h"
 #include "flow.h"
@@ -24,19 +25,59 @@ const volatile __u32 config_generic = 0;
  * sent everywhere, is another machine's. */
 const volatile __u64 config_macs[4] = {};
 
+static __always_inline bool is_syn(const struct frame *f)
+{
+	return (f->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* Frontends that this CPU asked for lately, as they are in their epoch: most packets are for few. */
+struct front {
+	struct addr addr;
+	__u32 ends;		/* port and protocol */
+	__u32 epoch;
+	struct service_view view;
+} __attribute__((aligned(64)));
+
+#define FRONT_BITS 8
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << FRONT_BITS);
+	__type(key, __u32);
+	__type(value, struct front);
+} fronts SEC(".maps");
+
+/* The service at the packet's destination. */
+static __always_inline struct service_view *front_of(const struct frame *f, __u64 hash)
+{
+	__u32 index = hash >> (64 - FRONTEND_BITS - FRONT_BITS) & ((1 << FRONT_BITS) - 1);
+	__u32 ends = f->ends.dport | (__u32)f->ends.proto << 16;
+	struct front *front = bpf_map_lookup_elem(&fronts, &index);
+	struct service_key key = { .addr = f->ends.daddr, .port = f->ends.dport, .proto = f->ends.proto };
+	struct service *service;
+
+	if (!front)
+		return NULL;
+	if (front->epoch == f->epoch && front->ends == ends && same_addr(&front->addr, &f->ends.daddr))
+		return &front->view;
+	service = bpf_map_lookup_elem(&services, &key);
+	if (!service)
+		return NULL;
+	front->addr = f->ends.daddr;
+	front->ends = ends;
+	front->epoch = f->epoch;
+	front->view = service->view[f->epoch & 1];
+	return &front->view;
+}
+
 /* The frontend that the packet is for, if clients outside get there by DSR. */
-static __always_inline struct service_view *dsr_frontend(const struct frame *f)
+static __always_inline struct service_view *dsr_frontend(const struct frame *f, __u64 hash)
 {
 	const __u16 mine = SVC_PRESENT | SVC_FRONTEND;
 	const __u16 others = SVC_SNAT | SVC_HOST_ONLY;
-	struct service_key key = { .addr = f->ends.daddr, .port = f->ends.dport, .proto = f->ends.proto };
-	struct service *service = bpf_map_lookup_elem(&services, &key);
+	struct service_view *view = front_of(f, hash);
 
-	if (!service)
-		return NULL;
-	struct service_view *view = &service->view[f->epoch & 1];
-
-	if ((view->flags & (mine | others)) != mine || view->affinity)
+	if (!view || (view->flags & (mine | others)) != mine || view->affinity)
 		return NULL;
 	if (view->flags & SVC_RANGES && cidr_class(f->epoch, view->ranges, &f->ends.saddr) != 1)
 		return NULL;
@@ -57,32 +98,22 @@ static __always_inline bool is_for_us(struct xdp_md *ctx)
 /* Another node, a pod, or somebody who pretends: from_net knows whom to believe. */
 static __always_inline bool is_peer(const struct frame *f, const struct addr *addr)
 {
+	if (!may_be_peer(addr))
+		return false;
 	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
 
 	return peer && peer->view[f->epoch & 1].kind != PEER_NONE;
 }
 
-/* Which backend serves it? False: from_net finds out. */
-static __always_inline bool dsr_backend(const struct frame *f, const struct service_view *view, __u32 hash,
-					struct owner *owner, bool *chosen)
+/* Which backend serves it, by what is not known of its flow in this epoch? False: from_net
+ * finds out. */
+static __always_inline bool dsr_backend(const struct frame *f, const struct service_view *view, struct flow *flow,
+					__u32 hash, __u32 now, struct owner *owner, bool *chosen)
 {
-	struct flow *flow = NULL;
-
-	if (config_flows && (f->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
-		flow = flow_find(&f->ends, view, hash, now_seconds());
-	/* Who sends it is looked up once in an epoch, where it can be noted. */
-	if (!(flow && flow->epoch == f->epoch && flow->target & FLOW_STRANGER)) {
-		if (is_peer(f, &f->ends.saddr))
-			return false;
-		if (flow && !flow_again(flow, f->ends.proto, f->epoch, FLOW_STRANGER))
-			flow = NULL;
-	}
-	if (flow) {
-		copy_addr(&owner->addr, &flow->addr);
-		owner->port = flow->port;
-		owner->target = flow_target(flow);
+	if (is_peer(f, &f->ends.saddr))
+		return false;
+	if (!is_syn(f) && flow_serves(flow, view, f->ends.proto, f->epoch, now, FLOW_STRANGER, owner))
 		return true;
-	}
 	/* Served here, or as this node; or an answer to what left masqueraded. */
 	if (bpf_map_lookup_elem(&nat, &f->ends))
 		return false;
@@ -166,24 +197,34 @@ static __always_inline bool encapsulate(struct xdp_md *ctx, const struct frame *
 /* The verdict; XDP_PASS: nothing was changed. */
 static __always_inline int balance_frame(struct xdp_md *ctx, const struct frame *f)
 {
-	if (f->kind != FRAME_PLAIN || !f->epoch)
-		return XDP_PASS;
-	struct service_view *view = dsr_frontend(f);
+	__u64 front = frontend_hash(&f->ends);
 
-	if (!view || !is_for_us(ctx) || (config_generic && may_be_joined(ctx, f)))
+	if (f->kind != FRAME_PLAIN || !f->epoch || !may_be_frontend(front))
 		return XDP_PASS;
-	__u32 hash = flow_hash(&f->ends);
+	if (!is_for_us(ctx) || (config_generic && may_be_joined(ctx, f)))
+		return XDP_PASS;
+	__u32 hash = flow_hash(&f->ends), now = config_flows ? now_seconds() : 0;
+	/* Also for what begins: until it is to be learned the line has come from memory. */
+	struct flow *flow = config_flows ? flow_look(&f->ends, hash) : NULL;
+	struct service_view *view = NULL;
 	struct hop_view *hop;
 	struct owner owner;
 	bool chosen = false;
 
-	if (!dsr_backend(f, view, hash, &owner, &chosen))
-		return XDP_PASS;
+	if (is_syn(f) || !flow_known(flow, f->ends.proto, f->epoch, now, &owner)) {
+		view = dsr_frontend(f, front);
+		if (!view || !dsr_backend(f, view, flow, hash, now, &owner, &chosen))
+			return XDP_PASS;
+	}
 	hop = dsr_hop(f, &owner);
 	if (!hop)
 		return XDP_PASS;
-	if (config_flows && chosen && flow_begins(f->ends.proto, f->tcp_flags))
-		flow_learn(&f->ends, &owner, view->id, f->epoch, FLOW_STRANGER);
+	if (config_flows && chosen && view && flow_begins(f->ends.proto, f->tcp_flags)) {
+		owner.target |= FLOW_STRANGER;
+		if (!flow_says(flow, &owner, f->epoch, now))
+			flow_learn(&f->ends, flow, hash, &owner,
+				   f->epoch | (__u64)view->id << 32);
+	}
 	if (!encapsulate(ctx, f, &owner.addr, hop, hash, chosen ? 0 : owner.port))
 		return XDP_PASS;
 	count(COUNT_BALANCED);

@@ -149,7 +149,7 @@ __noinline int encapsulate(struct __sk_buff *skb, struct packet *p)
 	flags = p->family == 4 ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV6;
 	if (!hop || bpf_skb_load_bytes(skb, ETH_HLEN, &first, sizeof(first)))
 		return 0;
-	if (!may_shrink(skb, p) || !hop->mtu || fits(skb, p->l4 - p->l3 + size, hop->mtu))
+	if (!may_shrink(skb, p) || !hop->mtu || fits(skb, p->l4 - p->l3, hop->mtu - size))
 		flags |= BPF_F_ADJ_ROOM_FIXED_GSO;
 	outer_header(p, first, skb->gso_size ? skb->len - ETH_HLEN : p->length, OUTER_TTL);
 	if (bpf_skb_adjust_room(skb, size, BPF_ADJ_ROOM_MAC, flags))

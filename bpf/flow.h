@@ -28,36 +28,71 @@ static __always_inline bool flow_begins(__u8 proto, __u8 tcp_flags)
 	return proto == IPPROTO_UDP || (tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
-/* The flow `t`, if it is one of this service and in time. NULL: ask the table. A SYN does
- * so always. `hash` is flow_hash(t); elements change hands at any time, it tells. */
-static __always_inline struct flow *flow_find(const struct tuple *t, const struct service_view *view, __u32 hash,
-					      __u32 now)
+/* The element of the flow `t`, or NULL. `hash` is flow_hash(t). */
+static __always_inline struct flow *flow_look(const struct tuple *t, __u32 hash)
 {
-	struct flow *flow = bpf_map_lookup_elem(&flows, t);
+	__u32 index = hash & config_flow_mask;
+	struct flow_set *set = bpf_map_lookup_elem(&flows, &index);
 
-	if (!flow || flow->hash != hash || flow->service != view->id ||
-	    is_later(now, flow->seen, t->proto == IPPROTO_UDP ? TIMEOUT_DATAGRAM : FLOW_SHORTCUT))
+	if (!set)
 		return NULL;
+	for (int i = 0; i < FLOW_WAYS; i++) {
+		struct flow *flow = &set->way[i];
+
+		if (flow->hash == hash && flow->sport == t->sport && same_addr(&flow->client, &t->saddr))
+			return flow;
+	}
+	return NULL;
+}
+
+static __always_inline __u64 flow_word(const struct flow *flow)
+{
+	return *(const volatile __u64 *)&flow->target;
+}
+
+static __always_inline __u32 flow_epoch(__u64 word)
+{
+	return word >> 32;
+}
+
+static __always_inline bool flow_is_past(const struct flow *flow, __u8 proto, __u32 now)
+{
+	return is_later(now, flow->seen, proto == IPPROTO_UDP ? TIMEOUT_DATAGRAM : FLOW_SHORTCUT);
+}
+
+/* Backend of the flow in `owner`. False: the element, which had this word, was given to
+ * another flow meanwhile. */
+static __always_inline bool flow_read(struct flow *flow, __u64 word, __u32 now, struct owner *owner)
+{
+	copy_addr(&owner->addr, &flow->addr);
+	owner->port = flow->port;
+	owner->target = (__u32)word & ~FLOW_STRANGER;
+	if (flow_word(flow) != word)
+		return false;
 	if (flow->seen != now)
 		flow->seen = now;
-	return flow;
+	return true;
 }
 
-static __always_inline __u32 flow_target(const struct flow *flow)
+/* The backend of a flow (or NULL) whose client was no peer, in this same epoch: then nothing
+ * else is to be asked. */
+static __always_inline bool flow_known(struct flow *flow, __u8 proto, __u32 epoch, __u32 now, struct owner *owner)
 {
-	return flow->target & ~FLOW_STRANGER;
+	__u64 word = flow ? flow_word(flow) : 0;
+
+	return flow && flow_epoch(word) == epoch && word & FLOW_STRANGER && !flow_is_past(flow, proto, now) &&
+	       flow_read(flow, word, now, owner);
 }
 
-/* The epoch moved on: does the backend still serve, and where is it now? `mark`:
+/* The word of a flow in this epoch, if its backend still serves; 0 = it does not. `mark`:
  * FLOW_STRANGER, if that is known of the client, or 0. */
-static __noinline int flow_again(struct flow *flow, __u8 proto, __u32 epoch, __u32 mark)
+static __noinline __u64 flow_again(struct flow *flow, __u64 word, __u8 proto, __u32 epoch, __u32 mark)
 {
 	struct addr addr;
+	__u64 now;
 
 	if (!flow)
 		return 0;
-	__u64 *word = (__u64 *)&flow->target, was = *(volatile __u64 *)word;
-
 	addr = flow->addr;
 	if (!backend_live(epoch, flow->service, &addr, flow->port, proto))
 		return 0;
@@ -81,33 +116,93 @@ static __noinline int flow_again(struct flow *flow, __u8 proto, __u32 epoch, __u
 	default:
 		return 0;
 	}
-	/* The element may be another flow's by now: then the word is another. */
-	__sync_val_compare_and_swap(word, was, (target | mark) | (__u64)epoch << 32);
-	return 1;
+	now = (target | mark) | (__u64)epoch << 32;
+	return __sync_val_compare_and_swap((__u64 *)&flow->target, word, now) == word ? now : 0;
 }
 
-/* Remember the owner that was chosen for `t`, with a mark as flow_again(). In the place of what was remembered before
- * at any time, else at most so many a second: a flood pushes nobody out. */
-static __noinline int flow_learn(const struct tuple *t, const struct owner *owner, __u32 service, __u32 epoch,
-				 __u32 mark)
+/* The backend of a flow (or NULL), if it is one of this service, in time, and serves. Else: ask
+ * the table. A SYN does so always. `mark` as flow_again(). */
+static __always_inline bool flow_serves(struct flow *flow, const struct service_view *view, __u8 proto, __u32 epoch,
+					__u32 now, __u32 mark, struct owner *owner)
+{
+	__u64 word = flow ? flow_word(flow) : 0;
+
+	if (!flow_epoch(word) || flow->service != view->id || flow_is_past(flow, proto, now))
+		return false;
+	if (flow_epoch(word) != epoch || mark & ~(__u32)word)
+		word = flow_again(flow, word, proto, epoch, mark);
+	return word && flow_read(flow, word, now, owner);
+}
+
+/* Where a flow that is not there may be put: what was silent for longest. */
+static __always_inline struct flow *flow_place(__u32 hash)
+{
+	__u32 index = hash & config_flow_mask;
+	struct flow_set *set = bpf_map_lookup_elem(&flows, &index);
+	struct flow *oldest;
+
+	if (!set)
+		return NULL;
+	oldest = &set->way[0];
+	for (int i = 1; i < FLOW_WAYS; i++) {
+		struct flow *flow = &set->way[i];
+
+		if (oldest->epoch && (!flow->epoch || is_later(oldest->seen, flow->seen, 0)))
+			oldest = flow;
+	}
+	return oldest;
+}
+
+/* Remember the owner that was chosen for `t`. In the place of what was remembered before, `flow`,
+ * at any time, else (NULL) at most so many a second: a flood pushes nobody out. The owner's target
+ * with a mark as flow_again(); `of`: the epoch, and above it the service. The word goes first and
+ * comes last, so that nobody reads half of it. */
+static __noinline int flow_learn(const struct tuple *t, struct flow *flow, __u32 hash, const struct owner *owner,
+				 __u64 of)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
 	__u32 zero = 0;
-	__u64 *bucket = bpf_map_lookup_elem(&learning, &zero);
-	struct flow flow = {
-		.addr = owner->addr,
-		.port = owner->port,
-		.service = service,
-		.target = owner->target | mark,
-		.epoch = epoch,
-		.seen = now / 1000000000ull,
-		.hash = flow_hash(t),
-	};
 
-	if (!bucket || (!bpf_map_lookup_elem(&flows, t) && !take(bucket, now, config_flow_ns)))
+	if (!flow) {
+		__u64 *bucket = bpf_map_lookup_elem(&learning, &zero);
+
+		if (!bucket || !take(bucket, now, config_flow_ns))
+			return 0;
+		flow = flow_place(hash);
+	}
+	if (!flow)
 		return 0;
-	bpf_map_update_elem(&flows, t, &flow, BPF_ANY);
+	__u64 *word = (__u64 *)&flow->target;
+
+	__sync_lock_test_and_set(word, 0);
+	copy_addr(&flow->client, &t->saddr);
+	copy_addr(&flow->addr, &owner->addr);
+	flow->sport = t->sport;
+	flow->port = owner->port;
+	flow->hash = hash;
+	flow->service = of >> 32;
+	flow->seen = now / 1000000000ull;
+	__sync_lock_test_and_set(word, owner->target | of << 32);
 	return 0;
+}
+
+/* Is just this remembered of the flow (or NULL)? */
+static __always_inline bool flow_says(struct flow *flow, const struct owner *owner, __u32 epoch, __u32 now)
+{
+	if (!flow || flow_word(flow) != (owner->target | (__u64)epoch << 32) || flow->port != owner->port ||
+	    !same_addr(&flow->addr, &owner->addr))
+		return false;
+	if (flow->seen != now)
+		flow->seen = now;
+	return true;
+}
+
+static __always_inline void flow_forget(const struct tuple *t, __u32 hash)
+{
+	struct flow *flow = flow_look(t, hash);
+
+	if (flow && flow->epoch)
+		__sync_lock_test_and_set((__u64 *)&flow->target, 0);
 }
 
 #endif

@@ -125,7 +125,7 @@ static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p,
 		*verdict = drop_and_tell(skb, p, icmp_error(skb, p, p->family == 4 ? ICMP_TIME << 8 : ICMP6_TIME << 8, 0));
 		return 1;
 	}
-	if (!hop->mtu || fits(skb, p->l4 - p->l3 + more, hop->mtu))
+	if (!hop->mtu || fits(skb, p->l4 - p->l3, hop->mtu - more))
 		return 0;
 	/* Its segments get smaller by as much as they get headers. */
 	if (more && may_shrink(skb, p) && fits(skb, p->l4 - p->l3, hop->mtu))

@@ -53,22 +53,40 @@ static __noinline int owner_kept(struct packet *p, struct service_view *view)
 	if (!view)
 		return 0;
 	if (config_flows && !(is_ordered(p->asked.proto) && begins(p))) {
-		struct flow *flow = flow_find(&p->asked, view, p->hash, p->now_s);
+		struct flow *flow = flow_look(&p->asked, p->hash);
 
-		if (flow && (flow->epoch == p->epoch || flow_again(flow, p->asked.proto, p->epoch, 0))) {
-			p->owner.addr = flow->addr;
-			p->owner.port = p->hint = flow->port;
-			p->owner.target = flow_target(flow);
+		if (flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner)) {
+			p->hint = p->owner.port;
 			return 1;
 		}
 	}
 	client.service = view->id;
 	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
 	if (!view->affinity ||
-	    !affinity_find(&client, view, p->epoch, p->asked.proto, p->now_s, p->dry || p->quoted, &kept))
+	    !affinity_find(&client, view, p->epoch, p->asked.proto, begins(p), p->now_s, p->dry || p->quoted, &kept))
 		return 0;
 	set_owner(p, &kept.addr, kept.port);
 	return 1;
+}
+
+/* The next owner behind `place` that is on another node, in p->owner: it may know a connection
+ * that began before the owners changed. False: there is none, p->owner is as it was. */
+static __always_inline bool next_elsewhere(struct packet *p, void *image, const struct service_view *view,
+					   __u64 owners, int place)
+{
+	struct owner *was = (struct owner *)p->bytes;
+
+	*was = p->owner;
+	for (int i = 0; i < OWNERS; i++) {
+		if (i <= place)
+			continue;
+		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
+			break;
+		if (target_kind(p->owner.target) == TO_HOP)
+			return true;
+	}
+	p->owner = *was;
+	return false;
 }
 
 /* The backend of a packet as a client sent it, in p->owner. False: there is none. */
@@ -79,13 +97,19 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 	p->hint = 0;
 	if (!view || !image)
 		return 0;
+	__u64 owners = owners_of(image, view, slot_hash(p, view));
 	bool kept = owner_kept(p, view);
 
-	if (!kept && !owner_at(image, view, owners_of(image, view, slot_hash(p, view)) & NO_OWNER, &p->owner))
+	if (!kept && !owner_at(image, view, owners & NO_OWNER, &p->owner))
 		return 0;
-	if (p->dry || p->quoted)
+	if (!begins(p)) {
+		/* Not known here, or it would not be asked for. */
+		if (is_ours(p->owner.target) && !(view->flags & SVC_SNAT) &&
+		    next_elsewhere(p, image, view, owners, kept ? -1 : 0))
+			p->hint = 0;
 		return 1;
-	if (view->affinity && !kept && begins(p)) {
+	}
+	if (view->affinity && !kept && !p->dry) {
 		struct affinity_key client = { .service = view->id, .by_address = 1 };
 
 		__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
@@ -95,14 +119,14 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 }
 
 /* The backend of a packet that another node sent here, encapsulated: the pod that it was
- * sent to, if it begins a connection; else the next owner on another node, which may know it.
- * None is left: it is for this one, so that the client hears a reset. False: no backend here
- * or elsewhere. */
+ * sent to, if it begins a connection; else the next owner on another node. None is left: it
+ * is for this one, so that the client hears a reset. For this node the pod may be no backend any
+ * more, or not yet: then the first owner serves it. False: none here or elsewhere. */
 static __noinline int choose_inside(struct packet *p, struct service_view *view)
 {
 	void *image = image_of(p->epoch);
-	bool mine, more = p->outer_ttl > OUTER_TTL_STEP;
 	int place = -1;
+	bool mine;
 
 	if (!view || !image)
 		return 0;
@@ -121,28 +145,16 @@ static __noinline int choose_inside(struct packet *p, struct service_view *view)
 		set_owner(p, &p->outer, p->hint);
 		mine = true;
 	}
+	if (!mine) {
+		if (!owner_at(image, view, owners & NO_OWNER, &p->owner))
+			return 0;
+		mine = is_ours(p->owner.target);
+		place = mine ? 0 : -1;
+	}
 	if (mine && begins(p))
 		return 1;
-	/* For this node the pod is no backend any more, or not yet: then as if it had come here
-	 * by itself. */
-	struct owner *last = (struct owner *)p->bytes;
-
-	*last = p->owner;
-	for (int i = 0; i < OWNERS; i++) {
-		if (i <= place)
-			continue;
-		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
-			break;
-		if (target_kind(p->owner.target) == TO_HOP && more)
-			return 1;
-		if (is_ours(p->owner.target) && !mine) {
-			*last = p->owner;
-			mine = true;
-			if (begins(p))
-				return 1;
-		}
-	}
-	p->owner = *last;
+	if (p->outer_ttl > OUTER_TTL_STEP && next_elsewhere(p, image, view, owners, place))
+		return 1;
 	return mine;
 }
 
@@ -197,12 +209,12 @@ static __always_inline int no_frontend(struct __sk_buff *skb, struct packet *p)
 		GIVE_UP(p, CAUSE_NO_FRONTEND);
 		return drop(skb, p);
 	}
-	struct service_view *address = p->quoted ? NULL : service_find(p, &p->asked, true);
+	struct service_view *address = p->quoted || p->to_host ? NULL : service_find(p, &p->asked, true);
 
 	if (!address || (address->flags & (SVC_FRONTEND | SVC_OPEN)) != SVC_FRONTEND)
 		return GO_STACK;
 	if (is_echo(p))
-		return answer_echo(skb, p);
+		return p->fragment == FRAG_FIRST && !leave_ports(p, NO_SLOT) ? drop(skb, p) : answer_echo(skb, p);
 	GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
 	return nobody_serves(skb, p, p->asked.proto != (p->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6));
 }
@@ -237,13 +249,13 @@ __noinline int send_encapsulated(struct __sk_buff *skb, struct packet *p)
 	return leave_by(skb, p, hop);
 }
 
-/* Can it be a client's who is not of this node, by this link? begin() asks the same of what
- * is served here. */
+/* Can it be a client's who is not of this node, by this link? What another node sent here
+ * encapsulated, it took from the client, who may be anywhere. */
 static __always_inline bool is_believed(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 source = peer_target(p, &p->wire.saddr);
 
-	return p->outer_size || (!is_ours(source) && comes_by(skb, p, source));
+	return p->outer_size || (!is_ours(source) && (comes_by(skb, p, source) || is_between_nodes(p)));
 }
 
 /* The node port that another node's client asked there, as this node has it. All nodes have
@@ -278,10 +290,13 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 {
 	if (!p)
 		return TCX_DROP;
-	if (p->quoted)
+	if (p->quoted) {
 		reverse_of(&p->asked, &p->inner);
-	else
-		p->asked = p->wire;
+	} else {
+		copy_addr(&p->asked.saddr, &p->wire.saddr);
+		copy_addr(&p->asked.daddr, &p->wire.daddr);
+		set_ends(&p->asked, p->wire.sport, p->wire.dport, p->wire.proto);
+	}
 	/* A frame for another machine's MAC, that a bridge sent everywhere, is that one's. */
 	if (p->role != LINK_TUNNEL && skb->pkt_type != PACKET_HOST)
 		return GO_STACK;
@@ -325,12 +340,13 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 		/* What had the same ends before may have gone to another node: XDP, which looks
 		 * for flows before connections, shall not send this after it. */
 		if (config_flows && !p->dry)
-			bpf_map_delete_elem(&flows, &p->asked);
+			flow_forget(&p->asked, p->hash);
 		return serve(p);
 	}
 	if (!p->dry && !p->outer_size && begins(p) && (is_ordered(p->asked.proto) || !p->hint)) {
 		if (config_flows && !p->hint)
-			flow_learn(&p->asked, &p->owner, view->id, p->epoch, 0);
+			flow_learn(&p->asked, flow_look(&p->asked, p->hash), p->hash, &p->owner,
+				   p->epoch | (__u64)view->id << 32);
 		/* Served here before, with the same ends: what comes next shall not go there. */
 		bpf_map_delete_elem(&nat, &p->asked);
 	}

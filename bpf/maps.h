@@ -99,6 +99,26 @@ struct {
 	__type(value, __u32);
 } link_roles SEC(".maps");
 
+/* Bits that say what cannot be in `peers`, and no frontend for XDP (bits.h). */
+#define PEER_BITS     20
+#define FRONTEND_BITS 16
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1 << (PEER_BITS - 6));
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, __u64);
+} peer_bits SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1 << (FRONTEND_BITS - 6));
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, __u64);
+} frontend_bits SEC(".maps");
+
 /* ---- What the programs remember ---------------------------------------------- */
 
 struct {
@@ -155,12 +175,14 @@ struct {
 } affinities SEC(".maps");
 
 /* Outside clients' flows and the backend that each has: memory of UDP, a shortcut
- * for TCP (docs/services.md). The key is the packet's tuple, client to frontend. */
+ * for TCP (docs/services.md). No hash map: a look-up of one costs XDP as much as
+ * half of all that it does for a packet. */
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 131072);
-	__type(key, struct tuple);
-	__type(value, struct flow);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct flow_set);
 } flows SEC(".maps");
 
 /* The sockets that ever asked for a service: spares all others the look-up in

@@ -77,6 +77,7 @@ struct packet {
 	__u8  quoted;		/* an ICMP error, related to nothing, of which `inner` is valid */
 	__u8  third;		/* in the name of another node than sent it: see arrive.h */
 	__u8  snat;		/* leaves for a backend as this node */
+	__u8  to_host;		/* to an address of the node itself, by peers */
 
 	/* Both ends as the last verdict saw them, originator first. */
 	__u32 src_endpoint, dst_endpoint;
@@ -210,7 +211,7 @@ static __always_inline struct packet *packet_begin(struct __sk_buff *skb, __u32 
 	p->service = p->target = p->cause = p->line = 0;
 	p->tcp_flags = p->icmp_type = p->icmp_code = p->icmp_error = 0;
 	p->fragment = p->judged = p->reply = p->own_socket = 0;
-	p->outer_size = p->quoted = p->third = p->snat = 0;
+	p->outer_size = p->quoted = p->third = p->snat = p->to_host = 0;
 	p->src_endpoint = p->dst_endpoint = 0;
 	p->egress_cell = p->ingress_cell = 0;
 	p->egress_pending = p->ingress_pending = 0;

@@ -210,18 +210,28 @@ enum owner_flag {
 };
 
 #define FLOW_STRANGER 0x80000000u	/* of a target: the client is no peer in that epoch */
+#define FLOW_WAYS     2
 
-/* What was chosen lately for a flow from outside: client → frontend. */
+/* What was chosen lately for a flow from outside: client → frontend, which the hash stands for
+ * (another with the same would be of the same client, and is no harm to others). One cache line. */
 struct flow {
+	struct addr client;
 	struct addr addr;	/* the backend */
-	__be16 port;
-	__u16 pad;
+	__be16 sport;		/* the client's */
+	__be16 port;		/* the backend's */
+	__u32 hash;		/* flow_hash() of client and frontend */
 	__u32 service;		/* service id */
-	__u32 target;		/* as its owner's; FLOW_STRANGER */
-	__u32 epoch;		/* in which it was known to serve */
 	__u32 seen;		/* seconds, monotonic */
-	__u32 hash;		/* of the key: elements change hands at any time */
-} __attribute__((aligned(8)));	/* target and epoch are swapped whole */
+	/* Read and written as one word: target of the backend, as its owner's, with FLOW_STRANGER;
+	 * epoch in which it was known to serve, 0 = nothing is here. */
+	__u32 target, epoch;
+	__u64 spare;
+} __attribute__((aligned(8)));
+
+/* Where a flow can be, by its hash. */
+struct flow_set {
+	struct flow way[FLOW_WAYS];
+};
 
 struct service {
 	struct service_view view[2];

@@ -24,6 +24,7 @@ from lockgate.access.standalone import agent_probe
 from lockgate.kube.client import AWAY, ApiError, Client, Settings
 from lockgate.kube.exec_plugin import CredentialError
 from lockgate.kube.kinds import KINDS, Kind, uid_on_node
+from lockgate.kube.wire import plain, read
 from lockgate.objects import model
 from lockgate.objects.model import Cluster
 
@@ -147,21 +148,21 @@ class KubernetesAccess:
     async def _list(self, kind: Kind) -> list[Any]:
         absent = b"{}" if kind.optional else None
         body = await self._get(kind.path, absent=absent, resourceVersion="0")
-        type_ = _WHOLE.get(kind.name, kind.struct)
+        decoder = msgspec.json.Decoder(_WHOLE.get(kind.name, kind.struct))
         found = []
-        for raw in msgspec.json.decode(body, type=_List).items or ():
+        for raw in map(bytes, msgspec.json.decode(body, type=_List).items or ()):
             try:
-                item = msgspec.json.decode(raw, type=type_)
+                item = read(raw, decoder)
                 if isinstance(item, model.Pod):
                     uid = uid_on_node(item.metadata, item.spec.node_name)
                     meta = msgspec.structs.replace(item.metadata, uid=uid)
                     item = msgspec.structs.replace(item, metadata=meta)
                 found.append(item)
             except msgspec.MsgspecError as error:
-                self.skipped.append(f"{kind.name}: {error}")
+                self.skipped.append(f"{kind.title_of(raw)} can't be read: {error}")
                 if kind.rest is not None:
                     with contextlib.suppress(msgspec.MsgspecError):
-                        found.append(kind.rest(msgspec.json.decode(raw)))
+                        found.append(kind.rest(plain(raw)))
         return found
 
     # ---- Nodes -------------------------------------------------------------------

@@ -332,7 +332,7 @@ class Agent:
         epoch_moved = self.publisher.publish(tables, records, self.hops.table)
         self.hops.write_routes()
         self.publisher.level(tables)
-        self.edge.follow(tables, alone=not self.hops.numbers)
+        self.edge.follow(tables, alone=not self.hops.direct)
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
             log.warning("%s", text)
         self.errors["objects"] = tables.errors

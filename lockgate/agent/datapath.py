@@ -72,6 +72,7 @@ class Datapath:
             self.constants = {
                 **(limits or Limits()).constants(entries["half_open"]),
                 **flows.constants(),
+                "config_flow_mask": entries["flows"] - 1,
                 "config_tunnel": int(tunnels),
                 "config_netns_cookie": namespaces.cookie(),
             }
@@ -101,7 +102,9 @@ class Datapath:
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
-        self.flows = HashMap.of(obj, "flows", dtype("tuple"), dtype("flow"))
+        self.flows = MappedArray.of(obj, "flows", dtype("flow_set"))
+        self.peer_bits = MappedArray.of(obj, "peer_bits", np.dtype("<u8"))
+        self.frontend_bits = MappedArray.of(obj, "frontend_bits", np.dtype("<u8"))
         self.counters = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
         #: The programs on pods' links.
         self.guard = Guard(obj, self.links)

@@ -162,11 +162,12 @@ class Edge:
 
     @property
     def balance(self) -> bool:
-        """Are there frontends by DSR, and other nodes?"""
+        """Are there frontends by DSR, and other nodes that share a link with this one?"""
         return bool(self._frontends) and not self._alone
 
     def follow(self, tables: Tables, alone: bool) -> None:
-        """The services in force are those of `tables`; `alone`: there are no other nodes."""
+        """The services in force are those of `tables`; `alone`: no other node shares a
+        link with this one."""
         self._alone = alone
         delta = tables.delta
         if delta is None or delta.base != self._serial:

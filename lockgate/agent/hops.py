@@ -84,6 +84,8 @@ class Hops:
         #: Of the way to another node with the smallest; 0 = there is none.
         self.mtu = int(mtus[mtus != 0].min(initial=65535)) if mtus.any() else 0
         self.numbers: dict[str, int] = {}
+        #: Is any other node reached without a tunnel?
+        self.direct = False
         self.errors: list[str] = []
         self._old = {
             bytes(row[via]): number
@@ -140,6 +142,7 @@ class Hops:
                 f"Node {self._node}: no interface that is up has an InternalIP of it"
             )
         ways = self._ways(cluster, cards.underlay)
+        self.direct = any(not way.remote for way in ways.values())
         tunnel = self._tunnel(cluster, cards.underlay, ways)
         self._write_roles(cards, tunnel.index if tunnel is not None else cards.tunnel)
         if tunnel is not None:

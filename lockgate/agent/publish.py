@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockgate.agent.alike import View, alike
+from lockgate.agent.bits import Bits, address_hash, frontend_hash
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.encode import (
     EP_LIVE,
@@ -31,7 +32,7 @@ from lockgate.agent.encode import (
 from lockgate.agent.two_views import TwoViews
 from lockgate.bpf.grace import wait_grace
 from lockgate.bpf.maps import MappedArray
-from lockgate.compile.tables import Delta, Tables, Words
+from lockgate.compile.tables import SVC_FRONTEND, Delta, Tables, Words
 
 __all__ = ["EndpointRecord", "Publisher"]
 
@@ -81,8 +82,17 @@ class Publisher:
     def read_back(self) -> None:
         """Learn what the maps hold."""
         self._inner: list[MappedArray | None] = [self._dp.images.inner(v) for v in (0, 1)]
-        self._peers = TwoViews(self._dp.peers, self._peer_view.itemsize)
-        self._services = TwoViews(self._dp.services, self._service_view.itemsize)
+        self._peers = TwoViews(
+            self._dp.peers,
+            self._peer_view.itemsize,
+            Bits(self._dp.peer_bits.view, address_hash),
+        )
+        self._services = TwoViews(
+            self._dp.services,
+            self._service_view.itemsize,
+            Bits(self._dp.frontend_bits.view, frontend_hash),
+            self._are_frontends,
+        )
         self._backends = TwoViews(self._dp.backends, 1)
         self._counts = {
             "peers": len(self._peers),
@@ -99,6 +109,13 @@ class Publisher:
         self._views: list[NDArray[Any] | None] = [None, None]
         self._hop_tables: list[NDArray[Any] | None] = [None, None]
         self._certain = True
+
+    def _are_frontends(self, values: Bytes) -> NDArray[np.bool_]:
+        """For clients outside, in either view."""
+        size = self._service_view.itemsize
+        views = np.ascontiguousarray(values[:, : 2 * size]).view(self._service_view)
+        found: NDArray[np.bool_] = (views["flags"] & SVC_FRONTEND != 0).any(axis=1)
+        return found
 
     def hops(self) -> NDArray[Any]:
         """A copy of the hops in force, as `struct hop_view` by number."""

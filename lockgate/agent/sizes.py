@@ -9,6 +9,7 @@ from typing import Self
 
 from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import round_up
+from lockgate.bpf.syscall import MapType
 
 __all__ = ["SHARE", "Sizes", "table_bytes"]
 
@@ -35,6 +36,7 @@ class Sizes:
     half_open: int
     nat: int
     sockets: int
+    #: Sets of flows, a power of two.
     flows: int
 
     @classmethod
@@ -54,9 +56,8 @@ class Sizes:
 
     @classmethod
     def _of(cls, connections: int) -> Self:
-        return cls(
-            connections, connections // 8, connections // 4, connections // 4, connections // 4
-        )
+        flows = 1 << ((connections // 8).bit_length() - 1)
+        return cls(connections, connections // 8, connections // 4, connections // 4, flows)
 
     def by_map(self) -> dict[str, int]:
         return {
@@ -74,5 +75,8 @@ class Sizes:
         for name, entries in self.by_map().items():
             made = schema.map(name)
             assert made.key is not None and made.value is not None, name
-            total += table_bytes(entries, made.key.itemsize, made.value.itemsize)
+            if made.type == MapType.ARRAY:
+                total += entries * made.value.itemsize
+            else:
+                total += table_bytes(entries, made.key.itemsize, made.value.itemsize)
         return total

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lockgate.agent.bits import Bits
 from lockgate.agent.encode import Bytes, Patch, Table, rows, sortable
 from lockgate.bpf import syscall
 from lockgate.bpf.maps import HashMap
@@ -26,8 +28,16 @@ class TwoViews:
     either: whoever found it before reads that there is nothing, which is what it was to read.
     """
 
-    def __init__(self, map_: HashMap, view_size: int) -> None:
+    def __init__(
+        self,
+        map_: HashMap,
+        view_size: int,
+        bits: Bits | None = None,
+        counts: Callable[[Bytes], NDArray[np.bool_]] | None = None,
+    ) -> None:
+        """`bits`: what is in the map; with `counts`, of which values."""
         self._map = map_
+        self._bits, self._counts = bits, counts
         self._view_size = view_size
         # Behind the two views there may be padding.
         self._value_size = map_.value_dtype.itemsize
@@ -39,6 +49,8 @@ class TwoViews:
             keys = rows(keys, self._map.key_dtype.itemsize)
             order = np.argsort(sortable(keys))
             self._rows = keys[order], rows(values, self._value_size)[order]
+            if self._bits is not None:
+                self._bits.add(self._counted(*self._rows))
         return self._rows
 
     def __len__(self) -> int:
@@ -113,7 +125,16 @@ class TwoViews:
 
     def _update(self, keys: Bytes, values: Bytes) -> None:
         whole = np.ascontiguousarray(values).view(self._map.value_dtype).reshape(-1)
+        if self._bits is not None:
+            self._bits.add(self._counted(keys, values))
         self._map.update_many(self._as_keys(keys), whole, syscall.BPF_F_LOCK)
+        if self._bits is not None and self._bits.full:
+            own, every = self._map.items()
+            key_size = self._map.key_dtype.itemsize
+            self._bits.renew(self._counted(rows(own, key_size), rows(every, self._value_size)))
+
+    def _counted(self, keys: Bytes, values: Bytes) -> Bytes:
+        return keys if self._counts is None else keys[self._counts(values)]
 
     def _half(self, view: int) -> Bytes:
         start = view * self._view_size

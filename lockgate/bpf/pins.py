@@ -46,6 +46,8 @@ PUBLISHED = (
     "hops",
     "routes",
     "link_roles",
+    "peer_bits",
+    "frontend_bits",
 )
 """Maps that only the agent writes."""
 

@@ -81,7 +81,7 @@ def differences_text(summary: Summary) -> str:
     if found:
         lines.append(heading(f"{len(found)} differ from the specification:"))
         lines += [_told(check, check.difference) for check in found]
-    elif not summary.complaints:
+    elif checks and not summary.complaints:
         lines.append("Every one is as the specification says.")
     silent = [check for check in checks if check.unanswered]
     if silent:

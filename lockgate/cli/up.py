@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +39,10 @@ __all__ = ["up"]
 #: Of others, which nodes and their agents are started with, and the packages that have them.
 _PROGRAMS = {"ip": "iproute2", "bash": "bash", "nsenter": "util-linux"}
 
+#: A line of the supervisor's log.
+_SAID = re.compile(r"\S+ (?P<time>[\d:]+)\S* (?P<level>\w+) lockgate\.supervisor: (?P<text>.*)")
+_LEVELS = {"WARNING": "warning: ", "ERROR": "error: "}
+
 #: Exit code after Ctrl-C, as shells have it.
 INTERRUPTED = 130
 
@@ -55,6 +63,19 @@ INTERRUPTED = 130
     show_default=True,
     type=click.Choice(["dsr", "snat"]),
     help="How clients outside reach a service's backends on other nodes.",
+)
+@click.option(
+    "--xdp",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "native", "generic", "off"]),
+    help="How XDP runs at the nodes' outside cards, while something needs it.",
+)
+@click.option(
+    "--flows/--no-flows",
+    default=True,
+    show_default=True,
+    help="Whether nodes remember which backend an outside client's flow has.",
 )
 @click.option(
     "--capture",
@@ -85,6 +106,8 @@ def up(
     nodes: int,
     routing: str,
     forwarding: str,
+    xdp: str,
+    flows: bool,
     capture: int,
     limits: Limits,
     detach: bool,
@@ -105,12 +128,14 @@ def up(
     _need_features()
     state = State(cluster)
     _check_manifests(folder, state)
+    begun = _begin(state)
     _clear(state, quiet=as_json)
-    settings = Settings(routing, forwarding, capture, limits)
+    settings = Settings(routing, forwarding, xdp, flows, capture, limits)
     supervisor = _start(state, folder, nodes, settings, detach)
     code = 0
     try:
         status = _until_ready(state, supervisor, timeout, quiet=as_json)
+        told = state.log.stat().st_size
         late = [*status["reasons"], *(f"pod is not ready: {text}" for text in not_ready(status))]
         if not as_json:
             _greet(status, cluster, late)
@@ -129,14 +154,15 @@ def up(
         code = code if good else 1
         if not once:
             if not as_json:
-                click.echo("\nThe cluster runs until Ctrl-C.")
-            supervisor.wait()
+                click.echo("\nThe cluster runs until Ctrl-C. What you save is told here:")
+            _follow(state, supervisor, told, quiet=as_json)
             click.echo("The cluster was taken down.", err=True)
     except KeyboardInterrupt:
         code = INTERRUPTED if once else code  # the check was not made
     finally:
         if not detach:
             _stop(state, supervisor, quiet=as_json)
+        begun.close()
     sys.exit(code)
 
 
@@ -175,6 +201,19 @@ def _check_manifests(folder: Path, cluster: State) -> None:
     for item in state.objects:
         if isinstance(item, Node) and (problem := cluster.node_problem(item.metadata.name)):
             fail(f"Node {item.metadata.name}, field metadata.name: {problem}")
+
+
+def _begin(state: State) -> socket.socket:
+    """One `up` for a cluster at a time: another would clear away what this one makes. A socket
+    without a file ends with its process and leaves no trace."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        claim.bind(f"\0lockgate/up/{state.cluster}")
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        fail(f"the cluster {state.cluster!r} is run by another `lockgate up` already")
+    return claim
 
 
 def _clear(state: State, quiet: bool) -> None:
@@ -300,6 +339,23 @@ def _greet(status: dict[str, Any], cluster: str, late: list[str]) -> None:
         f"Cluster {cluster}: {nodes} node{'s' * (nodes != 1)}, {count['ready']} of"
         f" {count['total']} pods ready, watching {status['folder']}"
     )
+
+
+def _follow(state: State, supervisor: subprocess.Popen[bytes], start: int, quiet: bool) -> None:
+    """Shows what the supervisor says from that place of its log on, until it ends."""
+    with state.log.open("rb") as log:
+        log.seek(start)
+        rest = b""
+        while True:
+            over = supervisor.poll() is not None
+            *lines, rest = (rest + log.read()).split(b"\n")
+            for line in [] if quiet else lines:
+                if said := _SAID.match(line.decode(errors="replace")):
+                    click.echo(f"{said['time']}  {_LEVELS.get(said['level'], '')}{said['text']}")
+            if over:
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                supervisor.wait(0.1)
 
 
 def _stop(state: State, supervisor: subprocess.Popen[bytes], quiet: bool) -> None:

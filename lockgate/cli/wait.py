@@ -35,7 +35,10 @@ def wait(timeout: float, cluster: str, as_json: bool) -> None:
         fail(f"the cluster does not answer: {error}", 1)
     if as_json:
         print_json(answer)
-    elif answer["ok"]:
+        sys.exit(0 if answer["ok"] else 1)
+    for warning in answer["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    if answer["ok"]:
         click.echo(f"In force on all nodes (revision {answer['revision']}).")
     else:
         for reason in answer["reasons"]:

@@ -81,12 +81,16 @@ def of_service(service: Service, own: Iterable[bytes], errors: list[str]) -> lis
                 for address in LOOPBACK
                 if is_ipv4(address) in families
             ]
+    found.sort(key=lambda ask: ask.kind not in ("cluster", "balancer"))
     return found
 
 
-def of_pod(pod: Pod, own: Iterable[bytes], errors: list[str]) -> list[tuple[Ask, ContainerPort]]:
-    """A pod's hostPorts on this node."""
+def of_pod(
+    pod: Pod, addresses: Iterable[bytes], own: Iterable[bytes], errors: list[str]
+) -> list[tuple[Ask, ContainerPort]]:
+    """A pod's hostPorts on this node, in the families of its `addresses`."""
     found = []
+    families = {is_ipv4(address) for address in addresses}
     index = -1
     for container in pod.spec.containers:
         for port in container.ports:
@@ -112,6 +116,8 @@ def of_pod(pod: Pod, own: Iterable[bytes], errors: list[str]) -> list[tuple[Ask,
                     errors.append(f"{title}.hostIP: {port.host_ip} is no address of this node")
                     continue
             for address in places:
+                if is_ipv4(address) not in families:
+                    continue
                 kind: Kind = "loopback" if address in LOOPBACK else "node"
                 key = address, port.host_port, PROTOCOL_NUMBER[port.protocol]
                 found.append((Ask(kind, key, index), port))

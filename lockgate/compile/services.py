@@ -13,7 +13,7 @@ from typing import Any
 from lockgate.compile import drafts, frontends
 from lockgate.compile.balance import Owner, Table, patch, tables
 from lockgate.compile.choose import of_others
-from lockgate.compile.claims import POD, SERVICE, Claims, Holder, conflict
+from lockgate.compile.claims import POD, SERVICE, Claim, Claims, Holder, claim, conflict
 from lockgate.compile.drafts import Draft, ListKey, Seed, Surroundings
 from lockgate.compile.image import Image
 from lockgate.compile.live import Live
@@ -48,7 +48,7 @@ class Part:
     those with `owners` were in the image before."""
 
     object: Service | Pod
-    claims: tuple[ServiceKey, ...] = ()
+    claims: tuple[Claim, ...] = ()
     entries: tuple[ServiceKey, ...] = ()
     rooms: dict[ListKey, tuple[int, int]] = field(default_factory=dict)
     owners: dict[ListKey, tuple[Owner, ...]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class _Wish:
 
     object: Service | Pod
     asks: list[Any]
-    claims: tuple[ServiceKey, ...]
+    claims: tuple[Claim, ...]
     errors: list[str]
     addresses: tuple[bytes, ...] = ()
 
@@ -187,10 +187,10 @@ class Services:
             facts = pods.get(key[1:])
             if facts is None:
                 return None
-            found = frontends.of_pod(facts.pod, around.own, errors)
+            found = frontends.of_pod(facts.pod, facts.addresses, around.own, errors)
             if not found and not errors:
                 return None
-            claims = tuple(dict.fromkeys(ask.key for ask, _ in found))
+            claims = _claims(ask for ask, _ in found)
             return _Wish(facts.pod, found, claims, errors, facts.addresses)
         service = cluster.services.get(key[1:])
         if service is None:
@@ -198,10 +198,7 @@ class Services:
         if of_others(service.metadata):
             return _Wish(service, [], (), errors)
         asks = frontends.of_service(service, around.own, errors)
-        claims = tuple(
-            dict.fromkeys((a.key[0], 0, 0) if a.kind == "cluster" else a.key for a in asks)
-        )
-        return _Wish(service, asks, claims, errors)
+        return _Wish(service, asks, _claims(asks), errors)
 
     def _claim(self, key: Holder, wish: _Wish | None) -> set[Holder]:
         """Its claims are others now: the other holders that this concerns. All their entries are
@@ -211,7 +208,7 @@ class Services:
         after = wish.claims if wish is not None else ()
         if before == after:
             return set()
-        self._due.update(one[0] for one in {*before} ^ {*after} if one[1:] == (0, 0))
+        self._due.update(one[0][0] for one in {*before} ^ {*after} if one[0][1:] == (0, 0))
         if part is not None:
             part.claims = after
         concerned = self._claims.change(key, before, after)
@@ -367,6 +364,14 @@ class Services:
                 if address in hosts or address in around.own:
                     flags |= SVC_OPEN
             self.views.put((address, 0, 0), ServiceView(0, 0, 0, flags))
+
+
+def _claims(asks: Iterable[frontends.Ask]) -> tuple[Claim, ...]:
+    """Of two for one key the first, as of two entries."""
+    found: dict[ServiceKey, int] = {}
+    for ask in asks:
+        found.setdefault(*claim(ask))
+    return tuple(found.items())
 
 
 def _is_at_node(wish: _Wish) -> bool:

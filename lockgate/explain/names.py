@@ -1,7 +1,7 @@
 """From names to packets: what `ns/pod`, a service or an address stands for.
 
 Both engines share this: they are asked about the same packets. Services are resolved here, to
-each of their ready backends, as a socket's connect would choose one of them.
+each backend that a socket's connect could choose on the source's node (docs/cluster.md, Services).
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from functools import lru_cache
 
 from lockgate.explain.question import Family, Question, QuestionError
 from lockgate.objects.address import format_address, is_ipv4, parse_address
-from lockgate.objects.model import Cluster, EndpointSlice, Pod, Service
+from lockgate.objects.model import Cluster, Endpoint, EndpointSlice, Pod, Service
 
 __all__ = ["Attempt", "End", "Names"]
+
+
+#: As a destination these mean the sender's own namespace, which no packet leaves.
+_ITSELF = (parse_address("0.0.0.0"), parse_address("::"), parse_address("::1"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,8 @@ class Names:
         if isinstance(target, Service):
             return self._to_service(question, sources, target)
         for end in target:
+            if end.address in _ITSELF or end.ip.startswith("127."):
+                raise QuestionError(f"{question.target}: every pod is that itself")
             for start in sources:
                 if _fits(start, question.family) and is_ipv4(start.address) == is_ipv4(end.address):
                     return [Attempt(start, end, question.port, question.protocol)]
@@ -212,7 +218,8 @@ class Names:
         )
         if port is None and front is not None:
             return refused("unknown-service-port")
-        attempts = []
+        ready: list[Attempt] = []
+        ending: list[Attempt] = []
         for one in self.slices.get(key, []):
             if one.address_type != ("IPv4" if ipv4 else "IPv6"):
                 continue
@@ -228,12 +235,18 @@ class Names:
             )
             for number in numbers:
                 for endpoint in one.endpoints:
-                    ready = endpoint.conditions.ready
-                    if number is None or ready is False:
+                    if number is None or not _near(service, endpoint, chosen):
                         continue
                     end = self.end_at(parse_address(endpoint.addresses[0]))
                     backend = f"[{end.ip}]:{number}" if ":" in end.ip else f"{end.ip}:{number}"
-                    attempts.append(Attempt(chosen, end, number, question.protocol, backend))
+                    attempt = Attempt(chosen, end, number, question.protocol, backend)
+                    conditions = endpoint.conditions
+                    if conditions.ready is not False or service.spec.publish_not_ready_addresses:
+                        ready.append(attempt)
+                    elif conditions.terminating and conditions.serving is not False:
+                        ending.append(attempt)
+        # Headless: names lead to those that are ready alone (CoreDNS).
+        attempts = ready if ready or front is None else ending
         if not attempts:
             return refused("no-backend")
         if question.protocol == "SCTP" and any(a.port != question.port for a in attempts):
@@ -243,6 +256,13 @@ class Names:
     def _no_family(self, question: Question) -> QuestionError:
         wanted = f"IPv{question.family}" if question.family else "one address family"
         return QuestionError(f"{question.source} and {question.target} do not share {wanted}")
+
+
+def _near(service: Service, endpoint: Endpoint, source: End) -> bool:
+    """Whether the source's node leads to the endpoint (Service spec.internalTrafficPolicy)."""
+    if service.spec.internal_traffic_policy != "Local" or not service.cluster_ips:
+        return True
+    return endpoint.node_name == (source.pod.spec.node_name if source.pod else source.node)
 
 
 def _fits(end: End, family: Family | None) -> bool:

@@ -274,6 +274,14 @@ class Kind:
         """The object as people name it."""
         return f"{self.name} {'/'.join(key) if self.namespaced else key}"
 
+    def title_of(self, raw: bytes) -> str:
+        """The same of one as it came, even if it can't be read."""
+        try:
+            meta = msgspec.json.decode(raw, type=Version).metadata
+        except msgspec.MsgspecError:
+            return f"{self.name} without a name"
+        return self.title(self.key(meta.namespace, meta.name))
+
 
 #: As kube-proxy asks (cmd/kube-proxy/app/server.go): what is headless, or another proxy's, has no
 #: address that anybody here would translate.

@@ -26,6 +26,7 @@ from lockgate.kube.kinds import Kind, Parts, Version
 from lockgate.kube.lists import ListMeta, Splitter, chunks
 from lockgate.kube.meter import Meter
 from lockgate.kube.stream import Change
+from lockgate.kube.wire import plain, read
 
 __all__ = ["Reflector"]
 
@@ -308,14 +309,7 @@ class Reflector:
         )
 
     def _keep(self, raw: bytes) -> Any:
-        try:
-            item = self._decoder.decode(raw)
-        except msgspec.ValidationError:
-            if b"null" not in raw:
-                raise
-            # As in the API, null is a field that is not there. A slice without endpoints says so.
-            item = msgspec.convert(_without_nulls(msgspec.json.decode(raw)), self.kind.struct)
-        return self.kind.keep(item, self._parts)
+        return self.kind.keep(read(raw, self._decoder), self._parts)
 
     def _key(self, meta: Any) -> Any:
         return self.kind.key(meta.namespace, meta.name)
@@ -330,7 +324,7 @@ class Reflector:
             key, uid = self.kind.key("?", "?"), ""
         if self.kind.uid is not None:
             with contextlib.suppress(msgspec.MsgspecError):
-                uid = self.kind.uid(_without_nulls(msgspec.json.decode(raw)))
+                uid = self.kind.uid(plain(raw))
         self._odd[key] = uid
         item = self.objects.get(key) or self._earlier(self.kind, key)
         if item is not None and item.metadata.uid != uid:
@@ -338,15 +332,6 @@ class Reflector:
         kept = "skipped" if item is None else "as it was before"
         if self.kind.rest is not None and (item is None or item.unreadable):
             with contextlib.suppress(msgspec.MsgspecError):
-                plain = _without_nulls(msgspec.json.decode(raw))
-                item = self.kind.keep(self.kind.rest(plain), self._parts)
+                item = self.kind.keep(self.kind.rest(plain(raw)), self._parts)
                 kept = "it isolates its pods and allows nothing"
         return key, item, f"{self.kind.title(key)} can't be read ({kept}): {error}"
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
-    return value

@@ -178,14 +178,19 @@ class FlowLog:
     def select(self, wanted: Filter, start: int = 0) -> list[dict[str, Any]]:
         """Flow records from event number `start` on that pass the filter, oldest first; the
         newest `limit` of them."""
-        start = max(start, self.first)
-        positions = np.arange(start, self.next) % self.capacity
-        events = self._events[positions]
-        chosen = np.flatnonzero(self._passes(events, wanted))
-        if wanted.limit is not None:
-            chosen = chosen[max(0, len(chosen) - wanted.limit) :]
+        return self.records(self.numbers(wanted, start))
+
+    def numbers(self, wanted: Filter, start: int = 0) -> npt.NDArray[np.int64]:
+        """The numbers of those events."""
+        numbers = np.arange(max(start, self.first), self.next)
+        chosen = numbers[self._passes(self._events[numbers % self.capacity], wanted)]
+        return chosen if wanted.limit is None else chosen[max(0, len(chosen) - wanted.limit) :]
+
+    def records(self, numbers: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Flow records of the events that are still here: some 30 µs each."""
         offset = self._offset()
-        return [self._record(events[i], int(positions[i]), offset) for i in chosen]
+        positions = (numbers[numbers >= self.first] % self.capacity).tolist()
+        return [self._record(self._events[at], at, offset) for at in positions]
 
     # ---- Inside -------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -20,7 +22,7 @@ from lockgate import __version__
 from lockgate.bpf.btf import Schema
 from lockgate.objects.address import listen
 from lockgate.observer.config import Config
-from lockgate.observer.flows import FilterError, FlowLog, Names, parse_filter
+from lockgate.observer.flows import Filter, FilterError, FlowLog, Names, parse_filter
 from lockgate.observer.journal import Journal
 from lockgate.observer.metrics import Metrics
 from lockgate.observer.source import Source
@@ -32,7 +34,7 @@ _log = logging.getLogger("lockgate.observer")
 _CHECK = 0.5  # seconds between looks for pins that were replaced
 _FIRST = 0.05  # seconds between looks for pins, while there are none
 _GATHER = 0.01  # seconds that events gather before they are read
-_CHUNK = 1000  # records a write
+_CHUNK = 100  # records a write: some 3 ms
 
 
 class Observer:
@@ -230,22 +232,37 @@ class Observer:
         self.journal.refresh()
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
+        with contextlib.suppress(ConnectionResetError):  # who asked has seen enough
+            await self._tell(response, wanted, follow)
+        return response
+
+    async def _tell(self, response: web.StreamResponse, wanted: Filter, follow: bool) -> None:
         at = self.log.next
-        await _send(response, self.log.select(wanted))
+        await self._send(response, self.log.numbers(wanted), tell_missed=follow)
         wanted = replace(wanted, limit=None)
         while follow:
             arrived = self._arrived
             if at == self.log.next:
                 await arrived.wait()
             if at < self.log.first:
-                await _send(response, [{"type": "missed", "count": self.log.first - at}])
+                await _write(response, [_missed(self.log.first - at)])
                 at = self.log.first
-            end = self.log.next
-            records = self.log.select(wanted, at)
-            at = end
-            await _send(response, records)
+            numbers = self.log.numbers(wanted, at)
+            at = self.log.next
+            await self._send(response, numbers, tell_missed=True)
         await response.write_eof()
-        return response
+
+    async def _send(
+        self, response: web.StreamResponse, numbers: npt.NDArray[np.int64], *, tell_missed: bool
+    ) -> None:
+        """A piece at a time: the rings are read between, or they would be full."""
+        for start in range(0, len(numbers), _CHUNK):
+            piece = numbers[start : start + _CHUNK]
+            records = self.log.records(piece)
+            if tell_missed and len(records) < len(piece):
+                records.insert(0, _missed(len(piece) - len(records)))
+            await _write(response, records)
+            await asyncio.sleep(0)
 
 
 def _resident() -> int:
@@ -253,30 +270,33 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def _send(response: web.StreamResponse, records: list[dict[str, Any]]) -> None:
-    encode = msgspec.json.Encoder().encode_lines
-    for start in range(0, len(records), _CHUNK):
-        await response.write(encode(records[start : start + _CHUNK]))
+def _missed(count: int) -> dict[str, Any]:
+    return {"type": "missed", "count": count}
+
+
+async def _write(response: web.StreamResponse, records: list[dict[str, Any]]) -> None:
+    await response.write(msgspec.json.Encoder().encode_lines(records))
 
 
 async def run(config: Config, schema: Schema) -> None:
     """Serves until SIGTERM or SIGINT."""
     observer = Observer(config, schema)
     async with contextlib.AsyncExitStack() as stack:
-        await _serve(stack, observer.application(), config.socket)
+        await serve(stack, observer.application(), config.socket)
         if config.web:
-            await _serve(stack, observer.probes(), listen(config.web))
+            await serve(stack, observer.probes(), listen(config.web))
         done = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, done.set)
         await done.wait()
 
 
-async def _serve(
+async def serve(
     stack: contextlib.AsyncExitStack, app: web.Application, place: str | tuple[str, int]
 ) -> None:
     """On a unix socket, for root only, or on a port, until `stack` ends."""
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    # A follower that went is not looked for on behalf of for ever: its request is cancelled.
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1, handler_cancellation=True)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     if isinstance(place, str):

@@ -2,7 +2,7 @@
 
 GET  /v1/watch                       the stream of objects (docs/architecture.md)
 POST /v1/applied {node, revision, error?}
-POST /v1/wait?timeout=S              {ok, revision, reasons}: everything saved so far in force?
+POST /v1/wait?timeout=S              {ok, revision, reasons, warnings}: everything saved in force?
 GET  /v1/objects/{pods,services,endpoints,policies,nodes,namespaces,firewalls}  one JSON array
 GET  /v1/status                      phase, nodes, pods, errors, warnings
 GET  /v1/exec?pod=NS/NAME            {pid, cgroup, node, netns, environment}
@@ -111,6 +111,7 @@ class _Api:
                 "ok": not reasons,
                 "revision": self._supervisor.store.revision,
                 "reasons": reasons,
+                "warnings": self._supervisor.warnings,
             }
         )
 
@@ -158,7 +159,7 @@ class _Api:
                 "waitingFor": supervisor.waiting_for(),
                 "reasons": supervisor.reasons(store.revision),
                 "errors": supervisor.update.errors,
-                "warnings": [*supervisor.update.warnings, *supervisor.plan.warnings],
+                "warnings": supervisor.warnings,
             }
         )
 

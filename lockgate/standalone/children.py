@@ -29,6 +29,8 @@ class Settings(msgspec.Struct, frozen=True):
 
     routing: str = "auto"
     forwarding: str = "dsr"
+    xdp: str = "auto"
+    flows: bool = True
     capture: int = 0
     limits: Limits = Limits()
 
@@ -56,6 +58,8 @@ def write_config(state: State, node: str, role: str, settings: Settings, nodes: 
             "outside": "outside0",
             "routing": settings.routing,
             "forwarding": settings.forwarding,
+            "xdp": settings.xdp,
+            "flows": {"remember": settings.flows},
             "capture": settings.capture,
             "limits": settings.limits,
             "memoryShare": SHARE / nodes,

@@ -17,19 +17,16 @@ import msgspec
 
 from lockgate.objects.model import Condition, Container, Pod, PodIP, PodStatus, Probe
 from lockgate.standalone import readiness
+from lockgate.standalone.agents import AgentRefused
 from lockgate.standalone.controllers import probed_container
 from lockgate.standalone.runtime import PodProcess, RuntimeFailure, Status, pod_spec
 from lockgate.standalone.state import State
 
-__all__ = ["AgentRefused", "Cluster", "PodRunner"]
+__all__ = ["Cluster", "PodRunner"]
 
 #: Seconds from SIGTERM to SIGKILL, where spec.terminationGracePeriodSeconds does not say it.
 GRACE = 2.0
 _RETRY_LONGEST = 10.0
-
-
-class AgentRefused(Exception):
-    """The agent answered with an error."""
 
 
 class Cluster(Protocol):

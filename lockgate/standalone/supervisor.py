@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import uuid
@@ -18,12 +17,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from lockgate.garbage import collect_between
 from lockgate.kube.folder import Folder, Update
 from lockgate.objects.model import EndpointSlice, Firewall, NetworkPolicy, Object, Pod
+from lockgate.standalone.agents import Agents
 from lockgate.standalone.children import Child, Settings
 from lockgate.standalone.controllers import (
     Memory,
@@ -33,7 +32,7 @@ from lockgate.standalone.controllers import (
     plan,
 )
 from lockgate.standalone.machines import Machines
-from lockgate.standalone.pods import AgentRefused, PodRunner
+from lockgate.standalone.pods import PodRunner
 from lockgate.standalone.state import State
 from lockgate.standalone.store import Store
 
@@ -50,6 +49,8 @@ SETTLE = 0.005
 #: A pod's first process does not wait longer for other nodes to know its address.
 KNOWN_TIMEOUT = 1.0
 PARALLEL_STARTS = 8
+#: Seconds after which a save that is not in force is told to be so.
+SAY_AFTER = 30.0
 
 
 class Supervisor:
@@ -73,11 +74,12 @@ class Supervisor:
         self._objects: list[Object] = []
         self._slices: dict[Key, EndpointSlice] = {}
         self._endings: set[asyncio.Task[None]] = set()
+        self._saying: asyncio.Task[None] | None = None
         self._ending: set[PodRunner] = set()
         self._slots = asyncio.Semaphore(PARALLEL_STARTS)
         self._pods_changed = False
         self._hosts_written: dict[str, str] = {}
-        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._agents = Agents(state)
 
     async def run(self, serve: Serve) -> None:
         """`serve` makes the cluster answer on control.sock."""
@@ -118,8 +120,7 @@ class Supervisor:
         for runner in self.runners.values():
             runner.abandon()
         await self.machines.close()
-        for session in self._sessions.values():
-            await session.close()
+        await self._agents.close()
         self.folder.close()
 
     # ---- Manifests ------------------------------------------------------------
@@ -133,7 +134,8 @@ class Supervisor:
         for error in update.errors:
             if error not in self.update.errors:
                 log.error("%s", error)
-        known = set(self.update.warnings + self.plan.warnings)
+        known = set(self.warnings)
+        first = self.update.number == 0
         self.update = update
         if update.errors:
             self.tell()
@@ -152,20 +154,39 @@ class Supervisor:
         ]
         if self._only_policies_changed(others, policies):
             self.plan = msgspec.structs.replace(self.plan, policies=policies)
+            self._warn(known)
             self.store.replace({"NetworkPolicy": policies, "Firewall": self._firewalls})
             self.tell()
-            return
-        self._others = others
-        self.machines.try_again()
-        self._plan(known)
+        else:
+            self._others = others
+            self.machines.try_again()
+            self._plan(known)
+        if not first:  # of which `up` tells
+            if self._saying is not None:
+                self._saying.cancel()
+            self._saying = asyncio.create_task(self._say())
+
+    def _warn(self, known: set[str]) -> None:
+        for warning in self.warnings:
+            if warning not in known:
+                log.warning("%s", warning)
+
+    async def _say(self) -> None:
+        """What became of the last save: who has the log before them asks for nothing else."""
+        begin = asyncio.get_running_loop().time()
+        reasons = await self.wait(SAY_AFTER)
+        taken = asyncio.get_running_loop().time() - begin
+        if not reasons:
+            log.info("in force on all nodes: revision %d (%.2f s)", self.store.revision, taken)
+        elif not self.update.errors:  # those were told
+            for reason in reasons:
+                log.error("not in force: %s", reason)
 
     def _plan(self, known: set[str]) -> None:
         """What should be there, from the manifests in force, on the nodes as they are now."""
         nodes = self.machines.follow(self._objects)
         self.plan = plan(self._objects, nodes, self._memory)
-        for warning in self.update.warnings + self.plan.warnings:
-            if warning not in known:
-                log.warning("%s", warning)
+        self._warn(known)
         self._reconcile()
         self._let_nodes_go()
         self._pods_changed = True
@@ -276,7 +297,7 @@ class Supervisor:
 
     def nodes_moved(self) -> None:
         """A node is built, or wholly gone."""
-        self._plan(set(self.update.warnings + self.plan.warnings))
+        self._plan(set(self.warnings))
 
     def _let_nodes_go(self) -> None:
         self.machines.let_go({runner.node for runner in self.runners.values()})
@@ -291,8 +312,7 @@ class Supervisor:
     async def forget_node(self, node: str) -> None:
         """Its agent is no more."""
         self.store.remove(node)
-        if session := self._sessions.pop(node, None):
-            await session.close()
+        await self._agents.forget(node)
 
     async def applied(self, node: str, revision: int, error: str | None) -> None:
         """An agent's answer to a bookmark."""
@@ -304,26 +324,15 @@ class Supervisor:
         self.tell()
 
     async def agent(self, node: str, method: str, path: str, body: Any = None) -> Any:
-        session = self._sessions.get(node)
-        if session is None:
-            session = self._sessions[node] = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(str(self.state.agent(node))),
-                timeout=aiohttp.ClientTimeout(total=60),
-            )
-        while True:
-            try:
-                async with session.request(method, f"http://agent{path}", json=body) as response:
-                    text = await response.text()
-                    if response.status < 400:
-                        return json.loads(text) if text else None
-                    raise AgentRefused(f"agent of {node}: {_sentence(text)}")
-            except (aiohttp.ClientConnectionError, FileNotFoundError):
-                if self.phase == "stopping":
-                    raise AgentRefused(f"agent of {node}: it is being stopped") from None
-                if self.machines.is_going(node):
-                    # What its agent does not undo any more goes with the node.
-                    raise AgentRefused(f"agent of {node}: the node is being ended") from None
-                await asyncio.sleep(0.02)
+        """Its answer. AgentRefused: what the agent says against it, or that it is no more."""
+
+        def over() -> str:
+            if self.phase == "stopping":
+                return "it is being stopped"
+            # What its agent does not undo any more goes with the node.
+            return "the node is being ended" if self.machines.is_going(node) else ""
+
+        return await self._agents.call(node, method, path, body, over)
 
     # ---- Being in force -------------------------------------------------------
 
@@ -346,6 +355,11 @@ class Supervisor:
             elif not runner.settled:
                 reasons.append(f"pod {namespace}/{name}: it is being started")
         return reasons
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the manifests means nothing here, or something else than one may think."""
+        return [*self.update.warnings, *self.plan.warnings]
 
     def not_ready(self) -> list[str]:
         """Pods that should be ready and are not; a finished Job's are not expected to be."""
@@ -391,11 +405,3 @@ class Supervisor:
                 for runner in self.runners.values()
             )
         )
-
-
-def _sentence(text: str) -> str:
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return text.strip() or "no reason given"
-    return str(answer.get("error", text)) if isinstance(answer, dict) else text

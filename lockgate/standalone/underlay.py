@@ -71,9 +71,10 @@ def build(state: State, nodes: Sequence[tuple[str, int]]) -> None:
         with namespaces.inside(namespaces.path_of(hub)):
             _no_bridge_filter()
             _batch([f"link set n{number} master br0 up" for _, number in nodes])
-            for _, number in nodes:
-                # A veth takes what XDP redirects to a node's end only so.
-                xdp.use_gro(f"n{number}")
+            if hub == state.underlay_netns:
+                for _, number in nodes:
+                    # A veth takes what XDP redirects to a node's end only so.
+                    xdp.use_gro(f"n{number}")
     for name, number in nodes:
         with namespaces.inside(state.netns_path(name)):
             _node_sysctls()

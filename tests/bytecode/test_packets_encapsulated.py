@@ -251,6 +251,16 @@ def in_order(world: World, family: int, *slot: int) -> None:
 # ---- Where the client is ---------------------------------------------------------------
 
 
+def begin_at_pod(world: World, slot: int, family: int, client: str) -> None:
+    """It has a connection to the address that it asked, which another node is to serve."""
+    scene = frontends()
+    without = {key: one for key, one in scene.services.items() if key[0] != LB[family]}
+    world.publish(scene.but(services=without))
+    packet = from_pod(slot) / ip(family, client, LB[family]) / syn(SPORT, PORTS[HERE])
+    assert world.run("from_pod", bytes(packet), at_pod(slot)).verdict == REDIRECT
+    world.publish(scene)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("client", ["a", "remote", "far", "node", "b"])
 def test_the_client_may_be_a_pod_or_node_that_asked_another_node(
@@ -258,6 +268,9 @@ def test_the_client_may_be_a_pod_or_node_that_asked_another_node(
 ) -> None:
     """A pod of this node as well, its own backend too: then it sees the frontend as its peer."""
     world.publish(frontends())
+    if client in ("a", "b"):
+        slot = {"a": A, "b": B}[client]
+        begin_at_pod(world, slot, family, client)
     out = arrives(world, inner(family, HERE, source=client))
     assert out.verdict == REDIRECT, out.events
     seen = LB[family] if client == "b" else client

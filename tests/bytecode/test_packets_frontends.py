@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from scapy.layers.inet import IP
@@ -42,6 +43,7 @@ from tests.bytecode.goldens import (
     allowed,
     answer4,
     at_pod,
+    base,
     check,
     dropped,
     echo,
@@ -64,6 +66,8 @@ from tests.bytecode.goldens import (
 )
 from tests.bytecode.world import (
     DROP,
+    HOP_MAC,
+    HOP_TUNNEL,
     INGRESS,
     NEXT,
     OUTSIDE,
@@ -71,6 +75,7 @@ from tests.bytecode.world import (
     TCP,
     UDP,
     UNDERLAY,
+    Scene,
     World,
 )
 
@@ -277,10 +282,10 @@ def tables() -> Iterator[Golden]:
             dropped("ttl-exceeded"),
             frontends,
         )
-        for size, fits in ((1400 - (20 if family == 4 else 40), True), (1400, False)):
+        mtu = 1400 - (20 if family == 4 else 40)
+        for size, fits in ((mtu, True), (mtu + 1, False)):
             packet = ip(family, "world", LB[family]) / udp(SPORT, PORTS[DSR])
-            packet = packet / Raw(bytes(size + (0 if fits else 1) - len(packet)))
-            mtu = 1400 - (20 if family == 4 else 40)
+            packet = packet / Raw(bytes(size - len(packet)))
             yield Golden(
                 f"{name}: {size} bytes {'fit' if fits else 'do not fit'} with the outer header",
                 "from_net",
@@ -527,6 +532,21 @@ def test_a_flow_keeps_its_backend_while_that_serves(world: World, family: int) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_first_owner_here_does_not_know_goes_on_to_the_next(
+    world: World, family: int
+) -> None:
+    """CHAIN's owners in order: b, remote, far. What begins is b's."""
+    world.publish(base())
+    world.publish(frontends())
+    out = run(world, "from_net", wire() / ask(family, CHAIN, "ack"), OUTSIDE)
+    inner = ip(family, "world", LB[family], ttl=63) / tcp(SPORT, PORTS[CHAIN], "A")
+    same_frame(out.packet, to_hop() / outer(inner, "remote"))
+    for kind in ("syn", "udp", "ack"):
+        out = run(world, "from_net", wire() / ask(family, CHAIN, kind), OUTSIDE)
+        assert Ether(out.packet)[1].dst == ADDRESSES[family]["b"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_client_with_affinity_keeps_its_backend_by_whatever_port(
     world: World, family: int
 ) -> None:
@@ -738,3 +758,28 @@ def test_a_pod_reaches_another_nodes_port_and_hears_a_third(world: World, family
         UNDERLAY,
     )
     assert out.verdict == REDIRECT
+
+
+# ---- By which link ---------------------------------------------------------------------
+
+
+def tunnelled() -> Scene:
+    """The way to hop 1 leads through another link, as VXLAN's device would be."""
+    scene = frontends()
+    hop = replace(scene.hops[1], ifindex=999, flags=HOP_MAC | HOP_TUNNEL)
+    return scene.but(hops={**scene.hops, 1: hop})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nodes_talk_to_nodes_beside_the_tunnel_and_pods_do_not(world: World, family: int) -> None:
+    world.publish(tunnelled())
+    for kind in ("syn", "ack"):
+        out = run(world, "from_net", wire() / ask(family, HERE, kind, source="node"), UNDERLAY)
+        assert out.verdict == REDIRECT, out.events
+    out = run(world, "from_net", wire() / ask(family, HERE, source="node"), OUTSIDE)
+    same_events(out.events, dropped("spoofed-source"))
+    for service in (HERE, DSR, SNAT):
+        out = run(world, "from_net", wire() / ask(family, service, source="remote"), UNDERLAY)
+        same_events(out.events, dropped("spoofed-source"))
+    out = run(world, "from_net", wire() / ip(family, "node", "a") / syn(), UNDERLAY)
+    same_events(out.events, dropped("spoofed-source"))

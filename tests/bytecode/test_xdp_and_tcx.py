@@ -153,11 +153,8 @@ def go(world: World, course: list[Step], edge: Edge | None) -> tuple[list[Told],
         dull = ("time", "epoch", "line")
         events = [{k: v for k, v in e.items() if k not in dull} for e in last.events]
         told.append(Told(last.verdict, last.packet, events))
-    keys, values = world.flows.items()
-    flows = [
-        (key.tobytes(), value["addr"].tobytes(), int(value["port"]), int(value["service"]))
-        for key, value in zip(keys, values, strict=True)
-    ]
+    names = ("client", "addr", "sport", "port", "hash", "service")
+    flows = [tuple(value[name].tobytes() for name in names) for value in world.flows.items()[1]]
     return told, sorted(flows)
 
 

@@ -256,8 +256,32 @@ class Outcome:
 
 # The maps that only programs write.
 REMEMBERED = (
-    *("connections", "half_open", "crowd", "nat", "fragments", "sockets", "affinities", "flows"),
+    *("connections", "half_open", "crowd", "nat", "fragments", "sockets", "affinities"),
+    "flows",
 )
+
+
+class FlowTable:
+    """`flows` as if it were a hash: what is remembered, by its place."""
+
+    def __init__(self, map_: MappedArray) -> None:
+        self._ways = map_.view["way"]
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> NDArray[Any]:
+        return np.argwhere(self._ways["epoch"] != 0)
+
+    def items(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        keys = self.keys()
+        return keys, self._ways[keys[:, 0], keys[:, 1]]
+
+    def update_many(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        self._ways[keys[:, 0], keys[:, 1]] = values
+
+    def delete_many(self, keys: NDArray[Any]) -> None:
+        self._ways[keys[:, 0], keys[:, 1]] = np.zeros((), self._ways.dtype)
 
 
 class World:
@@ -296,7 +320,9 @@ class World:
         self.fragments = HashMap.of(obj, "fragments", dtype("frag_key"), dtype("frag"))
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
-        self.flows = HashMap.of(obj, "flows", dtype("tuple"), dtype("flow"))
+        self.flows = FlowTable(MappedArray.of(obj, "flows", dtype("flow_set")))
+        self.peer_bits = MappedArray.of(obj, "peer_bits", np.dtype("<u8"))
+        self.frontend_bits = MappedArray.of(obj, "frontend_bits", np.dtype("<u8"))
         self.counters_map = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
         self.ring = Ring.of(obj, "events", dtype("event"))
         self.ring_raw = Ring.of(obj, "events_raw", dtype("event_raw"))

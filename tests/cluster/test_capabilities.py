@@ -15,6 +15,7 @@ import pytest
 from lockgate.net import namespaces
 from tests.cluster.containers import Containerd, container
 from tests.system import test_agent
+from tests.system.agents import frontend, with_ips
 from tests.system.test_agent import Bed, Node, pod
 
 DEADLINE = 60.0
@@ -98,6 +99,17 @@ class Machine:
         path = namespaces.path_of(f"lg-{self.node.cluster}-{uid}")
         return await self.node.call("POST", "/v1/endpoints", {"uid": uid, "netns": str(path)})
 
+    async def balances(self) -> bool:
+        """Attach XDP for a frontend whose backend is on the other node."""
+        far = with_ips(pod("far", "two"), ["10.77.2.9"])
+        self._bed.supervisor.put(far, *frontend("web", "203.0.113.80", "10.77.2.9"))
+        async with asyncio.timeout(DEADLINE):
+            while found := await self.status("agent"):
+                if any(one["mode"] == "native" for one in found["xdp"]):
+                    return True
+                await asyncio.sleep(0.05)
+        return False
+
     async def close(self) -> None:
         for role, process in reversed(self._running):
             name = f"{self.node.cluster}-{role}"
@@ -122,6 +134,7 @@ async def test_with_the_capabilities_of_the_manifest_all_works(machine: Machine)
     assert await machine.answers("agent"), machine.log("agent")
     status, answer = await machine.add("pod")
     assert status == 200, answer
+    assert await machine.balances(), machine.log("agent")
     await machine.run("observer")
     assert await machine.answers("observer"), machine.log("observer")
 

@@ -226,6 +226,31 @@ def with_ips(item: dict[str, Any], ips: list[str]) -> dict[str, Any]:
     return {**item, "status": {"phase": "Running", "podIPs": [{"ip": ip} for ip in ips]}}
 
 
+def frontend(name: str, address: str, *backends: str) -> list[dict[str, Any]]:
+    """A service at an external address, and its endpoints; for pods that are there."""
+    meta = {"namespace": "shop", "name": name}
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {**meta, "uid": name},
+        "spec": {
+            "type": "ClusterIP",
+            "clusterIPs": ["10.96.0.80"],
+            "externalIPs": [address],
+            "ports": [{"port": 80, "targetPort": 8080, "protocol": "TCP"}],
+        },
+    }
+    endpoints = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {**meta, "labels": {"kubernetes.io/service-name": name}},
+        "addressType": "IPv4",
+        "ports": [{"port": 8080, "protocol": "TCP"}],
+        "endpoints": [{"addresses": [ip], "conditions": {"ready": True}} for ip in backends],
+    }
+    return [service, endpoints]
+
+
 def policy(name: str, sources: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "apiVersion": "networking.k8s.io/v1",

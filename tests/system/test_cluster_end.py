@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,6 +132,31 @@ def test_up_of_a_running_cluster_is_refused(cluster: Cluster) -> None:
     done = run("up", str(cluster.folder), "--cluster", cluster.name, code=2)
     assert "is running already: end it with `lockgate down`" in sentence(done)
     assert cluster.status()["pid"] == before
+
+
+def test_of_several_that_begin_at_once_one_runs_and_the_others_are_refused(tmp_path: Path) -> None:
+    name, folder = unique_name("ti"), manifests(tmp_path / "m")
+    command = [*LOCKGATE, "up", str(folder), "--cluster", name]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    begun = [
+        # In the foreground: what ends such a one takes its cluster away.
+        subprocess.Popen([*command, *extra], cwd=ROOT, env=ENVIRONMENT, **pipes)
+        for extra in (["--detach"], ["--detach"], ["--once"], ["--once"])
+    ]
+    try:
+        done = [(*process.communicate(timeout=100), process.returncode) for process in begun]
+        refused = [errors for _, errors, code in done if code == 2]
+        assert len(refused) == 3 and [code for *_, code in done if code != 2] == [0]
+        for errors in refused:
+            assert "is run by another `lockgate up` already" in errors or "is running" in errors
+            assert "Traceback" not in errors
+        detached = any(code == 0 for *_, code in done[:2])
+        assert bool(traces(name)) == detached
+    finally:
+        for process in begun:
+            process.kill()
+            process.wait()
+        run("down", "--cluster", name, code=0)
 
 
 def test_two_clusters_do_not_disturb_one_another(tmp_path: Path, cluster: Cluster) -> None:
@@ -380,4 +407,41 @@ def test_ctrl_c_takes_the_cluster_down(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+        run("down", "--cluster", name, code=0)
+
+
+def test_who_watches_a_cluster_is_told_what_becomes_of_each_save(tmp_path: Path) -> None:
+    name, folder = unique_name("ti"), manifests(tmp_path / "m")
+    process = subprocess.Popen(
+        [*LOCKGATE, "up", str(folder), "--cluster", name],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout
+    lines = iter(process.stdout.readline, "")
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        assert any("What you save is told here" in line for line in lines)
+        saved = folder / "saved.yaml"
+        for port, told in (
+            (0, "error: saved.yaml, document 1 (NetworkPolicy end/one), field spec.ingress[0]"),
+            (80, "in force on all nodes: revision "),
+        ):
+            spec = {"podSelector": {}, "ingress": [{"ports": [{"port": port}]}]}
+            saved.write_text(manifest("NetworkPolicy", "end", "one", spec))
+            assert told in next(lines)
+        (folder / "odd.json").write_text(manifest("Ingress", "end", "odd", {}))
+        warning = "warning: odd.json, document 1: ignored v1 Ingress end/odd"
+        assert warning in next(lines)
+        assert "in force on all nodes: revision " in next(lines)
+        assert warning in run("wait", "--cluster", name, code=0).stderr
+    finally:
+        watchdog.cancel()
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        process.stdout.close()
         run("down", "--cluster", name, code=0)

@@ -19,7 +19,7 @@ from lockgate.objects.address import parse_address
 from lockgate.paths import bpf_object
 from lockgate.standalone.state import bpffs
 from tests.system.harness import Cluster, unique_name, until
-from tests.system.test_cluster import answering, document, workload
+from tests.system.test_cluster import answering, document, pod, shell, workload
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -128,3 +128,34 @@ def test_traffic_distribution_reaches_the_nodes(cluster: Cluster) -> None:
     told = shown(cluster)
     # Outside, topology does not count.
     assert view(cluster, "a", told["loadBalancer"][0], 80)["owner_count"] == 2
+
+
+def test_a_pod_that_ends_serves_where_nobody_else_does(cluster: Cluster) -> None:
+    slow = {
+        "terminationGracePeriodSeconds": 4,
+        "containers": [{"name": "main", **shell("trap '' TERM; while :; do sleep 0.1; done")}],
+    }
+    cluster.save(
+        "slow.yaml",
+        pod("slow", slow, app="slow"),
+        document("Service", "slow", {"selector": {"app": "slow"}, "ports": [{"port": 80}]}),
+    )
+    address = cluster.service_ip("lab/slow")
+    assert view(cluster, "b", address, 80)["count"] == 1
+    cluster.save(
+        "slow.yaml",
+        document("Service", "slow", {"selector": {"app": "slow"}, "ports": [{"port": 80}]}),
+        wait=False,
+    )
+
+    def conditions() -> Any:
+        for one in cluster.objects("endpoints"):
+            if one["metadata"]["labels"]["kubernetes.io/service-name"] == "slow":
+                return [endpoint["conditions"] for endpoint in one["endpoints"]]
+        return []
+
+    ending = [{"ready": False, "serving": True, "terminating": True}]
+    until(lambda: conditions() == ending)
+    assert view(cluster, "b", address, 80)["count"] == 1
+    cluster.wait()
+    assert conditions() == [] and view(cluster, "b", address, 80)["count"] == 0

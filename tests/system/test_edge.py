@@ -319,8 +319,8 @@ def test_a_severed_link_is_unpinned(node: Node) -> None:
         assert agent.dp.tidy() == 1 and node.pinned() == []
 
 
-def frame() -> bytes:
-    head = b"\2\0\0\0\0\xbb" + b"\2\0\0\0\0\xaa" + b"\x08\x00"
+def frame(mac: bytes = bytes(6)) -> bytes:
+    head = mac + b"\2\0\0\0\0\xaa" + b"\x08\x00"
     addresses = socket.inet_aton("198.51.100.7") + socket.inet_aton(FRONTEND)
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + addresses
     return head + ip + struct.pack("!HHIIBBHHH", 40000, 80, 1, 0, 0x50, 2, 1000, 0, 0)
@@ -328,6 +328,8 @@ def frame() -> bytes:
 
 def arrives(node: Node, to: str) -> Sequence[bytes]:
     """What comes out at the other end of a card when the frame was sent into another's."""
+    card = node.cards().outside
+    assert card is not None
     with namespaces.inside(namespaces.path_of(node.far)):
         every = socket.htons(3)
         with (
@@ -338,7 +340,7 @@ def arrives(node: Node, to: str) -> Sequence[bytes]:
             others.bind((to, 3))
             others.settimeout(1)
             found = []
-            world.send(frame())
+            world.send(frame(card.mac))
             try:
                 while True:
                     data = others.recv(2048)

@@ -61,6 +61,40 @@ async def test_one_that_every_server_has_may_not_lack(
         await asyncio.to_thread(access.objects)
 
 
+async def test_a_slice_without_endpoints_is_one(
+    server: ApiServer, access: KubernetesAccess
+) -> None:
+    """Of none the API server says null, not []."""
+    server.put(
+        {
+            "kind": "EndpointSlice",
+            "metadata": {"name": "web-1", "namespace": "shop"},
+            "addressType": "IPv4",
+            "endpoints": None,
+            "ports": None,
+        }
+    )
+    found = await asyncio.to_thread(access.objects)
+    assert found.slices["shop", "web-1"].endpoints == []
+    assert access.skipped == []
+
+
+async def test_an_object_that_cannot_be_read_is_named(
+    server: ApiServer, access: KubernetesAccess
+) -> None:
+    server.put(
+        {
+            "kind": "NetworkPolicy",
+            "metadata": {"name": "odd", "namespace": "shop"},
+            "spec": {"podSelector": {}, "ingress": [{"ports": [{"protocol": "QUIC"}]}]},
+        }
+    )
+    found = await asyncio.to_thread(access.objects)
+    (said,) = access.skipped
+    assert said.startswith("NetworkPolicy shop/odd can't be read: Invalid enum value 'QUIC'")
+    assert found.policies["shop", "odd"].unreadable
+
+
 def test_the_documented_role_lists_what_the_agents_does() -> None:
     text = (ROOT / "docs/operate.md").read_text()
     roles = yaml.safe_load_all(text.partition("```yaml\n")[2].partition("```")[0])

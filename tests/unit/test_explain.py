@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
@@ -21,6 +22,7 @@ from lockgate.objects.model import (
     Container,
     ContainerPort,
     Endpoint,
+    EndpointConditions,
     EndpointPort,
     EndpointSlice,
     LabelSelector,
@@ -166,9 +168,70 @@ def test_answer(source: str, target: str, port: int, expected: dict[str, Any]) -
     assert {key: found.get(key) for key in expected} == expected
 
 
+#: Conditions of two endpoints: n1's 10.0.1.2 and n2's 10.0.2.3.
+READY, UNREADY = EndpointConditions(), EndpointConditions(ready=False)
+ENDING = EndpointConditions(ready=False, serving=True, terminating=True)
+GONE = EndpointConditions(ready=False, serving=False, terminating=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "conditions", "source", "expected"),
+    [
+        pytest.param({}, (READY, UNREADY), "shop/web", "10.0.1.2:80", id="who is not ready"),
+        pytest.param({}, (GONE, ENDING), "shop/web", "10.0.2.3:80", id="none ready: who serves"),
+        pytest.param({}, (ENDING, READY), "shop/api", "10.0.2.3:80", id="ready before ending"),
+        pytest.param({}, (GONE, UNREADY), "shop/web", "no-backend", id="nobody"),
+        pytest.param(
+            {"publish_not_ready_addresses": True},
+            (UNREADY, UNREADY),
+            "shop/web",
+            "10.0.2.3:80",
+            id="published unready",
+        ),
+        pytest.param(
+            {"internal_traffic_policy": "Local"},
+            (READY, READY),
+            "shop/web",
+            "10.0.1.2:80",
+            id="its own node's, of a pod",
+        ),
+        pytest.param(
+            {"internal_traffic_policy": "Local"},
+            (READY, READY),
+            "172.16.0.2",
+            "10.0.2.3:80",
+            id="its own node's, of a node",
+        ),
+        pytest.param(
+            {"internal_traffic_policy": "Local"},
+            (GONE, READY),
+            "shop/web",
+            "no-backend",
+            id="none on its own node",
+        ),
+    ],
+)
+def test_the_backend_is_one_that_the_node_would_choose(
+    spec: dict[str, Any],
+    conditions: tuple[EndpointConditions, EndpointConditions],
+    source: str,
+    expected: str,
+) -> None:
+    known, key, its = cluster(), ("shop", "all"), ("shop", "all-1")
+    service, slice_ = known.services[key], known.slices[its]
+    known.services[key] = replace(service, spec=replace(service.spec, **spec))
+    ends = zip(slice_.endpoints, conditions, ("n1", "n2"), strict=True)
+    endpoints = [replace(one, conditions=has, node_name=node) for one, has, node in ends]
+    known.slices[its] = replace(slice_, endpoints=endpoints)
+    (answer,) = explain(SpecEngine(known), [Question(source, "svc/shop/all", 8080)])
+    assert (answer.backend or answer.cause) == expected
+
+
 @pytest.mark.parametrize(
     ("source", "target", "sentence"),
     [
+        ("shop/web", "127.0.0.1", "127.0.0.1: every pod is that itself"),
+        ("shop/web", "::1", "::1: every pod is that itself"),
         ("shop/gone", "shop/db", "no pod or service shop/gone"),
         ("shop/web", "svc/shop/web", "no service shop/web"),
         ("web", "shop/db", "web: expected NAMESPACE/POD"),

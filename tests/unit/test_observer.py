@@ -237,6 +237,9 @@ def test_keeps_the_newest_and_counts_on(log: FlowLog) -> None:
     assert [record["length"] for record in log.select(Filter())] == list(range(7, 15))
     assert [record["length"] for record in log.select(Filter(limit=2))] == [13, 14]
     assert [record["length"] for record in log.select(Filter(), 12)] == [12, 13, 14]
+    numbers = log.numbers(Filter())
+    log.add(event(length=15))
+    assert [record["length"] for record in log.records(numbers)] == list(range(8, 15))
     log.add(np.concatenate([event(length=i) for i in range(20)]))
     assert [record["length"] for record in log.select(Filter())] == list(range(12, 20))
 

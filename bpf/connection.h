@@ -9,6 +9,7 @@
 #include "arrive.h"
 #include "forward.h"
 #include "frontend.h"
+#include "related.h"
 #include "service.h"
 #include "verdict.h"
 
@@ -296,190 +297,12 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 	return forward(skb, p);
 }
 
-/* Is it the address of a pod of this node? Then it is as if that pod were at this hook:
- * the verdict need not look for it again. */
-static __always_inline bool is_at_pod(struct packet *p, const struct addr *addr)
-{
-	struct peer *peer = bpf_map_lookup_elem(&peers, addr);
-
-	if (!peer || peer->view[p->epoch & 1].kind != PEER_LOCAL)
-		return false;
-	p->slot = peer->view[p->epoch & 1].target;
-	return true;
-}
-
-static __always_inline bool for_a_pod(struct packet *p)
-{
-	struct peer *peer = bpf_map_lookup_elem(&peers, &p->wire.daddr);
-	enum peer_kind kind = peer ? peer->view[p->epoch & 1].kind : PEER_NONE;
-
-	p->to_host = kind == PEER_HOST;
-	if (kind != PEER_LOCAL)
-		return false;
-	p->slot = peer->view[p->epoch & 1].target;
-	return true;
-}
-
-/* Can what goes to a pod's address be translated? Datagrams to a backend that went
- * are, until their socket ends (service_again()); and so errors about the answers. */
-static __always_inline bool may_have_moved(struct __sk_buff *skb, struct packet *p)
-{
-	return p->place == PLACE_FROM_POD &&
-	       (p->icmp_error || (p->wire.proto == IPPROTO_UDP && may_have_asked(skb)));
-}
-
-/* The connection with just the ends of `t`. Where that is one to a service, the
- * pod sends its packets to the service's address: this one is of a twin. And where a
- * late answer of a backend that went began it, it does not take the client back. */
-static __noinline struct ct *find_untranslated(struct __sk_buff *skb, struct packet *p, const struct tuple *t)
-{
-	p->twin = p->late = 0;
-	/* A frontend's. The client may be a pod of this node, which has an entry of its own. */
-	if (p->outer_size)
-		return NULL;
-	struct ct *ct = ct_find(p, t);
-
-	p->twin = ct && (p->place == PLACE_FROM_POD || p->place == PLACE_FROM_NET) && !p->reply &&
-		  (ct->flags & (CT_NAT_ORIGIN | CT_NAT_REPLY)) == CT_NAT_REPLY;
-	p->late = ct && p->reply && p->table != IN_CONNECTIONS && may_have_moved(skb, p);
-	return p->twin || p->late ? NULL : ct;
-}
-
-/* Is the connection that the datagram is translated to one of an earlier socket, on
- * the same port, that asked for another service? The service of its own may have
- * another id by now. */
-static __noinline bool is_anothers(struct __sk_buff *skb, struct packet *p, struct ct *ct)
-{
-	if (p->place != PLACE_FROM_POD || p->icmp_error || p->wire.proto != IPPROTO_UDP)
-		return false;
-	struct socket_peer *asked = service_asked(skb, p);
-
-	if (!asked || asked->service == ct->service)
-		return false;
-	p->tuple = p->wire;
-	p->tuple.daddr = asked->addr;
-	p->tuple.dport = asked->port;
-	struct service_view *view = service_find(p, &p->tuple, false);
-
-	return !view || view->id != ct->service;
-}
-
-/* The connection of tuple `t` as seen on the wire, and in p->now the tuple it
- * is known by. On the wire another than its own only stands towards a service's
- * address or a node's, or of a twin, or for a backend that went, so what else goes
- * to a pod is spared the look-up in `nat`. */
-static __always_inline struct ct *find_connection(struct __sk_buff *skb, struct packet *p, const struct tuple *t)
-{
-	struct ct *ct = find_untranslated(skb, p, t);
-
-	if (ct || p->dry) {
-		p->now = *t;
-		return ct;
-	}
-	if (p->twin || p->late || may_have_moved(skb, p) || !is_pod(p, &t->daddr)) {
-		struct nat *translated = nat_find(p, t);
-
-		if (translated) {
-			p->now = translated->to;
-			ct = ct_find(p, &p->now);
-			if (!ct && p->place == PLACE_FROM_NET && is_at_pod(p, &p->now.daddr) && is_crowded(p))
-				ct = ct_find(p, &p->now);
-		}
-	}
-	if (ct && !is_anothers(skb, p, ct))
-		return ct;
-	p->now = *t;
-	return p->late ? ct_find(p, t) : NULL;
-}
-
-/* May a packet of the connection come encapsulated? Only its client's, to the frontend. */
-static __always_inline bool is_inside(struct packet *p, struct ct *ct)
-{
-	return !p->reply && ct->flags & CT_NAT_REPLY && is_ours(ct->target[0]);
-}
-
-/* Does the connection, found by a quote, hold in this epoch? */
-static __noinline int stands(struct packet *p, struct ct *ct)
-{
-	struct tuple *t = &p->tuple;
-
-	if (!ct)
-		return 0;
-	if (ct->epoch == p->epoch || ct->flags & CT_EXEMPT)
-		return 1;
-	if (p->reply)
-		reverse_of(t, &p->now);
-	else
-		*t = p->now;
-	int allowed = judge(p, t);
-
-	p->judged = 0;
-	return allowed && p->src_endpoint == ct->src_endpoint && p->dst_endpoint == ct->dst_endpoint;
-}
-
-/* An ICMP error about a connection whose packets in its direction have become p->now: both
- * packets are translated. < 0 with a cause when that fails. */
-static __noinline int translate_error(struct __sk_buff *skb, struct packet *p)
-{
-	struct tuple *t = &p->tuple;
-
-	reverse_of(t, &p->inner);
-	bool changed = !same_ends(t, &p->now);
-	struct addr *from = same_addr(&p->wire.saddr, &t->saddr) ? &p->now.saddr : &p->wire.saddr;
-	struct addr *to = same_addr(&p->wire.daddr, &t->daddr) ? &p->now.daddr : &p->wire.daddr;
-
-	/* p->key served its purpose: hold the outer addresses there. */
-	p->key.lo = *from;
-	p->key.hi = *to;
-	reverse_of(t, &p->now);
-	p->now = p->wire;
-	p->now.saddr = p->key.lo;
-	p->now.daddr = p->key.hi;
-	if (changed && !rewrite_error(skb, p))
-		return -1;
-	p->wire = p->now;
-	return 1;
-}
-
 /* The slot of the pod of this node whose packet it is. */
 static __always_inline __u32 pod_of(struct packet *p, struct ct *ct)
 {
 	__u32 target = ct ? ct->target[p->reply & 1] : 0;
 
 	return p->slot == NO_SLOT && target_kind(target) == TO_LOCAL ? target_index(target) : p->slot;
-}
-
-/* An ICMP error about a known connection passes with it, both packets
- * translated. False: it is related to nothing; p->now is as it came. */
-__noinline int related(struct __sk_buff *skb, struct packet *p)
-{
-	struct ct *ct = NULL;
-
-	if (!p)
-		return 0;
-	struct tuple *t = &p->tuple;	/* as if the quoted packet were answered */
-
-	/* It must go to the sender of what it quotes, and a pod speaks only of
-	 * what it was sent: else a quote would be a pass to anywhere. */
-	reverse_of(t, &p->inner);
-	if (same_addr(&p->wire.daddr, &t->daddr) &&
-	    (p->place != PLACE_FROM_POD || same_addr(&p->wire.saddr, &t->saddr)))
-		ct = find_connection(skb, p, t);
-	if (!ct || !stands(p, ct) || (p->outer_size && !is_inside(p, ct)) ||
-	    (p->third && !answers_for_another(p, ct))) {
-		p->now = p->wire;
-		p->icmp_error = 0;
-		p->quoted = same_addr(&p->wire.daddr, &p->inner.saddr);
-		return 0;
-	}
-	if (ct->flags & (p->reply ? CT_NAT_REPLY : CT_NAT_ORIGIN)) {
-		struct nat *next = nat_find(p, &p->now);
-
-		if (next)
-			p->now = next->to;
-	}
-	p->target = ct->target[p->reply & 1];
-	return translate_error(skb, p);
 }
 
 /* From the parsed packet to its verdict and way out. */

@@ -44,29 +44,44 @@ static __always_inline void set_owner(struct packet *p, const struct addr *addr,
 	p->owner.target = peer_target(p, addr);
 }
 
-/* The backend that the client of p->asked was given before, as far as this node remembers. */
-static __noinline int owner_kept(struct packet *p, struct service_view *view)
+/* The backend that the flow p->asked was given before, as far as this node remembers. */
+static __noinline int owner_of_flow(struct packet *p, struct service_view *view)
+{
+	if (!view || !config_flows || (is_ordered(p->asked.proto) && begins(p)))
+		return 0;
+	struct flow *flow = flow_look(&p->asked, p->hash);
+
+	if (!flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner))
+		return 0;
+	p->hint = p->owner.port;
+	return 1;
+}
+
+/* The one that the client keeps, with affinity. */
+static __noinline int owner_of_client(struct packet *p, struct service_view *view)
 {
 	struct affinity_key client = { .by_address = 1 };
 	struct affinity kept;
 
-	if (!view)
+	if (!view || !view->affinity)
 		return 0;
-	if (config_flows && !(is_ordered(p->asked.proto) && begins(p))) {
-		struct flow *flow = flow_look(&p->asked, p->hash);
-
-		if (flow_serves(flow, view, p->asked.proto, p->epoch, p->now_s, 0, &p->owner)) {
-			p->hint = p->owner.port;
-			return 1;
-		}
-	}
 	client.service = view->id;
 	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
-	if (!view->affinity ||
-	    !affinity_find(&client, view, p->epoch, p->asked.proto, begins(p), p->now_s, p->dry || p->quoted, &kept))
+	if (!affinity_find(&client, view, p->epoch, p->asked.proto, begins(p), p->now_s, p->dry || p->quoted, &kept))
 		return 0;
 	set_owner(p, &kept.addr, kept.port);
 	return 1;
+}
+
+/* From now on the client of p->asked has p->owner. Calls of their own, this and those above: the
+ * stack of all calls in a row is short. */
+static __noinline int keep_owner(struct packet *p, __u32 service)
+{
+	struct affinity_key client = { .service = service, .by_address = 1 };
+
+	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
+	affinity_keep(&client, &p->owner.addr, p->owner.port, p->now_s);
+	return 0;
 }
 
 /* The next owner behind `place` that is on another node, in p->owner: it may know a connection
@@ -98,7 +113,7 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 	if (!view || !image)
 		return 0;
 	__u64 owners = owners_of(image, view, slot_hash(p, view));
-	bool kept = owner_kept(p, view);
+	bool kept = owner_of_flow(p, view) || owner_of_client(p, view);
 
 	if (!kept && !owner_at(image, view, owners & NO_OWNER, &p->owner))
 		return 0;
@@ -109,12 +124,8 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 			p->hint = 0;
 		return 1;
 	}
-	if (view->affinity && !kept && !p->dry) {
-		struct affinity_key client = { .service = view->id, .by_address = 1 };
-
-		__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
-		affinity_keep(&client, &p->owner.addr, p->owner.port, p->now_s);
-	}
+	if (view->affinity && !kept && !p->dry)
+		keep_owner(p, view->id);
 	return 1;
 }
 

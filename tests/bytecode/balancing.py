@@ -12,10 +12,11 @@ from typing import Any
 
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from lockgate.objects.address import parse_address
-from tests.bytecode.goldens import ADDRESSES, B, base
+from tests.bytecode.goldens import ADDRESSES, B, base, ip, syn, tcp, udp
 from tests.bytecode.world import (
     SCTP,
     SVC_FRONTEND,
@@ -154,3 +155,23 @@ def outer(
     label = hint or number & 0xFFFFF
     to = ADDRESSES[6].get(to, to)
     return IPv6(src=source, dst=to, hlim=ttl, fl=label, nh=41, tc=tos) / inner
+
+
+# ---- Clients' packets ---------------------------------------------------------------------
+
+SPORT = 40000
+
+
+def ask(family: int, service: int, kind: str = "syn", source: str = "world", ttl: int = 64):
+    """A client's packet to a service at LB."""
+    l4 = {
+        "syn": syn(SPORT, PORTS[service]),
+        "ack": tcp(SPORT, PORTS[service], "A"),
+        "udp": udp(SPORT, PORTS[service]),
+    }[kind]
+    return ip(family, source, LB[family], ttl=ttl) / l4
+
+
+def back(frame: Packet) -> Ether:
+    """The way back by the same card."""
+    return Ether(src=frame.dst, dst=frame.src)

@@ -229,25 +229,34 @@ static __always_inline bool fw_matches(const struct fw_entry *entry, const struc
 	return !rule->ports || fw_has_port(rule->ports, f, rule->action);
 }
 
-/* The number of the first entry from `number` on that matches, 0 = none. A global function: the
- * verifier walks it once. */
-__noinline int fw_match(const struct frame *f, __u32 number)
+struct fw_chain {
+	const struct frame *frame;
+	__u32 number;
+};
+
+static long fw_match_one(__u64 i, void *context)
 {
-	if (!f)
-		return 0;
-	for (int i = 0; i < FW_STEPS && number; i++) {
-		struct fw_entry *entry = bpf_map_lookup_elem(&fw_entries, &number);
+	struct fw_chain *c = context;
+	struct fw_entry *entry = bpf_map_lookup_elem(&fw_entries, &c->number);
 
-		if (!entry)
-			break;
-		__u32 which = *(volatile __u32 *)&entry->rule;
-		struct fw_rule *rule = bpf_map_lookup_elem(&fw_rules, &which);
+	if (!entry || !c->number)
+		return 1;
+	__u32 which = *(volatile __u32 *)&entry->rule;
+	struct fw_rule *rule = bpf_map_lookup_elem(&fw_rules, &which);
 
-		if (rule && fw_matches(entry, rule, f))
-			return number;
-		number = *(volatile __u32 *)&entry->next;
-	}
+	if (rule && fw_matches(entry, rule, c->frame))
+		return 1;
+	c->number = *(volatile __u32 *)&entry->next;
 	return 0;
+}
+
+/* The number of the first entry from `number` on that matches, 0 = none. */
+static __noinline int fw_match(const struct frame *f, __u32 number)
+{
+	struct fw_chain c = { .frame = f, .number = number };
+
+	/* More than that do not lead on: the default decides. */
+	return bpf_loop(FW_STEPS, fw_match_one, &c, 0) > FW_STEPS - 1 ? 0 : c.number;
 }
 
 /* By the first entry from `number` on that matches, or the default. Mostly it is the first. */

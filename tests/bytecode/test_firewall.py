@@ -438,3 +438,14 @@ def test_a_change_that_was_broken_off_is_put_right_at_the_next_start(
     world.tables.apply(change)
     for source, target in ((CLIENT, NODE), (CLIENT6, NODE6), ("198.51.100.77", NODE)):
         assert world.run(frame(source, target)).cause == "firewall"
+
+
+def test_after_many_entries_that_do_not_match_the_default_decides(world: FirewallWorld) -> None:
+    port = (("TCP", 1, 1),)
+    for index in range(120):
+        world.add(Rule("object", "allow", port, 0, "a", index), f"{CLIENT}/32")
+    world.add(DENY, "198.51.100.0/24")
+    assert world.run(frame(CLIENT, NODE)).cause == "firewall"
+    for index in range(120, 140):
+        world.add(Rule("object", "allow", port, 0, "a", index), f"{CLIENT}/32")
+    assert world.run(frame(CLIENT, NODE)).cause == ""

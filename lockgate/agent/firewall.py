@@ -63,7 +63,6 @@ class Firewall:
         self._commands: Entries | None = self._log.load(time.time())
         self._memory = Memory()
         self._wanted = Wanted({})
-        self._facts = Facts()
         self._cards: frozenset[str] = frozenset()
         self._cluster: Cluster | None = None
         self._drop_by = ""
@@ -110,26 +109,36 @@ class Firewall:
             self._reason(None)
 
     def _look(self) -> None:
-        cluster = self._cluster
-        assert cluster is not None
+        """What is wanted now, and that in force."""
+        if self._cluster is not None and not self._cluster.firewalls and not self._is_used:
+            self._wanted, self.errors = Wanted({}), []  # on most nodes, whatever changes
+            return
+        self._want()
+        try:
+            self._bring()
+            self.errors = self._wanted.errors
+        except (FirewallFull, LoadError, OSError) as error:
+            text = f"the firewall is not in force as it should be: {error}"
+            log.warning("%s", text)
+            self.errors = [*self._wanted.errors, text]
+
+    @property
+    def _is_used(self) -> bool:
+        return self.tables is not None or bool(self._commands)
+
+    def _want(self) -> None:
+        cluster = self._cluster or Cluster()
         me = cluster.nodes.get(self._node)
         labels = me.metadata.labels if me is not None else {}
-        self._facts = Facts.of(cluster, self._node, self._cards)
-        now = time.time()
-        found = wanted(cluster.firewalls.values(), labels, self._facts, self._memory, now)
+        facts, now = Facts.of(cluster, self._node, self._cards), time.time()
+        found = wanted(cluster.firewalls.values(), labels, facts, self._memory, now)
         self._drop_by = next(
             (name for name, one in sorted(cluster.firewalls.items()) if one.spec.default == "Drop"),
             "",
         )
         expiries = [expires for _, expires in found.rules.values() if expires > now]
-        self._rule_expiry = min(expires for expires in expiries) if expiries else 0.0
+        self._rule_expiry = min(expiries) if expiries else 0.0
         self._wanted = found
-        try:
-            self._bring()
-            self.errors = found.errors
-        except (FirewallFull, LoadError, OSError) as error:
-            log.warning("the firewall is not in force as it should be: %s", error)
-            self.errors = [*found.errors, f"the firewall is not in force as it should be: {error}"]
 
     def summary(self) -> dict[str, Any] | None:
         """For the agent's status; None: there is none."""
@@ -154,6 +163,7 @@ class Firewall:
         if self.tables is None:
             self._commands = {**(self._commands or {}), (rule, expires): prefixes}
             try:
+                self._want()
                 self._bring()
             except BaseException:
                 self._commands.pop((rule, expires))

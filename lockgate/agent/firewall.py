@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lockgate.agent.edge import Edge
+from lockgate.agent.firewall_loaded import Loaded
 from lockgate.agent.firewall_log import Entries, FirewallLog
-from lockgate.agent.firewall_maps import FirewallMaps, sizes
 from lockgate.agent.firewall_tables import Change, FirewallFull, FirewallTables
 from lockgate.agent.journal import Journal
-from lockgate.bpf.grace import wait_grace
 from lockgate.bpf.object import LoadError
 from lockgate.compile.firewall import COMMAND, Facts, Memory, Rule, Wanted, wanted
 from lockgate.compile.prefixes import Prefixes
@@ -43,17 +41,6 @@ class Deleted:
     unknown: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Outgrown:
-    """Tables that were too small, while programs have them; entries there and in the new ones, and
-    what they had counted."""
-
-    tables: FirewallTables
-    theirs: NDArray[np.uint32]
-    mine: NDArray[np.uint32]
-    at: NDArray[np.uint64]
-
-
 class Firewall:
     """For one agent."""
 
@@ -68,9 +55,7 @@ class Firewall:
         self._drop_by = ""
         self._rule_expiry = 0.0
         self._clock = _clock()
-        self.tables: FirewallTables | None = None
-        self._maps: FirewallMaps | None = None
-        self._outgrown: _Outgrown | None = None
+        self._loaded = Loaded(edge, self._reason)
         #: What is in force of objects, and built in.
         self._applied: dict[Rule, tuple[Prefixes, float]] = {}
         self.errors: list[str] = []
@@ -78,7 +63,12 @@ class Firewall:
     def close(self) -> None:
         """What is in the kernel stays."""
         self._log.close()
-        self._let_go()
+        self._loaded.close()
+
+    @property
+    def tables(self) -> FirewallTables | None:
+        """None while there is no firewall."""
+        return self._loaded.tables
 
     # ---- Objects -------------------------------------------------------------------
 
@@ -233,8 +223,8 @@ class Firewall:
             if self.tables.expire(now):
                 self._tidy_log()
             self.tables.settle()
-            if self._outgrown is not None and not self._edge.due:
-                self._leave()
+            if not self._edge.due:
+                self._loaded.leave()
         if 0 < self._rule_expiry <= now and self._cluster is not None:
             self._look()
         if self.tables is not None and not self._wanted.needed and not self._has_commands():
@@ -248,15 +238,15 @@ class Firewall:
         if not self._wanted.needed and not commands and not self._has_commands():
             if self.tables is not None:
                 log.info("the firewall is empty")
-            self._edge.firewall = False
-            self._let_go()
+            self._edge.firewall, self._applied = False, {}
+            self._loaded.close()
             return
         need = sum(len(prefixes) for prefixes, _ in self._wanted.rules.values())
         need += sum(len(prefixes) for prefixes in commands.values())
         if self.tables is None:
-            self._open(need, [rule for rule, _ in commands])
-        assert self.tables is not None
+            self._loaded.open(need, [*self._wanted.rules, *(rule for rule, _ in commands)])
         self._apply(self._difference(commands))
+        assert self.tables is not None
         self._applied = dict(self._wanted.rules)
         self._commands = None
         self._reason_of_default()
@@ -293,78 +283,10 @@ class Firewall:
         return change
 
     def _apply(self, change: Change) -> None:
-        """In larger tables if these are too small."""
-        assert self.tables is not None
         for rule, _, _ in change.added:
             self._reason(rule)
         self._journal.commit()
-        try:
-            self.tables.apply(change)
-        except FirewallFull:
-            more = sum(len(prefixes) for _, prefixes, _ in change.added)
-            if sizes(len(self.tables) + more)["fw_entries"] <= self.tables.room + 1:
-                raise
-            self._grow(change, more)
-
-    def _grow(self, change: Change, more: int) -> None:
-        """Everything into larger tables, with its counters; then programs with these."""
-        old, old_maps, before = self.tables, self._maps, dict(self._edge.sizes)
-        assert old is not None
-        old.settle()
-        drop = old.rules.drops
-        try:
-            self._open(len(old) + more, ())
-            assert self.tables is not None
-            theirs, mine = self.tables.copy(old)
-            at = old.counters(theirs)
-            self.tables.apply(change)
-            self.tables.rules.set_default(drop)
-        except BaseException:
-            if self._maps is not None and self._maps is not old_maps:
-                self._maps.close()
-            self.tables, self._maps, self._edge.sizes = old, old_maps, before
-            raise
-        log.info("the firewall's tables have room for %d entries now", self.tables.room)
-        self._outgrown = _Outgrown(old, theirs, mine, at)
-
-    def _leave(self) -> None:
-        """No program counts in the tables that were too small any more, after a grace period."""
-        one, self._outgrown = self._outgrown, None
-        if one is not None and self.tables is not None:
-            wait_grace()
-            self.tables.count_up(one.mine, one.tables.counters(one.theirs) - one.at)
-            one.tables.maps.close()
-
-    def _open(self, need: int, commands: Iterable[Rule]) -> None:
-        """The tables, those that are pinned if they are large enough."""
-        edge = self._edge
-        was_on, edge.firewall = edge.firewall, True
-        try:
-            wanted_sizes = sizes(need)
-            if not edge.sizes:
-                pinned = edge.pinned_size("fw_entries")
-                if pinned >= wanted_sizes["fw_entries"]:
-                    wanted_sizes = {
-                        name: pinned if name in ("fw_entries", "fw_prefixes") else size
-                        for name, size in wanted_sizes.items()
-                    }
-            edge.sizes = wanted_sizes
-            obj = edge.object()
-            self._maps = FirewallMaps.of(obj)
-            candidates = [*self._wanted.rules, *commands]
-            self.tables = FirewallTables(self._maps, obj.schema, self._reason, candidates)
-        except BaseException:
-            edge.firewall = was_on
-            raise
-
-    def _let_go(self) -> None:
-        if self._maps is not None:
-            self._maps.close()
-        if self._outgrown is not None:
-            self._outgrown.tables.maps.close()
-        self.tables = self._maps = self._outgrown = None
-        self._applied = {}
-        self._edge.sizes = {}
+        self._loaded.apply(change)
 
     def _reason(self, rule: Rule | None) -> int:
         if rule is None:

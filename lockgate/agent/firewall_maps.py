@@ -10,7 +10,7 @@ from lockgate.bpf.maps import HashMap, MappedArray
 from lockgate.bpf.object import Object
 from lockgate.compile.firewall_layout import FILTER_BITS, SLOTS
 
-__all__ = ["FirewallMaps", "sizes"]
+__all__ = ["FirewallMaps", "sizes", "sizes_of"]
 
 #: A slot has 24 bits for a number.
 _LEAST, _MOST = 1 << 14, 1 << 24
@@ -21,7 +21,11 @@ _SOURCES = 1 << 16
 
 def sizes(entries: int) -> dict[str, int]:
     """Elements of each map for so many entries, twice: what replaces all needs room beside it."""
-    room = min(_MOST, max(_LEAST, 1 << (2 * entries).bit_length()))
+    return sizes_of(min(_MOST, max(_LEAST, 1 << (2 * entries).bit_length())))
+
+
+def sizes_of(room: int) -> dict[str, int]:
+    """The same, for `fw_entries` of that size, a power of two."""
     return {
         "fw_slots": SLOTS,
         "fw_slots_used": SLOTS // 64,

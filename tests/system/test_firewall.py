@@ -193,9 +193,16 @@ def test_a_rate_is_kept_and_a_lifetime_ends(cluster: Cluster) -> None:
     until(lambda: cluster.agent_status(NODE)["firewall"] is None, "the end of the firewall")
 
 
-def test_an_agent_that_starts_again_changes_nothing(cluster: Cluster) -> None:
+def test_an_agent_that_starts_again_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    # In tables that are larger than what is in them then.
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(f"45.{n >> 8}.{n & 255}.7" for n in range(20_000)))
+    command(cluster, "add", "deny", "--file", str(path))
     cluster.save("firewall.yaml", firewall({"action": "Deny", "from": ["172.31.0.0/24"]}))
     command(cluster, "add", "deny", f"{THERE[4]}/32", "--for", "1h")
+    command(cluster, "del", "--file", str(path))
+    room = cluster.agent_status(NODE)["firewall"]["room"]
+    assert room > 40_000
     with Echo(cluster) as echo:
         assert not echo.arrives(0.2)
         before = command(cluster, "list")
@@ -207,6 +214,7 @@ def test_an_agent_that_starts_again_changes_nothing(cluster: Cluster) -> None:
         after = command(cluster, "list")
         assert not echo.arrives(0.2)
     assert after["entries"] == before["entries"]
+    assert cluster.agent_status(NODE)["firewall"]["room"] == room
 
     def hits(found: Any) -> dict[str, int]:
         return {one["cidr"]: one["packets"] for one in found["top"] if one["source"] == "command"}

@@ -119,9 +119,9 @@ build/frame.bpf.o: tests/bytecode/frame.bpf.c $(BPF_SOURCES) Makefile
 	@$(CLANG) $(BPF_CFLAGS) -c $< -o $@
 
 bench-artifacts:
-	@$(MAKE) --no-print-directory -s build/bench-rr build/verdict.bpf.o build/balancer.bpf.o
+	@$(MAKE) --no-print-directory -s build/bench-rr build/verdict.bpf.o build/balancer.bpf.o build/firewall.bpf.o
 
-build/verdict.bpf.o build/balancer.bpf.o: build/%.o: bench/%.c $(BPF_SOURCES) Makefile
+build/verdict.bpf.o build/balancer.bpf.o build/firewall.bpf.o: build/%.o: bench/%.c $(BPF_SOURCES) Makefile
 	@mkdir -p build
 	@echo "  building $@"
 	@$(CLANG) $(BPF_CFLAGS) -Wno-unused-function -c $< -o $@

@@ -2,8 +2,8 @@
 
     python -m bench.run [NAME…] [--json] [--quick]
 
-Names: packet verdict balancer explain events sweep publish bigapi compile daytwo cni net; none
-means all. Each runs in a process of its own, with a network namespace of its own, and removes what
+Names: packet verdict balancer firewall explain events sweep publish bigapi compile daytwo cni net;
+none means all. Each runs in a process of its own, with a network namespace of its own, and removes what
 it made. Exit code 1 if one failed.
 """
 
@@ -27,6 +27,7 @@ NAMES = {
     "publish": "saved policy file to enforced, 1,000 pods known",
     "bigapi": "an agent among 1,000 nodes and 50,000 pods: CPU, memory, delay of changes",
     "compile": "10,000 services and 50,000 endpoints into a node's tables; one more change",
+    "firewall": "ns per packet dropped and passed with 10 and a million prefixes; load, one more",
     "daytwo": "an agent on a node with 110 pods, idle and with 10 pod changes a second",
     "cni": "CNI ADD and DEL beside the bridge plugin with host-local",
     "net": "pod to pod: throughput, latency, connections; bare veth, bridge and Lockgate",

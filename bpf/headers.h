@@ -83,6 +83,13 @@ struct icmp_head {
 #define SCTP_SHUTDOWN_ACK      8
 #define SCTP_SHUTDOWN_COMPLETE 14
 
+static __always_inline bool is_icmp_error(__u8 family, __u8 type)
+{
+	if (family == 4)
+		return type == ICMP_UNREACH || type == ICMP_TIME || type == ICMP_PARAM;
+	return type >= ICMP6_UNREACH && type <= ICMP6_PARAM;
+}
+
 /* The checksum of an IPv4 header whose TTL becomes one less (RFC 1624): TTL is the high
  * byte of its word. */
 static __always_inline __u16 less_ttl_csum(__u16 csum, __u8 ttl)

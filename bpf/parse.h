@@ -9,13 +9,6 @@
 #include "fragment.h"
 #include "headers.h"
 
-static __always_inline bool is_icmp_error(__u8 family, __u8 type)
-{
-	if (family == 4)
-		return type == ICMP_UNREACH || type == ICMP_TIME || type == ICMP_PARAM;
-	return type >= ICMP6_UNREACH && type <= ICMP6_PARAM;
-}
-
 /* Walk IPv6 extension headers from offset `at`. Returns the upper protocol,
  * or -1 for a chain we do not follow; *at moves to its header. Fragment
  * headers fill frag_id and fragment. */

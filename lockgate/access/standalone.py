@@ -16,6 +16,7 @@ from lockgate.access.sockets import call, connect, stream
 from lockgate.objects.model import (
     Cluster,
     EndpointSlice,
+    Firewall,
     Namespace,
     NetworkPolicy,
     Node,
@@ -33,6 +34,7 @@ _TYPES: dict[str, Any] = {
     "services": list[Service],
     "endpoints": list[EndpointSlice],
     "policies": list[NetworkPolicy],
+    "firewalls": list[Firewall],
 }
 
 
@@ -74,6 +76,7 @@ class StandaloneAccess:
             services=by_name("services"),
             slices=by_name("endpoints"),
             policies=by_name("policies"),
+            firewalls={one.metadata.name: one for one in found["firewalls"]},
         )
 
     def nodes(self) -> list[str]:

@@ -25,6 +25,7 @@ from lockgate.agent.config import Config
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.edge import Edge
 from lockgate.agent.endpoints import Endpoints
+from lockgate.agent.firewall import Firewall
 from lockgate.agent.foreign import Foreign
 from lockgate.agent.health_ports import HealthPorts
 from lockgate.agent.hops import Hops
@@ -57,6 +58,7 @@ __all__ = ["Agent"]
 
 log = logging.getLogger(__name__)
 _LO = 1
+_TICK = 1.0  # seconds
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -121,6 +123,7 @@ class Agent:
         # From here on also where programs of the agent before run: they read it with each event.
         self.dp.state.view["capture"][0] = config.capture
         self.journal = Journal(self._state / "journal.jsonl", self.dp.ids.view[0])
+        self.firewall = Firewall(self.edge, self.journal, self._state, config.node)
         self.ipam = Ipam(self._state / "ipam.json", len(self.dp.endpoints))
         self.publisher = Publisher(self.dp)
         self._clients = Clients(self.dp)
@@ -181,6 +184,7 @@ class Agent:
                 group.create_task(self._sweep())
                 group.create_task(self.patrol.run())
                 group.create_task(self.health_ports.run())
+                group.create_task(self._tick())
                 group.create_task(collect_between(self.turn.locked, lambda: self.revision))
                 if isinstance(self.source, ApiSource):
                     group.create_task(WriteBack(self, self.source).run())
@@ -196,6 +200,7 @@ class Agent:
 
     def _close(self) -> None:
         self.edge.close()
+        self.firewall.close()
         self.dp.close()
         self.journal.close()
 
@@ -324,6 +329,8 @@ class Agent:
             self.health_ports.follow(cluster, changed)
             self._clients.note(tables)
             records = self.endpoints.records(tables.endpoints, self.journal.endpoint)
+            if overgrown:
+                self.firewall.ask()
         self.journal.commit()
         if overgrown:
             with contextlib.suppress(OSError):
@@ -335,6 +342,8 @@ class Agent:
         for text in set(tables.errors) - set(self.errors.get("objects", ())):
             log.warning("%s", text)
         self.errors["objects"] = tables.errors
+        self.firewall.follow(cluster, changed)
+        self.errors["firewall"] = self.firewall.errors
         if self.dp.pending:
             self._take_over()
         elif self.edge.due:
@@ -344,6 +353,7 @@ class Agent:
     def settle_edge(self, cards: Cards) -> None:
         """XDP where it is needed, once it is known what is; from the worker."""
         if self.published:
+            self.firewall.see_cards(ip for card in cards.all for ip in card.addresses)
             self.edge.settle(cards)
             self.errors["xdp"] = self.edge.errors
             # What a driver can depends on what is attached.
@@ -393,6 +403,25 @@ class Agent:
                 await self.work(self.dp.tidy)
             except OSError as error:
                 log.warning("sweep: %s", error)
+
+    async def _tick(self) -> None:
+        """Entries of the firewall expire, whatever else happens."""
+        while True:
+            await asyncio.sleep(_TICK)
+            if self.firewall.idle:
+                continue
+            async with self.turn:
+                try:
+                    await self.work(self.firewall.tick)
+                    await self.work(self.settle_firewall)
+                except OSError as error:
+                    log.warning("firewall: %s", error)
+
+    def settle_firewall(self) -> None:
+        """XDP as the firewall needs it now; from the worker, in turn."""
+        self.errors["firewall"] = self.firewall.errors
+        if self.edge.due and not self.dp.pending:
+            self.settle_edge(self.uplinks.read())
 
     async def work(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         self._loop = asyncio.get_running_loop()

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from lockgate.agent import frontends, probe
+from lockgate.agent import firewall_api, frontends, probe
 from lockgate.agent.agent import Agent
 from lockgate.agent.endpoints import Attachment
 from lockgate.agent.ipam import PoolExhausted
@@ -38,6 +38,9 @@ def application(agent: Agent) -> web.Application:
             web.post("/v1/probe", _probe),
             web.get("/v1/doctor", _doctor),
             web.get("/v1/report", _report),
+            web.get("/v1/firewall", _firewall),
+            web.post("/v1/firewall", _firewall_add),
+            web.post("/v1/firewall/delete", _firewall_delete),
             web.get("/healthz", _health),
         ]
     )
@@ -118,6 +121,21 @@ async def _doctor(request: web.Request) -> web.Response:
 async def _report(request: web.Request) -> web.Response:
     body = msgspec.json.encode(await request.app[_AGENT].report())
     return web.Response(body=body, content_type="application/json")
+
+
+async def _firewall(request: web.Request) -> web.Response:
+    top = int(request.query.get("top", "100"))
+    return await firewall_api.respond(firewall_api.show, request.app[_AGENT], top)
+
+
+async def _firewall_add(request: web.Request) -> web.Response:
+    body = await request.read()
+    return await firewall_api.respond(firewall_api.add, request.app[_AGENT], body)
+
+
+async def _firewall_delete(request: web.Request) -> web.Response:
+    body = await request.read()
+    return await firewall_api.respond(firewall_api.delete, request.app[_AGENT], body)
 
 
 async def _dry_run(request: web.Request) -> web.Response:

@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 Setting = Literal["auto", "native", "generic", "off"]
 _PROGRAM = "xdp_net"
-#: Maps that each program begins with anew.
-_FRESH = ("fronts",)
 #: What drivers say when they can't as things are: no XDP, or not with this MTU, these queues, …
 _REFUSALS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOMEM, errno.ERANGE, errno.ENOSPC)
 #: Another program is there: of the same mode, or of another.
@@ -120,6 +118,8 @@ class _Kind:
     balance: bool
     firewall: bool
     generic: bool
+    #: Elements of the firewall's maps; those that are pinned are taken if they have as many.
+    sizes: tuple[tuple[str, int], ...] = ()
     #: Those of the cards, at most four.
     macs: tuple[bytes, ...] = ()
 
@@ -150,10 +150,9 @@ class Edge:
         self._alone = True
         self._macs: tuple[bytes, ...] = ()
         #: What was needed when it was settled last.
-        self._settled_for: tuple[bool, bool] | None = None
-        #: The firewall has entries.
+        self._settled_for: tuple[bool, tuple[tuple[str, int], ...] | None] | None = None
+        #: There is a firewall; its tables are `sizes` large (lockgate/agent/firewall_maps.py).
         self.firewall = False
-        #: Elements of XDP's own maps, where others than the object says.
         self.sizes: dict[str, int] = {}
         #: By card.
         self.places: dict[str, Place] = {}
@@ -185,18 +184,38 @@ class Edge:
     @property
     def due(self) -> bool:
         """Is anything else needed than when it was settled?"""
-        return self._settled_for != (self.balance, self.firewall)
+        return self._settled_for != self._needs
+
+    @property
+    def _needs(self) -> tuple[bool, tuple[tuple[str, int], ...] | None]:
+        return self.balance, tuple(self.sizes.items()) if self.firewall else None
 
     def object(self) -> Object:
-        """One that has XDP's own maps, loaded if need be; they are pinned. LoadError."""
-        return next(iter(self._objects.values()), None) or self._load(self._kind("native"))
+        """One that has the firewall's maps, as large as `sizes` says, loaded if need be. They are
+        pinned, and no card uses them before `settle`. LoadError."""
+        sizes = tuple(self.sizes.items())
+        have = (one for kind, one in self._objects.items() if kind.firewall and kind.sizes == sizes)
+        return next(have, None) or self._load(self._kind("native"))
+
+    def pinned_size(self, name: str) -> int:
+        """Elements of a map of XDP's own as it is pinned, of this layout; 0 if it is not."""
+        with Object(self._path) as made:
+            pin = self._pins / f"{name}-{map_version(made.schema, name)}"
+        try:
+            fd = syscall.obj_get(str(pin))
+        except OSError:
+            return 0
+        try:
+            return syscall.map_info(fd).max_entries
+        finally:
+            os.close(fd)
 
     # ---- Attaching -----------------------------------------------------------------------
 
     def settle(self, cards: Cards) -> None:
         """Have it where it is to be, and nowhere else."""
         needs = self.balance, self.firewall
-        self._settled_for, self.errors = needs, []
+        self._settled_for, self.errors = self._needs, []
         self._macs = tuple(sorted({card.mac for card in cards.all}))
         ours = self._ours(cards)
         wanted = places(cards, self._setting, *needs, ours)
@@ -256,21 +275,25 @@ class Edge:
         return place
 
     def _kind(self, mode: XdpMode, faces_clients: bool = True) -> _Kind:
-        return _Kind(self.balance, self.firewall and faces_clients, mode == "generic", self._macs)
+        firewall = self.firewall and faces_clients
+        sizes = tuple(self.sizes.items()) if firewall else ()
+        return _Kind(self.balance, firewall, mode == "generic", sizes, self._macs)
 
     def _load(self, kind: _Kind) -> Object:
         made = Object(self._path)
         try:
             made.share_maps(self._dp.object)
-            own = [name for name in made.maps if not name.startswith(".") and self._stays(name)]
-            names = {name: f"{name}-{map_version(made.schema, name)}" for name in own}
-            for name, pin in names.items():
-                if name in self.sizes:
-                    made.set_max_entries(name, self.sizes[name])
+            # Without a firewall its maps are one element each, and nobody's.
+            names = {name: f"{name}-{map_version(made.schema, name)}" for name, _ in kind.sizes}
+            there = []
+            for name, size in kind.sizes:
+                made.set_max_entries(name, size)
                 with contextlib.suppress(FileNotFoundError):
-                    fd = syscall.obj_get(str(self._pins / pin))
+                    fd = syscall.obj_get(str(self._pins / names[name]))
                     try:
-                        made.reuse_map(name, fd)
+                        if syscall.map_info(fd).max_entries == size:
+                            made.reuse_map(name, fd)
+                            there.append(name)
                     finally:
                         os.close(fd)
             known = made.schema.variables(".rodata")
@@ -279,9 +302,10 @@ class Edge:
             made.load()
             if names:
                 self._pins.mkdir(exist_ok=True)
-                for name, pin in names.items():
-                    if not (self._pins / pin).exists():
-                        syscall.obj_pin(made.map_fd(name), str(self._pins / pin))
+                for name in names.keys() - there:
+                    # One of another size is that of programs that have it as long as they run.
+                    (self._pins / names[name]).unlink(missing_ok=True)
+                    syscall.obj_pin(made.map_fd(name), str(self._pins / names[name]))
                 for path in self._pins.iterdir():  # of other layouts
                     if path.name not in names.values():
                         path.unlink()
@@ -291,17 +315,12 @@ class Edge:
         self._objects[kind] = made
         return made
 
-    def _stays(self, name: str) -> bool:
-        """Is it a map that XDP alone has, and that outlives its programs?"""
-        return name not in self._dp.object.maps and name not in _FRESH
-
     def _release(self) -> None:
-        """Close what no card needs. While there is a firewall its maps stay."""
+        """Close what no card needs. While there is a firewall its maps stay, by their pins."""
         used = {kind for _, _, kind in self._attached.values()}
         for kind in self._objects.keys() - used:
-            if len(self._objects) > 1 or not self.firewall:
-                self._objects.pop(kind).close()
-        if not self._objects and not self.firewall:
+            self._objects.pop(kind).close()
+        if not self.firewall:
             shutil.rmtree(self._pins, ignore_errors=True)
 
     def _ours(self, cards: Cards) -> dict[str, int]:

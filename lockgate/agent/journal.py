@@ -56,7 +56,7 @@ class Journal:
         # With the object that was asked for last, which is there anyway; what the file says of a
         # pod that was not asked for yet.
         self._endpoints: dict[str, tuple[int, Pod | dict[str, Any], Moment]] = {}
-        self._reasons: dict[tuple[str, str, tuple[Rule, ...]], int] = {}
+        self._reasons: dict[tuple[str, str | None, tuple[Rule, ...]], int] = {}
         self._services: dict[tuple[str, str, str, str, int], tuple[int, str]] = {}
         self._last: dict[Kind, int] = dict.fromkeys(_KINDS, 0)
         self._second = last
@@ -117,6 +117,11 @@ class Journal:
 
     def reason(self, verdict: Verdict, direction: Direction, rules: tuple[Rule, ...]) -> int:
         """Id of an ordered list of rules or policies."""
+        return self._reason(verdict, direction, rules)
+
+    def _reason(
+        self, verdict: Verdict, direction: Direction | None, rules: tuple[Rule, ...]
+    ) -> int:
         key = (verdict, direction, rules)
         number = self._reasons.get(key)
         if number is None:
@@ -125,6 +130,11 @@ class Journal:
         if self._asked is not None:
             self._asked.add(("reason", number))
         return number
+
+    def firewall(self, name: str, index: int) -> int:
+        """Id of the reason that is a rule of a Firewall object; index -1: its default. Name "":
+        what commands added."""
+        return self._reason("deny", None, (("", name, index),))
 
     def service(self, namespace: str, name: str, port_name: str, protocol: str, port: int) -> int:
         """Id of one port of a service."""
@@ -273,7 +283,8 @@ def _endpoint_facts(of: Pod | dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reason_facts(verdict: str, direction: str, rules: tuple[Rule, ...]) -> dict[str, Any]:
+def _reason_facts(verdict: str, direction: str | None, rules: tuple[Rule, ...]) -> dict[str, Any]:
+    """Without a direction: of a Firewall."""
     return {"verdict": verdict, "direction": direction, "rules": [list(rule) for rule in rules]}
 
 

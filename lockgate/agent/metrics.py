@@ -122,6 +122,9 @@ def _families(status: dict[str, Any], agent: Agent) -> Iterable[Metric]:
         if one["mode"] != "none":
             attached.add_metric([one["card"], one["mode"]], 1)
     yield attached
+    entries = GaugeMetricFamily("lockgate_firewall_entries", "Entries of the firewall")
+    entries.add_metric([], (status["firewall"] or {}).get("entries", 0))
+    yield entries
     yield counter("swept_connections", "Dead connections swept", status["counts"]["swept"])
     yield counter(
         "repaired_links",

@@ -134,6 +134,7 @@ def status(agent: Agent) -> dict[str, Any]:
             {"card": name, "mode": place.mode or "none", "why": place.why}
             for name, place in sorted(agent.edge.places.items())
         ],
+        "firewall": agent.firewall.summary(),
         "drops": drops,
     }
 

@@ -46,6 +46,7 @@ REASONS = {
     "repaired": "ProgramPutBack",
     "endpoints": "StateRebuilt",
     "health": "HealthPortTaken",
+    "firewall": "FirewallNotInForce",
 }
 
 _KINDS = {kind.name for kind in KINDS}

@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("lockgate.cli.status:status", "Say whether all is well, and what is not."),
     "get": ("lockgate.cli.views:get", "List pods, services, endpoints, policies or nodes."),
     "flows": ("lockgate.cli.flows:flows", "Show connections with their verdicts and rules."),
+    "firewall": (
+        "lockgate.cli.firewall:firewall",
+        "Allow and deny sources at nodes' cards; list what was hit.",
+    ),
     "doctor": (
         "lockgate.cli.doctor:doctor",
         "Try every way, find what stands in it, say what to do.",

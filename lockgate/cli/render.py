@@ -120,7 +120,10 @@ def policies_text(policies: Sequence[Mapping[str, Any]]) -> str:
     texts = []
     for policy in policies:
         rules = " ".join(policy.get("rules") or ())
-        texts.append(f"{policy['namespace']}/{policy['name']}{' ' + rules if rules else ''}")
+        name = "/".join(filter(None, (policy["namespace"], policy["name"])))
+        if policy.get("kind") == "Firewall":
+            name = f"Firewall {name}" if name else "lockgate firewall"
+        texts.append(f"{name}{' ' + rules if rules else ''}")
     return ", ".join(texts)
 
 
@@ -136,6 +139,8 @@ def flow_line(record: Mapping[str, Any]) -> str:
     notes = []
     if record["policies"]:
         by = "by" if allowed else "isolated by"
+        if (cause := record.get("cause") or "").startswith("firewall"):
+            by = f"{cause}, by"
         notes.append(f"{by} {policies_text(record['policies'])}")
     elif record.get("cause") and record["cause"] != "policy":
         notes.append(record["cause"])

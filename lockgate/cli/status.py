@@ -13,7 +13,15 @@ from lockgate.access import ROLES, Access, Refused
 from lockgate.cli.common import access_options, fail_unanswered, json_option, not_ready, print_json
 from lockgate.cli.render import paint, table
 
-__all__ = ["api_cost", "gather", "problems", "process_state", "status", "xdp_lines"]
+__all__ = [
+    "api_cost",
+    "firewall_lines",
+    "gather",
+    "problems",
+    "process_state",
+    "status",
+    "xdp_lines",
+]
 
 Row = dict[str, Any]
 _AT_ONCE = 32
@@ -166,7 +174,7 @@ def _print(found: Row, access: Access) -> None:
     cost = api_cost(found["nodes"])
     if cost:
         click.echo(f"\n{cost}")
-    for line in xdp_lines(found["nodes"]):
+    for line in (*xdp_lines(found["nodes"]), *firewall_lines(found["nodes"])):
         click.echo(f"\n{line}")
     drops: dict[str, int] = {}
     for node in found["nodes"]:
@@ -216,6 +224,21 @@ def xdp_lines(nodes: list[Row]) -> list[str]:
             alike.setdefault(", ".join(told), []).append(node["name"])
     return [
         f"XDP on {', '.join(names) if len(names) < len(nodes) else 'all nodes'}: {text}"
+        for text, names in alike.items()
+    ]
+
+
+def firewall_lines(nodes: list[Row]) -> list[str]:
+    """What the firewall has, one line for all nodes where it is the same; nothing where there is
+    none."""
+    alike: dict[str, list[str]] = {}
+    for node in nodes:
+        one = node["agentStatus"].get("firewall")
+        if one:
+            text = f"{one['entries']} entries by {one['rules']} rules, default {one['default']}"
+            alike.setdefault(text, []).append(node["name"])
+    return [
+        f"firewall on {', '.join(names) if len(names) < len(nodes) else 'all nodes'}: {text}"
         for text, names in alike.items()
     ]
 

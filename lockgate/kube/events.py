@@ -44,6 +44,7 @@ _VERSIONS = {
     "EndpointSlice": "discovery.k8s.io/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
     "ServiceCIDR": "networking.k8s.io/v1",
+    "Firewall": "lockgate.dev/v1alpha1",
 }
 
 

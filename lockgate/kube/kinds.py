@@ -333,4 +333,14 @@ KINDS: tuple[Kind, ...] = (
         namespaced=False,
         optional=True,
     ),
+    # Ours: a server where its definition is not installed is without it.
+    Kind(
+        "Firewall",
+        "firewalls",
+        "lockgate.dev/v1alpha1",
+        "firewalls",
+        model.Firewall,
+        namespaced=False,
+        optional=True,
+    ),
 )

@@ -34,6 +34,7 @@ _LISTS: dict[str, Any] = {
     "EndpointSlice": list[model.EndpointSlice],
     "NetworkPolicy": list[model.NetworkPolicy],
     "ServiceCIDR": list[model.ServiceCIDR],
+    "Firewall": list[model.Firewall],
 }
 
 

@@ -28,6 +28,7 @@ _STRUCTS: dict[str, Any] = {
     "EndpointSlice": model.EndpointSlice,
     "NetworkPolicy": model.NetworkPolicy,
     "ServiceCIDR": model.ServiceCIDR,
+    "Firewall": model.Firewall,
 }
 #: Kind → field of Cluster, and whether its keys have a namespace.
 _FIELDS = {
@@ -38,6 +39,7 @@ _FIELDS = {
     "EndpointSlice": ("slices", True),
     "NetworkPolicy": ("policies", True),
     "ServiceCIDR": ("service_cidrs", False),
+    "Firewall": ("firewalls", False),
 }
 _LINE_MAX = 16 << 20
 

@@ -21,6 +21,7 @@ class Changed:
     slices: set[Name] = field(default_factory=set)
     policies: set[Name] = field(default_factory=set)
     service_cidrs: set[str] = field(default_factory=set)
+    firewalls: set[str] = field(default_factory=set)
 
     def update(self, other: Changed) -> None:
         """Add what changed after."""

@@ -464,7 +464,39 @@ class ServiceCIDR(Base, frozen=True):
     kind: str = "ServiceCIDR"
 
 
-Object = Namespace | Node | Pod | Workload | Service | EndpointSlice | NetworkPolicy
+# ---- Firewall ---------------------------------------------------------------
+
+
+class FirewallPort(Base, frozen=True):
+    protocol: Literal["TCP", "UDP", "SCTP", "ICMP"] = "TCP"
+    port: int | None = None
+    end_port: int | None = None
+
+
+class FirewallRule(Base, frozen=True):
+    action: Literal["Allow", "Deny"]
+    from_: list[str] = msgspec.field(name="from", default_factory=list)
+    ports: list[FirewallPort] = []
+    packets_per_second: int = 0
+    expires: str = ""  # RFC 3339; "" = never
+
+
+class FirewallSpec(Base, frozen=True):
+    node_selector: LabelSelector | None = None
+    default: Literal["Allow", "Drop"] = "Allow"
+    rules: list[FirewallRule] = []
+
+
+class Firewall(Base, frozen=True):
+    """What nodes' cards may bring (docs/firewall.md)."""
+
+    metadata: ObjectMeta
+    spec: FirewallSpec = FirewallSpec()
+    api_version: str = "lockgate.dev/v1alpha1"
+    kind: str = "Firewall"
+
+
+Object = Namespace | Node | Pod | Workload | Service | EndpointSlice | NetworkPolicy | Firewall
 
 
 class Cluster(msgspec.Struct):
@@ -477,3 +509,4 @@ class Cluster(msgspec.Struct):
     slices: dict[tuple[str, str], EndpointSlice] = {}
     policies: dict[tuple[str, str], NetworkPolicy] = {}
     service_cidrs: dict[str, ServiceCIDR] = {}
+    firewalls: dict[str, Firewall] = {}

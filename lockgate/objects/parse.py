@@ -33,12 +33,13 @@ _KINDS: dict[str, tuple[str, Any]] = {
     "DaemonSet": ("apps/v1", model.Workload),
     "ReplicaSet": ("apps/v1", model.Workload),
     "Job": ("batch/v1", model.Workload),
+    "Firewall": ("lockgate.dev/v1alpha1", model.Firewall),
 }
 # Groups where a kind above is the same kind in an older version: refused rather than skipped.
 _OLD_GROUPS = frozenset(
-    ("", "apps", "batch", "extensions", "networking.k8s.io", "discovery.k8s.io")
+    ("", "apps", "batch", "extensions", "networking.k8s.io", "discovery.k8s.io", "lockgate.dev")
 )
-_CLUSTER_SCOPED = frozenset(("Namespace", "Node"))
+_CLUSTER_SCOPED = frozenset(("Namespace", "Node", "Firewall"))
 # Configuration that has no meaning for the data plane.
 _SILENT = frozenset(
     (

@@ -22,6 +22,7 @@ from lockgate.objects.model import (
     MOST_WEIGHT,
     WEIGHT,
     Container,
+    Firewall,
     IPBlock,
     LabelSelector,
     Namespace,
@@ -44,6 +45,7 @@ from lockgate.objects.names import (
     check_port,
     check_port_name,
 )
+from lockgate.objects.validate_firewall import check_rule
 from lockgate.objects.validate_services import check_endpoint_slice, check_service
 
 __all__ = ["CLOSED", "VALIDATORS"]
@@ -67,7 +69,13 @@ CLOSED: dict[str, frozenset[str]] = {
             *(f"spec.ingress.from{path}" for path in _CLOSED_IN_PEER),
             *(f"spec.egress.to{path}" for path in _CLOSED_IN_PEER),
         )
-    )
+    ),
+    "Firewall": frozenset(
+        (
+            *("spec", "spec.nodeSelector", "spec.nodeSelector.matchExpressions"),
+            *("spec.rules", "spec.rules.ports"),
+        )
+    ),
 }
 
 
@@ -296,6 +304,14 @@ def _ip_block(block: IPBlock, path: str) -> None:
             raise FieldError(f"{path}.except[{index}]", f"a block inside {block.cidr}", text)
 
 
+def _firewall(item: Firewall) -> None:
+    check_metadata(item.metadata, check_dns_name)
+    if item.spec.node_selector is not None:
+        _selector(item.spec.node_selector, "spec.nodeSelector")
+    for index, rule in enumerate(item.spec.rules):
+        check_rule(rule, f"spec.rules[{index}]")
+
+
 def _selector(selector: LabelSelector, path: str) -> None:
     check_labels(selector.match_labels, f"{path}.matchLabels")
     for index, item in enumerate(selector.match_expressions):
@@ -316,5 +332,6 @@ VALIDATORS: dict[str, Callable[[Any], None]] = {
     "Service": check_service,
     "EndpointSlice": check_endpoint_slice,
     "NetworkPolicy": _network_policy,
+    "Firewall": _firewall,
     **dict.fromkeys(("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"), _workload),
 }

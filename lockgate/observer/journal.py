@@ -47,7 +47,7 @@ class Reason:
     """`policies` as flow records and answers have them."""
 
     verdict: str
-    direction: str
+    direction: str | None  # None: of a firewall
     policies: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -262,6 +262,8 @@ def _none() -> dict[str, set[int]]:
 
 def _reason(record: dict[str, Any]) -> Reason:
     direction = record["direction"]
+    if direction is None:
+        return _firewall(record)
     matched: dict[tuple[str, str], list[str]] = {}
     for namespace, name, index in record["rules"]:
         rules = matched.setdefault((namespace, name), [])
@@ -274,3 +276,11 @@ def _reason(record: dict[str, Any]) -> Reason:
         for (namespace, name), rules in matched.items()
     ]
     return Reason(record["verdict"], direction, policies)
+
+
+def _firewall(record: dict[str, Any]) -> Reason:
+    """A rule of a Firewall object, its default (-1), or what commands added (no name)."""
+    _, name, index = record["rules"][0]
+    rule = f"rules[{index}]" if index >= 0 else "default" if name else "command"
+    policy = {"kind": "Firewall", "namespace": "", "name": name, "rules": [rule]}
+    return Reason(record["verdict"], None, [policy])

@@ -3,7 +3,7 @@
 GET  /v1/watch                       the stream of objects (docs/architecture.md)
 POST /v1/applied {node, revision, error?}
 POST /v1/wait?timeout=S              {ok, revision, reasons, warnings}: everything saved in force?
-GET  /v1/objects/{pods,services,endpoints,policies,nodes,namespaces}     one JSON array
+GET  /v1/objects/{pods,services,endpoints,policies,nodes,namespaces,firewalls}  one JSON array
 GET  /v1/status                      phase, nodes, pods, errors, warnings
 GET  /v1/exec?pod=NS/NAME            {pid, cgroup, node, netns, environment}
 POST /v1/shutdown                    ends the cluster and removes it
@@ -32,6 +32,7 @@ _COLLECTIONS = {
     "policies": "NetworkPolicy",
     "nodes": "Node",
     "namespaces": "Namespace",
+    "firewalls": "Firewall",
 }
 
 

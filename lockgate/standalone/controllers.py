@@ -15,6 +15,7 @@ import msgspec
 from lockgate.objects.model import (
     Container,
     EndpointSlice,
+    Firewall,
     Namespace,
     NetworkPolicy,
     Node,
@@ -78,8 +79,8 @@ def plan(objects: Iterable[Object], nodes: Mapping[str, Node], memory: Memory) -
                 result.slices[key] = item
             case NetworkPolicy():
                 result.policies[key] = item
-            case Node():
-                pass
+            case Node() | Firewall():
+                pass  # the supervisor's
     _namespaces(objects, result)
     for workload in sorted(workloads, key=_key):
         for pod in _replicas(workload, nodes):

@@ -13,6 +13,7 @@ import msgspec
 
 from lockgate.objects.model import (
     EndpointSlice,
+    Firewall,
     Namespace,
     NetworkPolicy,
     Node,
@@ -23,7 +24,7 @@ from lockgate.objects.model import (
 __all__ = ["KINDS", "Store", "Watcher", "object_json"]
 
 Key = tuple[str, str]
-Item = Namespace | Node | Pod | Service | EndpointSlice | NetworkPolicy
+Item = Namespace | Node | Pod | Service | EndpointSlice | NetworkPolicy | Firewall
 
 #: In the order in which they are sent: what others refer to comes first.
 KINDS: dict[str, str] = {
@@ -33,6 +34,7 @@ KINDS: dict[str, str] = {
     "Pod": "v1",
     "EndpointSlice": "discovery.k8s.io/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
+    "Firewall": "lockgate.dev/v1alpha1",
 }
 
 _encode = msgspec.json.Encoder().encode

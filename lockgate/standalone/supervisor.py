@@ -21,7 +21,7 @@ import msgspec
 
 from lockgate.garbage import collect_between
 from lockgate.kube.folder import Folder, Update
-from lockgate.objects.model import EndpointSlice, NetworkPolicy, Object, Pod
+from lockgate.objects.model import EndpointSlice, Firewall, NetworkPolicy, Object, Pod
 from lockgate.standalone.agents import Agents
 from lockgate.standalone.children import Child, Settings
 from lockgate.standalone.controllers import (
@@ -69,6 +69,7 @@ class Supervisor:
         self.stop = asyncio.Event()
         self.moved = asyncio.Event()
         self._memory = Memory(seed=str(uuid.uuid4()))
+        self._firewalls: dict[Key, Firewall] = {}
         self._others: list[Object] = []
         self._objects: list[Object] = []
         self._slices: dict[Key, EndpointSlice] = {}
@@ -145,13 +146,16 @@ class Supervisor:
             for item in update.objects
             if isinstance(item, NetworkPolicy)
         }
+        self._firewalls = {
+            ("", item.metadata.name): item for item in update.objects if isinstance(item, Firewall)
+        }
         others: list[Object] = [
-            item for item in update.objects if not isinstance(item, NetworkPolicy)
+            item for item in update.objects if not isinstance(item, NetworkPolicy | Firewall)
         ]
         if self._only_policies_changed(others, policies):
             self.plan = msgspec.structs.replace(self.plan, policies=policies)
             self._warn(known)
-            self.store.replace({"NetworkPolicy": policies})
+            self.store.replace({"NetworkPolicy": policies, "Firewall": self._firewalls})
             self.tell()
         else:
             self._others = others
@@ -244,6 +248,7 @@ class Supervisor:
             "Node": {("", name): item for name, item in self.machines.published.items()},
             "Service": self.plan.services,
             "NetworkPolicy": self.plan.policies,
+            "Firewall": self._firewalls,
         }
         if self._pods_changed:
             self._pods_changed = False

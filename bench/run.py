@@ -2,9 +2,9 @@
 
     python -m bench.run [NAME…] [--json] [--quick]
 
-Names: packet verdict explain events sweep publish bigapi daytwo cni net; none means all. Each runs
-in a process of its own, with a network namespace of its own, and removes what it made. Exit code 1
-if one failed.
+Names: packet verdict explain events sweep publish bigapi daytwo cni net proxy; none means all. Each
+runs in a process of its own, with a network namespace of its own, and removes what it made. Exit
+code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ NAMES = {
     "bigapi": "an agent among 1,000 nodes and 50,000 pods: CPU, memory, delay of changes",
     "daytwo": "an agent on a node with 110 pods, idle and with 10 pod changes a second",
     "cni": "CNI ADD and DEL beside the bridge plugin with host-local",
+    "proxy": "services beside kube-proxy: connections, changes, start",
     "net": "pod to pod: throughput, latency, connections; bare veth, bridge and Lockgate",
 }
 WIDTH = 100

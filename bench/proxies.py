@@ -159,6 +159,8 @@ class Node:
         self.began = 0
         self.space = spaces.add(name)
         run("ip", "-n", self.space, "addr", "add", f"{NODE_IP}/32", "dev", "lo")
+        # For what netfilter translates on its way out: it wants a way out first.
+        run("ip", "-n", self.space, "route", "add", "10.64.0.0/10", "dev", "lo", "src", NODE_IP)
         run(*spaces.enter(self.space), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
         self._cgroup = spaces.cgroup("cluster", name)
         self.host = spaces.put(spaces.cgroup("cluster", name, "host", "pod"), self.space)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -213,7 +214,7 @@ class Node:
         if (_MEMORY / "cgroup.procs").exists():
             if not self._memory.exists():
                 self._memory.mkdir()
-                self._stack.callback(self._memory.rmdir)
+                self._stack.callback(_remove, self._memory)
             move = 'echo $$ > "$0" && exec "$@"'
             command = ["sh", "-c", move, str(self._memory / "cgroup.procs"), *command]
         with open(self.folder / f"{called}.log", "ab") as log:
@@ -227,6 +228,19 @@ class Node:
             if process.poll() is not None:
                 text = (self.folder / f"{called}.log").read_text()[-2000:]
                 raise RuntimeError(f"{self.name}: {called} ended:\n{text}")
+
+
+def _remove(cgroup: Path) -> None:
+    """With what still runs there: nft of a kube-proxy that ended."""
+    late = time.monotonic() + 60
+    while left := (cgroup / "cgroup.procs").read_text().split():
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        if time.monotonic() > late:
+            raise TimeoutError(f"{cgroup}: {left} do not end")
+        time.sleep(0.05)
+    cgroup.rmdir()
 
 
 class Proxy(Node):
@@ -252,7 +266,11 @@ class Proxy(Node):
         config = self.folder / "config.json"
         config.write_text(json.dumps(self._config(str(kubeconfig))))
         program = str(await asyncio.to_thread(lambda: Binaries.get().path("kube-proxy")))
-        self._run("kube-proxy", [*self._spaces.enter(self.space), program, f"--config={config}"])
+        command = [*self._spaces.enter(self.space), program, f"--config={config}"]
+        self._run("kube-proxy", command, env=self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        return dict(os.environ)
 
     def _config(self, kubeconfig: str) -> dict[str, Any]:
         """Its defaults, but for JSON, which is what our API server speaks; nothing is to happen
@@ -301,12 +319,28 @@ class Nftables(Proxy):
 
 
 class Iptables(Proxy):
+    """With the kernel's own iptables where the distribution has it: that over nf_tables takes
+    minutes for 10,000 services, and is no faster with packets."""
+
     kind = "iptables"
+
+    def _environment(self) -> dict[str, str]:
+        legacy = shutil.which("xtables-legacy-multi")
+        if legacy is None:
+            return dict(os.environ)
+        folder = self.folder / "bin"
+        if not folder.exists():
+            folder.mkdir()
+            for name in ("iptables", "ip6tables"):
+                for end in ("", "-restore", "-save"):
+                    (folder / f"{name}{end}").symlink_to(legacy)
+        return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
     def ends(self, count: int) -> tuple[str, str]:
         """kube-proxy's rules stand in an order of Go's maps, another with each sync."""
         inside = self._spaces.enter(self.space)
-        rules = run(*inside, "iptables", "-t", "nat", "-S", "KUBE-SERVICES")
+        command = (*inside, "iptables", "-t", "nat", "-S", "KUBE-SERVICES")
+        rules = run(*command, env=self._environment())
         found = re.findall(r"-d (\S+)/32 .*--dport", rules)
         if len(found) != count:
             raise RuntimeError(f"{self.name}: {len(found)} of {count} services in KUBE-SERVICES")

@@ -199,7 +199,7 @@ def main() -> None:
                 "x: connections/s over kube-proxy's of that mode with as many services",
                 "of 10: share of the set-up's own connections/s with the fewest services",
                 "first, last: in iptables' chain; by packet: sockets outside the hooked cgroup",
-                "pods of kube-proxy's nodes: veth and routes, no bridge; iptables over nf_tables",
+                "pods of kube-proxy's nodes: veth, routes, no bridge; iptables not over nf_tables",
             )
         for count in options.changes or ([1_000] if quick else [1_000, 10_000]):
             if "change" in tables:

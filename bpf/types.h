@@ -234,8 +234,13 @@ struct backend_key {
 	__u8   pad;
 };
 
+enum liveness {
+	LIVE_TAKES = 1,
+	LIVE_ENDS  = 2,
+};
+
 struct backend_state {
-	__u8 live[2];		/* per view */
+	__u8 live[2];		/* per view; LIVE_ENDS: keeps what it has, takes nothing new */
 	__u8 pad[2];
 	struct bpf_spin_lock lock;
 };

@@ -40,7 +40,7 @@ from lockgate.agent.ways import pod_cidrs
 from lockgate.agent.writeback import WriteBack
 from lockgate.bpf.features import Feature
 from lockgate.bpf.grace import wait_grace
-from lockgate.compile import Tables, compile_node
+from lockgate.compile import Host, Tables, compile_node
 from lockgate.garbage import collect_between
 from lockgate.kube import stream
 from lockgate.kube.client import AWAY, Client
@@ -308,7 +308,8 @@ class Agent:
         overgrown = self.journal.overgrown
         with self.journal.asking() if overgrown else contextlib.nullcontext():
             reusable = None if overgrown else tables
-            tables = compile_node(cluster, self.config.node, self._ids, reusable, changed)
+            host = Host(self.uplinks.addresses, self.config.forwarding == "snat")
+            tables = compile_node(cluster, self.config.node, self._ids, reusable, changed, host)
             self._tables, self._unpublished = tables, Changed()
             self._clients.note(tables)
             records = self.endpoints.records(tables.endpoints, self.journal.endpoint)

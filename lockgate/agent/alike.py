@@ -27,6 +27,7 @@ from lockgate.compile.tables import (
     ISOLATED_EGRESS,
     ISOLATED_INGRESS,
     NO_CLASS,
+    SVC_RANGES,
     Words,
 )
 
@@ -36,6 +37,8 @@ __all__ = ["View", "alike"]
 Pairs = NDArray[np.uint64]
 _LOW = np.uint64(0xFFFF_FFFF)
 _HALF = np.uint64(32)
+#: Words that are compared at once: a table may have 65,536.
+_TOGETHER = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +93,15 @@ def _own(wanted: View, live: View) -> Pairs:
     return _unique(found)
 
 
-def _tries(wanted: Words, live: Words) -> list[Pairs]:
-    """What the classes of all other addresses are called. Both tries have one shape, which
-    follows from the CIDR blocks."""
+def _tries(
+    wanted: Words, live: Words, roots: tuple[int, int] = (IMAGE_CIDRS, IMAGE_CIDRS)
+) -> list[Pairs]:
+    """What the classes of all addresses are called, by tries with these roots. Both have one
+    shape, which follows from the CIDR blocks. `wanted` and `live` begin at IMAGE_CIDRS."""
     mine, theirs = wanted.view("<u4"), live.view("<u4")
     found: list[Pairs] = []
-    ways = [_pairs(_part(mine, 0, 2), _part(theirs, 0, 2))]
+    at, other = (2 * (root - IMAGE_CIDRS) for root in roots)
+    ways = [_pairs(_part(mine, at, 2), _part(theirs, other, 2))]
     while ways:
         pairs = _unique([ways.pop()])
         further = pairs & np.uint64(CIDR_NEXT) != 0
@@ -154,12 +160,37 @@ def _cells(wanted: View, live: View, classes: Pairs, ports: Pairs) -> None:
 def _services(wanted: View, live: View) -> None:
     (keys, mine), (other_keys, theirs) = wanted.services, live.services
     _same(keys, other_keys)
-    _same_but(mine, theirs, "backends")
-    sizes = mine["count"].astype(np.intp) * BACKEND_WORDS
-    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    places = np.repeat(_pairs(mine["backends"], theirs["backends"]), sizes, axis=0)
-    found = _words(wanted, live, places + within.astype(np.uint64)[:, None])
-    _same(found[:, 0], found[:, 1])
+    _same_but(mine, theirs, "backends", "table", "owners", "ranges")
+    # What a list has of words is now known to be what the wanted one has.
+    slots = np.where(mine["owner_count"] > 0, 1 << mine["slot_bits"].astype(np.intp), 0)
+    for name, sizes in (
+        ("backends", mine["count"].astype(np.intp) * BACKEND_WORDS),
+        ("owners", mine["owner_count"].astype(np.intp) * BACKEND_WORDS),
+        ("table", slots),
+    ):
+        _lists(wanted, live, _pairs(mine[name], theirs[name]), sizes)
+    ranged = mine["flags"] & SVC_RANGES != 0
+    places = _pairs(mine["ranges"][ranged], theirs["ranges"][ranged])
+    for one, other in np.unique(places, axis=0).tolist():
+        for pairs in _tries(wanted.image[IMAGE_CIDRS:], live.image[IMAGE_CIDRS:], (one, other)):
+            _same(pairs[:, 0], pairs[:, 1])
+
+
+def _lists(wanted: View, live: View, places: Pairs, sizes: NDArray[np.intp]) -> None:
+    """Lists of these places and sizes, many of them shared, are word by word the same."""
+    every = np.unique(np.column_stack((places, sizes.astype(np.uint64))), axis=0)
+    sizes = every[:, 2].astype(np.intp)
+    ends = np.cumsum(sizes)
+    first = 0
+    while first < len(every):
+        # As many as fit, and at least one.
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + _TOGETHER)))
+        some = sizes[first:last]
+        within = np.arange(some.sum()) - np.repeat(np.cumsum(some) - some, some)
+        words = np.repeat(every[first:last, :2], some, axis=0) + within.astype(np.uint64)[:, None]
+        found = _words(wanted, live, words)
+        _same(found[:, 0], found[:, 1])
+        first = last
 
 
 # ---- Arrays ----------------------------------------------------------------------
@@ -176,7 +207,7 @@ def _words(wanted: View, live: View, places: Pairs) -> Pairs:
 
 
 def _part(array: NDArray[Any], at: int, count: int) -> NDArray[Any]:
-    if at + count > len(array):
+    if not 0 <= at <= at + count <= len(array):
         raise _Different
     return array[at : at + count]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -40,6 +40,8 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     underlay: str = AUTO
     outside: str = AUTO
     service_cidrs: list[str] = []
+    # How clients outside reach backends on other nodes, where a Service does not say it
+    forwarding: Literal["dsr", "snat"] = "dsr"
     bpffs: str = "/sys/fs/bpf"
     object: str = ""  # "" = the one that was built or installed
     mtu: int = 0  # of pods; 0 = of the way to another node with the smallest

@@ -117,7 +117,7 @@ class Encoder:
         return Wanted(
             sort(keys, values),
             sort(self._service_keys(services), self._service_values(services.values())),
-            sort(self._backend_keys(backends), np.ones((len(backends), 1), np.uint8)),
+            sort(self._backend_keys(backends), _live(tables.ending, backends)),
         )
 
     def patches(self, tables: Tables, delta: Delta, behind: Delta) -> tuple[Patch, Patch, Patch]:
@@ -126,9 +126,13 @@ class Encoder:
         peers, services, backends = tables.peers, tables.services, tables.backends
         p = list({**behind.peers, **delta.peers})
         s = list({**behind.services, **delta.services})
-        b = list({**behind.backends, **delta.backends})
-        have = np.fromiter((one in backends for one in b), np.uint8, len(b))
-        had = np.fromiter((delta.backends.get(one, one in backends) for one in b), np.uint8, len(b))
+        b = list({**behind.backends, **behind.ending, **delta.backends, **delta.ending})
+        have = (int(one in backends) + (one in tables.ending) for one in b)
+        had = (
+            int(delta.backends.get(one, one in backends))
+            + delta.ending.get(one, one in tables.ending)
+            for one in b
+        )
         return (
             self._peers_patch(p, peers, delta.peers),
             Patch(
@@ -138,7 +142,10 @@ class Encoder:
                     _before(one, delta.services, services) or _NO_SERVICE for one in s
                 ),
             ),
-            Patch(self._backend_keys(b), have.reshape(-1, 1), had.reshape(-1, 1)),
+            Patch(
+                self._backend_keys(b),
+                *(np.fromiter(one, np.uint8, len(b)).reshape(-1, 1) for one in (have, had)),
+            ),
         )
 
     def endpoints(
@@ -267,6 +274,12 @@ def _own_peers(
         else:
             classes.append(peer.cls)
     return record.id, classes[0], classes[1]
+
+
+def _live(ending: Collection[BackendKey], backends: Collection[BackendKey]) -> Bytes:
+    """`backend_state.live`: 1 of those that take new connections, 2 of those that end."""
+    found = np.fromiter((1 + (one in ending) for one in backends), np.uint8, len(backends))
+    return found.reshape(-1, 1)
 
 
 def _before(key: K, changed: Mapping[K, V | None], now: Mapping[K, V]) -> V | None:

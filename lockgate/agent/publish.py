@@ -133,6 +133,7 @@ class Publisher:
             if tables.serial != self._serial and delta is None:
                 self._behind = None
             self._serial = tables.serial
+            self._dp.state.view["host_backends"][0] = tables.host_backends
             return False
         following = epoch + 1 if epoch < _MAX_EPOCH else 2
         if following <= self._dp.beyond < _MAX_EPOCH - 2:
@@ -148,7 +149,12 @@ class Publisher:
             self._write(idle, tables, wanted or self._encoder.encode(tables))
         self._write_endpoints(idle, slots, views)
         self._write_hops(idle, hops)
+        # Not too late, and not too early gone.
+        if tables.host_backends:
+            self._dp.state.view["host_backends"][0] = 1
         self._dp.state.view["epoch"][0] = following
+        if not tables.host_backends:
+            self._dp.state.view["host_backends"][0] = 0
         self._grace = self._waiter.submit(wait_grace)
         if slots is not self._slots:
             # Those no longer wanted: from here on their packets are refused, not unjudged.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lockgate.agent.cards import Cards, read_cards
 from lockgate.agent.ways import internal_ips
 from lockgate.net.links import Net
+from lockgate.objects.address import parse_address
 from lockgate.objects.model import Cluster
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Uplinks:
         self.changed = asyncio.Event()
         #: Cards with our program, by name → ifindex.
         self._attached: dict[str, int] = {}
+        #: The node's own addresses on its cards, as the kernel keeps them.
+        self.addresses: frozenset[bytes] = frozenset()
         #: ifindex of the link to the other nodes; lo's before it is known.
         self.underlay = 1
         self._made_of: tuple[object, object] | None = None
@@ -94,6 +97,9 @@ class Uplinks:
                 self.attach(cards)
             with Net() as net:
                 agent.hops.refresh(net, cards, cluster)
+            self.addresses = frozenset(
+                parse_address(one.partition("/")[0]) for card in cards.all for one in card.addresses
+            )
             self.set_mtu(cards)
             agent.errors["hops"] = agent.hops.errors
         except OSError as error:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from lockgate.objects.address import parse_address, parse_cidr
 from lockgate.objects.model import IPBlock
 
-__all__ = ["Block", "Regions", "block_key", "pack"]
+__all__ = ["Block", "Regions", "block_key", "network", "pack"]
 
 #: (family 4 or 6, first address as a number, prefix length)
 Network = tuple[int, int, int]
@@ -34,7 +34,7 @@ def pack(address: str) -> bytes:
     return parse_address(address)
 
 
-def _network(cidr: str) -> Network:
+def network(cidr: str) -> Network:
     """Raises ValueError for what is no CIDR block; host bits are cleared."""
     first, length = parse_cidr(cidr)
     number = int.from_bytes(first, "big")
@@ -48,11 +48,11 @@ def _contains(outer: Network, inner: Network) -> bool:
 
 def block_key(block: IPBlock) -> Block | None:
     """The ipBlock as a value; None if nothing is left of it. ValueError for a bad network."""
-    network = _network(block.cidr)
-    without = tuple(sorted({_network(e) for e in block.except_}))
-    if any(_contains(e, network) for e in without):
+    outer = network(block.cidr)
+    without = tuple(sorted({network(e) for e in block.except_}))
+    if any(_contains(e, outer) for e in without):
         return None
-    return Block(network, tuple(e for e in without if _contains(network, e)))
+    return Block(outer, tuple(e for e in without if _contains(outer, e)))
 
 
 class Regions:

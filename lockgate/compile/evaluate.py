@@ -18,6 +18,9 @@ from lockgate.compile.tables import (
     IMAGE_PORTS,
     ISOLATED_EGRESS,
     ISOLATED_INGRESS,
+    NO_OWNER,
+    OWNER_ENDS,
+    OWNERS,
     PORT_TABLE_BY_NUMBER,
     Direction,
     EndpointView,
@@ -26,7 +29,18 @@ from lockgate.compile.tables import (
     Words,
 )
 
-__all__ = ["Cell", "backends_of", "cidr_class", "class_of", "lookup", "port_class"]
+__all__ = [
+    "Cell",
+    "OwnerRead",
+    "backends_of",
+    "cidr_class",
+    "class_of",
+    "in_ranges",
+    "lookup",
+    "owners_of",
+    "port_class",
+    "slots_of",
+]
 
 
 class Cell(NamedTuple):
@@ -34,6 +48,15 @@ class Cell(NamedTuple):
 
     allow: bool
     reason: int
+
+
+class OwnerRead(NamedTuple):
+    """`struct owner`."""
+
+    address: bytes
+    port: int
+    ends: bool
+    target: int
 
 
 def class_of(tables: Tables, address: bytes) -> int:
@@ -44,12 +67,13 @@ def class_of(tables: Tables, address: bytes) -> int:
     return cidr_class(tables.image[IMAGE_CIDRS:], address)
 
 
-def cidr_class(trie: Words, address: bytes) -> int:
-    """The class that a CIDR trie, the image from IMAGE_CIDRS on, has for an address."""
+def cidr_class(trie: Words, address: bytes, roots: int = 0) -> int:
+    """The class that a CIDR trie has for an address. `trie` is the image from IMAGE_CIDRS on,
+    `roots` the word in there where it begins."""
     v4 = address[:12] == b"\0" * 10 + b"\xff\xff"
     left = 32 if v4 else 128  # bits of the address not yet used
     number = int.from_bytes(address[12:] if v4 else address, "big")
-    slot = int(trie[0]) >> (0 if v4 else 32) & 0xFFFF_FFFF
+    slot = int(trie[roots]) >> (0 if v4 else 32) & 0xFFFF_FFFF
     for _ in range(CIDR_LEVELS):
         if not slot & CIDR_NEXT:
             return slot
@@ -110,3 +134,30 @@ def backends_of(tables: Tables, service: ServiceView) -> list[tuple[bytes, int, 
         port = int.from_bytes(raw[16:18], "big")
         found.append((raw[:16], port, int.from_bytes(raw[20:24], "little")))
     return found
+
+
+def owners_of(tables: Tables, service: ServiceView) -> list[OwnerRead]:
+    """Those that clients outside may be sent to."""
+    found = []
+    for number in range(service.owner_count):
+        at = service.owners + number * BACKEND_WORDS
+        raw = tables.image[at : at + BACKEND_WORDS].tobytes()
+        port, flags = int.from_bytes(raw[16:18], "big"), int.from_bytes(raw[18:20], "little")
+        target = int.from_bytes(raw[20:24], "little")
+        found.append(OwnerRead(raw[:16], port, bool(flags & OWNER_ENDS), target))
+    return found
+
+
+def slots_of(tables: Tables, service: ServiceView) -> list[tuple[int, ...]]:
+    """The numbers of the owners of each slot, the first first; none without a table."""
+    if not service.owner_count:
+        return []
+    words = tables.image[service.table : service.table + (1 << service.slot_bits)].tolist()
+    numbers = [[word >> 16 * rank & 0xFFFF for rank in range(OWNERS)] for word in words]
+    return [tuple(n for n in row if n != NO_OWNER) for row in numbers]
+
+
+def in_ranges(tables: Tables, service: ServiceView, address: bytes) -> bool:
+    """Is a source in the ranges of a service that has some?"""
+    trie = tables.image[IMAGE_CIDRS:]
+    return cidr_class(trie, address, service.ranges - IMAGE_CIDRS) == 1

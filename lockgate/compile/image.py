@@ -22,6 +22,8 @@ class Image:
         # Rooms that were given up, by their size.
         self._free: dict[int, list[int]] = {}
         self.changed: list[tuple[int, int]] | None = None
+        #: What it was before all lists had to be placed anew, until `begin`.
+        self.left: Words = self._words
 
     @property
     def words(self) -> Words:
@@ -30,11 +32,12 @@ class Image:
 
     def begin(self) -> None:
         """What is written from here on is told apart."""
-        self.changed = []
+        self.changed, self.left = [], self._words[:0]
 
     def set_front(self, front: Words) -> bool:
         """Put the policies' words in front. True if all lists must be placed anew."""
         if len(front) > self._start:
+            self.left = self.words
             self._start = self._end = len(front) + len(front) // 8 + _SLACK
             self._words = np.zeros(self._start, np.uint64)
             self._words[: len(front)] = front
@@ -73,7 +76,7 @@ class Image:
         """Is room for `size` words the room for `other`?"""
         return _room(size) == _room(other)
 
-    def write(self, at: int, words: bytes) -> None:
+    def write(self, at: int, words: bytes | Words) -> None:
         """Put a list into its room."""
         fresh = np.frombuffer(words, np.uint64)
         mine = self._words[at : at + len(fresh)]

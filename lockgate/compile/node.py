@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from lockgate.compile.cidr import pack
+from lockgate.compile.claims import POD, SERVICE, Holder
+from lockgate.compile.drafts import Surroundings
 from lockgate.compile.frame import Judgements
 from lockgate.compile.image import Image
 from lockgate.compile.peers import NO_SPOT, Peers
@@ -23,20 +25,27 @@ from lockgate.compile.tables import (
     PEER_LOCAL,
     PEER_NODE,
     PEER_REMOTE,
+    TARGET_SHIFT,
+    TO_HOP,
+    TO_HOST,
+    TO_LOCAL,
+    TO_NOWHERE,
     Delta,
     EndpointView,
+    Host,
     Ids,
     PeerView,
     Tables,
 )
-from lockgate.objects.address import parse_cidr
+from lockgate.objects.address import is_special, parse_cidr
 from lockgate.objects.changes import Changed, Name
-from lockgate.objects.model import Cluster, Namespace, Node
+from lockgate.objects.model import MOST_WEIGHT, Cluster, Namespace, Node
 
 __all__ = ["compile_node"]
 
 K = TypeVar("K")
 _UNFINISHED = 0
+_NO_HOST = Host()
 
 
 def compile_node(
@@ -45,6 +54,7 @@ def compile_node(
     ids: Ids,
     previous: Tables | None = None,
     changed: Changed | None = None,
+    host: Host = _NO_HOST,
 ) -> Tables:
     """The tables of `node`. Pure but for `ids` and `previous`.
 
@@ -65,14 +75,15 @@ def compile_node(
         changed = state.differences(cluster)
         state.doubt()
     base, state.serial = state.serial, _UNFINISHED
-    tables = state.compile(cluster, changed)
+    tables = state.compile(cluster, changed, host)
     if newest:
         tables.delta = Delta(
             base,
             state.peers.delta(),
-            state.services.views_delta(),
+            state.services.views.delta(),
             state.services.backends_delta(),
             state.image.changed,
+            state.services.ending_delta(),
         )
     state.serial = tables.serial
     return tables
@@ -88,7 +99,16 @@ class _State:
         self.image = Image()
         self.pods = Pods(node)
         self.peers = Peers()
-        self.services = Services(self.image, node)
+        self.services = Services(self.image)
+        self._host = _NO_HOST
+        #: What addresses weigh that weigh less than others, and those where it is another now.
+        self._weights: dict[bytes, int] = {}
+        self._reweighed: set[bytes] = set()
+        #: Addresses of this node, and its zone.
+        self._own: tuple[bytes, ...] = ()
+        self._zone = ""
+        #: Pods of this node whose hostPorts are to be read again.
+        self._host_pods: set[Holder] = set()
         self._judgements = Judgements(self.pods, ids)
         self._namespaces: dict[str, Namespace] = {}
         self._nodes: dict[str, Node] = {}
@@ -117,7 +137,7 @@ class _State:
     def differences(self, cluster: Cluster) -> Changed:
         """What is another object than before."""
         pods = {key: facts.pod for key, facts in self.pods.facts.items()}
-        services = {key: part.service for key, part in self.services.parts.items()}
+        services = self.services.objects(SERVICE)
         return Changed(
             _differ(self._namespaces, cluster.namespaces),
             _differ(self._nodes, cluster.nodes),
@@ -136,7 +156,7 @@ class _State:
         self._read_hops()
         self._nodes_due = True
 
-    def compile(self, cluster: Cluster, changed: Changed) -> Tables:
+    def compile(self, cluster: Cluster, changed: Changed, host: Host) -> Tables:
         self.peers.begin()
         self.services.begin()
         self.image.begin()
@@ -165,13 +185,7 @@ class _State:
         moved = front is not None and self.image.set_front(front)
         if front is not None or self._views_due:
             self._read_endpoints()
-        concerned: Iterable[Name] = changed.services
-        if moved:
-            concerned = changed.services | self.services.parts.keys()
-            self.services.place_again()
-        self.services.change(
-            cluster, concerned, changed.slices, self._renumbered(), self.ids, self.peers.endpoint
-        )
+        self._read_services(cluster, changed, host, moved)
         errors = self.pods.errors() + judgements.errors
         errors += self._node_errors + self.services.errors()
         return Tables(
@@ -182,6 +196,8 @@ class _State:
             self.services.backends,
             errors,
             cache=self,
+            ending=self.services.ending,
+            host_backends=self.services.hosting,
         )
 
     # ---- Pods ------------------------------------------------------------------------
@@ -196,6 +212,7 @@ class _State:
 
     def _take_slot(self, key: Name) -> None:
         self._views_due = True
+        self._host_pods.add((POD, *key))
         facts = self.pods.local.get(key)
         if facts is None:
             self._slots.pop(key, None)
@@ -215,6 +232,11 @@ class _State:
     def _settle(self, address: bytes) -> None:
         """Bring what there is to say of an address into the table."""
         view, facts = self._of_nodes.get(address), self.pods.owners.get(address)
+        if (weight := self._weight(address)) != self._weights.get(address, MOST_WEIGHT):
+            self._reweighed.add(address)
+            self._weights[address] = weight
+            if weight == MOST_WEIGHT:
+                del self._weights[address]
         if view is not None:
             self.peers.put(address, view, NO_SPOT)
         elif facts is None:
@@ -282,6 +304,7 @@ class _State:
         before, self._of_nodes = self._of_nodes, found
         different = {a: None for a in before.keys() | found if before.get(a) != found.get(a)}
         self.pods.touched.update(different)
+        self.services.hosts_moved(different)
 
     def _find_nodes(self, errors: list[str]) -> dict[bytes, PeerView]:
         """An address that a pod has as well is the node's."""
@@ -325,13 +348,88 @@ class _State:
         if found != self._endpoints:
             self._endpoints = found
 
-    def _renumbered(self) -> list[bytes]:
-        """Addresses that are another endpoint's now."""
-        now = self.peers.take(self.peers.before)[:, 1].tolist()
+    # ---- Services --------------------------------------------------------------------
+
+    def _read_services(self, cluster: Cluster, changed: Changed, host: Host, moved: bool) -> None:
+        """`moved`: the image has no lists any more."""
+        services = self.services
+        again: set[Holder] = {(SERVICE, *name) for name in changed.services}
+        again |= {key for key in self._host_pods if key in services.parts or self._asks(key[1:])}
+        self._host_pods.clear()
+        here = self._nodes.get(self.node)
+        own, zone = self._addresses(here, host), "" if here is None else here.zone
+        addresses = {*self._replaced(), *self._reweighed}
+        self._reweighed.clear()
+        if own != self._own:
+            again |= services.at_node
+            addresses.update({*own} ^ {*self._own})
+            services.hosts_moved({*own} ^ {*self._own})
+        if zone != self._zone:
+            again |= services.hinted
+        if moved or host.snat != self._host.snat:
+            again |= services.parts.keys()
+        if moved:
+            services.place_again(self.image.left)
+        self._own, self._zone, self._host = own, zone, host
+        around = Surroundings(
+            self.ids,
+            self.node,
+            zone,
+            host.snat,
+            own,
+            self.peers.endpoint,
+            self._target,
+            self._weight,
+        )
+        # What another CNI plugin wired has its hostPorts from there.
+        pods = {
+            name: facts for name, facts in self.pods.local.items() if self._slots[name] != ON_HOST
+        }
+        services.change(cluster, pods, again, changed.slices, addresses, around, self._of_nodes)
+
+    def _asks(self, name: Name) -> bool:
+        """Has a pod of this node any hostPort?"""
+        facts = self.pods.local.get(name)
+        return facts is not None and any(
+            port.host_port for one in facts.pod.spec.containers for port in one.ports
+        )
+
+    def _addresses(self, here: Node | None, host: Host) -> tuple[bytes, ...]:
+        """The node's own, of its object and of its cards, by which others can reach it."""
+        found = {address for address in host.addresses if not is_special(address)}
+        for entry in here.status.addresses if here is not None else ():
+            if entry.type in ("InternalIP", "ExternalIP"):
+                try:
+                    address = pack(entry.address)
+                except ValueError:
+                    continue  # told of by whoever reads the nodes
+                if not is_special(address):
+                    found.add(address)
+        return tuple(sorted(found))
+
+    def _target(self, address: bytes) -> int:
+        """`owner.target`. A pod without a slot is reached by none; what is not of the cluster by
+        the node's routes."""
+        known = self.peers.where(address)
+        if known is None:
+            return (TO_HOST if address in self._own else TO_NOWHERE) << TARGET_SHIFT
+        kind, target = known
+        if kind == PEER_HOST:
+            return TO_HOST << TARGET_SHIFT
+        where = TO_LOCAL if kind == PEER_LOCAL else TO_HOP
+        return where << TARGET_SHIFT | target & (1 << TARGET_SHIFT) - 1
+
+    def _weight(self, address: bytes) -> int:
+        facts = self.pods.owners.get(address)
+        return MOST_WEIGHT if facts is None else facts.weight
+
+    def _replaced(self) -> list[bytes]:
+        """Addresses that are another endpoint's now, or somewhere else."""
+        now = self.peers.take(self.peers.before)[:, 1:].tolist()
         return [
             address
-            for (address, was), number in zip(self.peers.before.items(), now, strict=True)
-            if number != (0 if was is None else was.endpoint)
+            for (address, was), record in zip(self.peers.before.items(), now, strict=True)
+            if record != ([0, 0, 0] if was is None else list(was[1:]))
         ]
 
 

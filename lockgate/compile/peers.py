@@ -50,6 +50,13 @@ class Peers(Mapping[bytes, PeerView]):
         row = self._rows.get(address)
         return 0 if row is None else int(self._records.item(row, 1))
 
+    def where(self, address: bytes) -> tuple[int, int] | None:
+        """Kind and target of an address; None for what is not here."""
+        row = self._rows.get(address)
+        if row is None:
+            return None
+        return int(self._records.item(row, 2)), int(self._records.item(row, 3))
+
     def records(self) -> NDArray[np.uint32]:
         """What `PeerView` has, by position: of all addresses, in their order."""
         return self._records[np.fromiter(self._rows.values(), np.intp, len(self._rows))]

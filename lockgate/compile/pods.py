@@ -10,7 +10,7 @@ from lockgate.compile.labels import Subjects
 from lockgate.compile.policy import PortName
 from lockgate.compile.tables import PORT_TABLE
 from lockgate.objects.changes import Name
-from lockgate.objects.model import Pod
+from lockgate.objects.model import MOST_WEIGHT, WEIGHT, Pod, read_weight
 
 __all__ = ["PodFacts", "Pods", "Profile"]
 
@@ -27,6 +27,7 @@ class PodFacts:
     profile: Profile
     addresses: tuple[bytes, ...]
     member: bool
+    weight: int = MOST_WEIGHT
 
 
 class Pods:
@@ -125,6 +126,13 @@ class Pods:
                 addresses.append(pack(ip))
             except ValueError as error:
                 errors.append(f"Pod {'/'.join(key)}: status.podIPs: {error}")
+        weight: int | None = MOST_WEIGHT
+        text = pod.metadata.annotations.get(WEIGHT)
+        if text is not None and (weight := read_weight(text)) is None:
+            errors.append(
+                f"Pod {'/'.join(key)}: metadata.annotations[{WEIGHT}]: expected per cent, from 1 to"
+                f" {MOST_WEIGHT}, got {text!r}"
+            )
         if errors:
             self._unreadable[key] = errors
         ports: dict[PortName, int] = {}
@@ -140,6 +148,7 @@ class Pods:
             self._known.setdefault(profile, profile),
             tuple(dict.fromkeys(addresses)) if len(addresses) > 1 else tuple(addresses),
             member,
+            weight or MOST_WEIGHT,
         )
 
 

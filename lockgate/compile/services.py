@@ -1,176 +1,177 @@
-"""Services and EndpointSlices → service entries and backend lists, patched by service."""
+"""Services, EndpointSlices and hostPorts → service entries, lists and tables, patched by holder.
+
+A *holder* is a service, or a pod of the node with hostPorts. What it came to is a `Part`, made anew
+whenever anything of it changes.
+"""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from lockgate.compile.cidr import pack
+from lockgate.compile import drafts, frontends
+from lockgate.compile.balance import Owner, Table, patch, tables
+from lockgate.compile.choose import of_others
+from lockgate.compile.claims import POD, SERVICE, Claims, Holder, conflict
+from lockgate.compile.drafts import Draft, ListKey, Seed, Surroundings
 from lockgate.compile.image import Image
+from lockgate.compile.pods import PodFacts
+from lockgate.compile.ranges import Ranges
+from lockgate.compile.ranges import Set as RangeSet
 from lockgate.compile.tables import (
-    BACKEND_WORDS,
-    PROTOCOL_NUMBER,
+    SVC_FRONTEND,
+    SVC_HOST_ONLY,
+    SVC_OPEN,
     SVC_PRESENT,
     BackendKey,
-    Ids,
     ServiceKey,
     ServiceView,
+    Words,
 )
+from lockgate.compile.touched import Touched
 from lockgate.objects.changes import Name
-from lockgate.objects.model import Cluster, EndpointSlice, ObjectMeta, Service, ServicePort
+from lockgate.objects.model import Cluster, EndpointSlice, Pod, Service
 
 __all__ = ["Services"]
 
-MAX_BACKENDS = 0xFFFF
-#: address, __be16 port; then little-endian __u16 flags, __u32 endpoint id
-_ADDRESS_PORT = struct.Struct("!16sH")
-_FLAGS_ENDPOINT = struct.Struct("<HI")
-
-
-#: Services and slices with one of these labels are for others (kube-proxy leaves them alone too).
-_OTHERS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
-
-
-def _backends(
-    service: Service,
-    port: ServicePort,
-    v4: bool,
-    slices: Iterable[EndpointSlice],
-    node: str,
-    errors: list[str],
-) -> list[tuple[bytes, int]]:
-    """Addresses and ports that take new connections begun on `node`, sorted: of endpoints that
-    are ready, or where none is, of those that still serve while they end.
-
-    The slices' ports are what targetPort came to (EndpointSlice.ports, matched by name).
-    An endpoint without a ready condition counts as ready, as the API says.
-    """
-    ready: set[tuple[bytes, int]] = set()
-    ending: set[tuple[bytes, int]] = set()
-    family = "IPv4" if v4 else "IPv6"
-    everyone = service.spec.publish_not_ready_addresses
-    local = service.spec.internal_traffic_policy == "Local"
-    for slice_ in slices:
-        if slice_.address_type != family:
-            continue
-        numbers = [
-            p.port
-            for p in slice_.ports
-            if p.name == port.name and p.protocol == port.protocol and p.port is not None
-        ]
-        if not numbers:
-            continue
-        for endpoint in slice_.endpoints:
-            if local and endpoint.node_name != node:
-                continue
-            conditions = endpoint.conditions
-            if conditions.ready is not False or everyone:
-                found = ready
-            elif conditions.terminating and conditions.serving is not False:
-                found = ending
-            else:
-                continue
-            # Addresses beyond the first are undefined (EndpointSlice.endpoints.addresses).
-            for address in endpoint.addresses[:1]:
-                try:
-                    packed = pack(address)
-                except ValueError as error:
-                    namespace, name = slice_.metadata.namespace, slice_.metadata.name
-                    errors.append(f"EndpointSlice {namespace}/{name}: endpoints.addresses: {error}")
-                    continue
-                found.update((packed, number) for number in numbers)
-    return sorted(ready or ending)
-
-
-@dataclass(slots=True, frozen=True)
-class Entry:
-    """What the kernel looks up: a service's address, with or without a port, and its backends."""
-
-    key: ServiceKey
-    id: int
-    words: bytes
-    count: int
-    affinity: int = 0
+#: Tables of more owners are patched: their owners are kept for that.
+_SMALL = 16
+#: Holders that are made at once.
+_TOGETHER = 256
 
 
 @dataclass(slots=True)
 class Part:
-    """What one service came to."""
+    """What one holder came to. Lists: where they are, and their sizes in words; in `left` where
+    those with `owners` were in the image before."""
 
-    service: Service
-    entries: tuple[tuple[ServiceKey, int], ...]  # and the size of their lists, in words
-    backends: tuple[BackendKey, ...]
-    errors: tuple[str, ...]
+    object: Service | Pod
+    claims: tuple[ServiceKey, ...] = ()
+    entries: tuple[ServiceKey, ...] = ()
+    rooms: dict[ListKey, tuple[int, int]] = field(default_factory=dict)
+    owners: dict[ListKey, tuple[Owner, ...]] = field(default_factory=dict)
+    ranges: tuple[RangeSet, ...] = ()
+    backends: tuple[BackendKey, ...] = ()
+    errors: tuple[str, ...] = ()
+    left: dict[ListKey, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Wish:
+    """What a holder asks for, before it is known what it gets."""
+
+    object: Service | Pod
+    asks: list[Any]
+    claims: tuple[ServiceKey, ...]
+    errors: list[str]
+    addresses: tuple[bytes, ...] = ()
 
 
 class Services:
-    """All services. `views` and `backends` are what the kernel looks up; the `before` of each has
-    what was touched since `begin`, and what it was then."""
+    """All holders. `views`, `backends` and `ending` are what the kernel looks up."""
 
-    def __init__(self, image: Image, node: str) -> None:
+    def __init__(self, image: Image) -> None:
         self._image = image
-        self._node = node
-        self.views: dict[ServiceKey, ServiceView] = {}
+        self._ranges = Ranges(image)
+        self.views: Touched[ServiceKey, ServiceView] = Touched()
         self.backends: set[BackendKey] = set()
-        self.views_before: dict[ServiceKey, ServiceView | None] = {}
-        self.backends_before: dict[BackendKey, bool] = {}
-        self.parts: dict[Name, Part] = {}
+        self.ending: set[BackendKey] = set()
+        self._backends_before: dict[BackendKey, bool] = {}
+        self._ending_before: dict[BackendKey, bool] = {}
+        self.parts: dict[Holder, Part] = {}
         #: The slices by their own name, and by the service they are of.
         self.slices: dict[Name, EndpointSlice] = {}
         self._slices_of: dict[Name, tuple[Name, ...]] = {}
-        #: Who asks for a cluster IP: the first by name has it.
-        self._claims: dict[bytes, tuple[Name, ...]] = {}
-        #: The services whose backends have an address.
-        self._users: dict[bytes, tuple[Name, ...]] = {}
-        self._faulty: set[Name] = set()
+        self._claims = Claims()
+        #: How many entries with a port are at an address.
+        self._count: dict[bytes, int] = {}
+        self._due: set[bytes] = set()
+        self._left: Words | None = None
+        #: The holders whose backends have an address.
+        self._users: dict[bytes, tuple[Holder, ...]] = {}
+        self._faulty: set[Holder] = set()
+        self._hosting: set[Holder] = set()
+        #: Who looks otherwise with other addresses of the node, or from another zone.
+        self.at_node: set[Holder] = set()
+        self.hinted: set[Holder] = set()
 
     def begin(self) -> None:
         """What is touched from here on is told apart from what is there."""
-        self.views_before, self.backends_before = {}, {}
+        self.views.begin()
+        self._backends_before, self._ending_before = {}, {}
+
+    def objects(self, kind: int) -> dict[Name, Any]:
+        """What parts were made of."""
+        return {key[1:]: part.object for key, part in self.parts.items() if key[0] == kind}
+
+    @property
+    def hosting(self) -> bool:
+        """Do processes of the node serve clients outside?"""
+        return bool(self._hosting)
 
     def change(
         self,
         cluster: Cluster,
-        services: Iterable[Name],
+        pods: Mapping[Name, PodFacts],
+        again: set[Holder],
         slices: Iterable[Name],
         addresses: Iterable[bytes],
-        ids: Ids,
-        endpoint: Callable[[bytes], int],
+        around: Surroundings,
+        hosts: Mapping[bytes, Any],
     ) -> None:
-        """Read again what these objects, or the pods at these addresses, concern. `endpoint` is
-        the id of the pod at an address, or 0."""
-        again = set(services)
-        for key in slices:
-            again.update(self._move(key, cluster.slices.get(key)))
+        """Read again what these holders and slices, or what is at these addresses, concern. `pods`
+        are those of the node; `hosts` has the addresses of nodes."""
+        for name in slices:
+            again.update((SERVICE, *one) for one in self._move(name, cluster.slices.get(name)))
         for address in addresses:
             again.update(self._users.get(address, ()))
-        for key in list(again):
-            for moved in self._claim(key, self._asked(key), cluster.services.get(key)):
-                again.add(moved)
-                self._withdraw(moved)
-        for key in sorted(again):
-            self._make(key, cluster.services.get(key), ids, endpoint)
+        wishes: dict[Holder, _Wish | None] = {}
+        queue = list(again)
+        while queue:
+            key = queue.pop()
+            if key in wishes:
+                continue
+            wishes[key] = self._wish(key, cluster, pods, around)
+            queue += self._claim(key, wishes[key])
+        keys = sorted(wishes)
+        for start in range(0, len(keys), _TOGETHER):
+            self._make({key: wishes[key] for key in keys[start : start + _TOGETHER]}, around)
+        self._read_addresses(around, hosts)
+        self._left = None
 
-    def place_again(self) -> None:
-        """The image has no lists any more: all services are to be made again."""
-        for key, part in self.parts.items():
-            for entry, _ in part.entries:
-                self.views_before.setdefault(entry, self.views.pop(entry))
-            self.parts[key] = replace(part, entries=())
+    def _make(self, wishes: Mapping[Holder, _Wish | None], around: Surroundings) -> None:
+        made = {
+            key: self._draft(key, wish, around) for key, wish in wishes.items() if wish is not None
+        }
+        ready = self._tables(made)
+        for key, wish in wishes.items():
+            self._put(key, wish, made.get(key), ready)
+
+    def hosts_moved(self, addresses: Iterable[bytes]) -> None:
+        """Nodes have, or no longer have, these addresses."""
+        self._due.update(addresses)
+
+    def place_again(self, left: Words) -> None:
+        """The image has no lists any more: all holders are to be made again. `left`: its words
+        before."""
+        self._ranges.forget()
+        self._left = left
+        for part in self.parts.values():
+            part.left = {number: part.rooms[number] for number in part.owners}
+            part.rooms, part.ranges = {}, ()
 
     def errors(self) -> list[str]:
-        """What is wrong with services and slices, each named."""
+        """What is wrong with services, slices and hostPorts, each named."""
         return [text for key in sorted(self._faulty) for text in self.parts[key].errors]
 
-    def views_delta(self) -> dict[ServiceKey, ServiceView | None]:
-        """What is another than at `begin`: what it was then."""
-        return {k: was for k, was in self.views_before.items() if self.views.get(k) != was}
-
     def backends_delta(self) -> dict[BackendKey, bool]:
-        """The same of the backends: whether they were there."""
-        return {k: was for k, was in self.backends_before.items() if (k in self.backends) != was}
+        """What is another than at `begin`: whether it was there."""
+        return _delta(self._backends_before, self.backends)
+
+    def ending_delta(self) -> dict[BackendKey, bool]:
+        """The same of those that end."""
+        return _delta(self._ending_before, self.ending)
 
     # ---- Who is concerned ------------------------------------------------------------
 
@@ -184,181 +185,269 @@ class Services:
             concerned.append(home)
         if slice_ is not None:
             self.slices[key] = slice_
-            if slice_.service and not _of_others(slice_.metadata):
+            if slice_.service and not of_others(slice_.metadata):
                 home = slice_.metadata.namespace, slice_.service
                 _add(self._slices_of, home, key)
                 concerned.append(home)
         return concerned
 
-    def _asked(self, key: Name) -> Service | None:
-        part = self.parts.get(key)
-        return None if part is None else part.service
+    def _wish(
+        self, key: Holder, cluster: Cluster, pods: Mapping[Name, PodFacts], around: Surroundings
+    ) -> _Wish | None:
+        errors: list[str] = []
+        if key[0] == POD:
+            facts = pods.get(key[1:])
+            if facts is None:
+                return None
+            found = frontends.of_pod(facts.pod, around.own, errors)
+            if not found and not errors:
+                return None
+            claims = tuple(dict.fromkeys(ask.key for ask, _ in found))
+            return _Wish(facts.pod, found, claims, errors, facts.addresses)
+        service = cluster.services.get(key[1:])
+        if service is None:
+            return None
+        if of_others(service.metadata):
+            return _Wish(service, [], (), errors)
+        asks = frontends.of_service(service, around.own, errors)
+        claims = tuple(
+            dict.fromkeys((a.key[0], 0, 0) if a.kind == "cluster" else a.key for a in asks)
+        )
+        return _Wish(service, asks, claims, errors)
 
-    def _claim(self, key: Name, old: Service | None, new: Service | None) -> list[Name]:
-        """Claims of cluster IPs are others now: the services that this concerns."""
-        before = set() if old is None else set(_addresses(old))
-        after = set() if new is None else set(_addresses(new))
-        concerned = [] if before == after else [key]
-        for address in before - after:
-            _remove(self._claims, address, key)
-            concerned += self._claims.get(address, ())
-        for address in after - before:
-            _add(self._claims, address, key)
-            concerned += self._claims[address]
+    def _claim(self, key: Holder, wish: _Wish | None) -> set[Holder]:
+        """Its claims are others now: the other holders that this concerns. All their entries are
+        away, for they may become somebody else's."""
+        part = self.parts.get(key)
+        before = part.claims if part is not None else ()
+        after = wish.claims if wish is not None else ()
+        if before == after:
+            return set()
+        self._due.update(one[0] for one in {*before} ^ {*after} if one[1:] == (0, 0))
+        if part is not None:
+            part.claims = after
+        concerned = self._claims.change(key, before, after)
+        for one in (key, *concerned):
+            self._withdraw(one)
         return concerned
 
-    # ---- One service -----------------------------------------------------------------
+    # ---- One holder ------------------------------------------------------------------
 
-    def _make(
-        self, key: Name, service: Service | None, ids: Ids, endpoint: Callable[[bytes], int]
-    ) -> None:
-        old = self.parts.pop(key, None)
-        self._faulty.discard(key)
-        entries: dict[ServiceKey, Entry] = {}
-        errors: list[str] = []
-        if service is not None:
-            slices = [self.slices[one] for one in sorted(self._slices_of.get(key, ()))]
-            entries = self._read(key, service, slices, ids, endpoint, errors)
-        rooms = {} if old is None else dict(old.entries)
-        for gone in rooms.keys() - entries.keys():
-            self._give_back(gone, rooms[gone])
-            self._view(gone, None)
-        for entry in entries.values():
-            at = self._place(entry, rooms.get(entry.key))
-            view = ServiceView(entry.id, at, entry.count, SVC_PRESENT, entry.affinity)
-            self._view(entry.key, view)
-        backends: dict[BackendKey, None] = {}
-        for entry in entries.values():
-            for at in range(0, len(entry.words), 8 * BACKEND_WORDS):
-                backend, port = _ADDRESS_PORT.unpack_from(entry.words, at)
-                backends[backend, entry.id, port, entry.key[2]] = None
-        self._list(key, () if old is None else old.backends, tuple(backends))
-        if service is not None:
-            places = tuple((one.key, len(one.words) // 8) for one in entries.values())
-            self.parts[key] = Part(service, places, tuple(backends), tuple(errors))
-            if errors:
-                self._faulty.add(key)
+    def _draft(self, key: Holder, wish: _Wish, around: Surroundings) -> Draft:
+        errors = wish.errors
+        name = key[1:]
+        granted = []
+        for one in wish.asks:
+            ask = one[0] if key[0] == POD else one
+            holder = self._claims.holder(ask.key)
+            if holder == key:
+                granted.append(one)
+            else:
+                errors.append(conflict(key, ask, holder))
+        if isinstance(wish.object, Pod):
+            draft = drafts.of_pod(wish.object, granted, wish.addresses, around)
+        else:
+            slices = [self.slices[one] for one in sorted(self._slices_of.get(name, ()))]
+            first = {ask.key: ask for ask in reversed(granted)}  # of two that are one entry
+            draft = drafts.of_service(name, wish.object, list(first.values()), slices, around)
+        draft.errors = list(dict.fromkeys(errors)) + draft.errors
+        return draft
 
-    def _read(
-        self,
-        name: Name,
-        service: Service,
-        slices: list[EndpointSlice],
-        ids: Ids,
-        endpoint: Callable[[bytes], int],
-        errors: list[str],
-    ) -> dict[ServiceKey, Entry]:
-        title = f"Service {'/'.join(name)}"
-        affinity = max(0, min(service.affinity, 0x7FFFFFFF))
-        found: dict[ServiceKey, Entry] = {}
-        for ip in _cluster_ips(service):
-            try:
-                address = pack(ip)
-            except ValueError as error:
-                errors.append(f"{title}: spec.clusterIPs: {error}")
-                continue
-            owner = min(self._claims[address])
-            if owner != name or (address, 0, 0) in found:
-                errors.append(
-                    f"{title}: spec.clusterIPs: {ip} is taken by Service {'/'.join(owner)}"
-                )
-                continue
-            found[address, 0, 0] = Entry((address, 0, 0), 0, b"", 0)
-            for port in service.spec.ports:
-                key = (address, port.port, PROTOCOL_NUMBER[port.protocol])
-                if key in found:
-                    continue
-                chosen = _backends(service, port, ":" not in ip, slices, self._node, errors)
-                if len(chosen) > MAX_BACKENDS:
-                    errors.append(
-                        f"{title}: {len(chosen)} backends, the first {MAX_BACKENDS} serve"
-                    )
-                    del chosen[MAX_BACKENDS:]
-                number = ids.service(*name, port.name, port.protocol, port.port)
-                words = b"".join(
-                    _ADDRESS_PORT.pack(backend, target) + _FLAGS_ENDPOINT.pack(0, endpoint(backend))
-                    for backend, target in chosen
-                )
-                found[key] = Entry(key, number, words, len(chosen), affinity)
+    def _tables(self, made: Mapping[Holder, Draft]) -> dict[tuple[Holder, ListKey], Words]:
+        """The words of all tables; small ones are worked out together."""
+        found: dict[tuple[Holder, ListKey], Words] = {}
+        small: list[tuple[Holder, ListKey]] = []
+        for key, draft in made.items():
+            for number, owners in draft.tables.items():
+                before = self._before(key, number)
+                if before is not None and len(owners) > _SMALL:
+                    found[key, number] = patch(before, owners)
+                else:
+                    small.append((key, number))
+        words = tables([made[key].tables[number] for key, number in small])
+        found.update(zip(small, words, strict=True))
         return found
 
-    def _withdraw(self, key: Name) -> None:
-        """Take a service's entries away, for its addresses may become another's."""
+    def _before(self, key: Holder, number: ListKey) -> Table | None:
+        part = self.parts.get(key)
+        owners = part.owners.get(number) if part is not None else None
+        if part is None or owners is None:
+            return None
+        if self._left is not None:
+            at, size = part.left[number]
+            return Table(owners, self._left[at : at + size])
+        at, size = part.rooms[number]
+        return Table(owners, self._image.words[at : at + size])
+
+    def _put(
+        self,
+        key: Holder,
+        wish: _Wish | None,
+        draft: Draft | None,
+        ready: Mapping[tuple[Holder, ListKey], Words],
+    ) -> None:
+        old = self.parts.pop(key, None)
+        draft = draft or Draft()
+        rooms = {} if old is None else old.rooms
+        places: dict[ListKey, tuple[int, int]] = {}
+        lists: dict[ListKey, bytes | Words] = {**draft.lists}
+        for number in draft.tables:
+            lists[number] = ready[key, number]
+        for number, words in lists.items():
+            places[number] = self._place(words, rooms.pop(number, None))
+        for at, size in rooms.values():
+            self._image.give_back(at, size)
+        sets = tuple({seed.ranges for seed in draft.entries.values() if seed.ranges is not None})
+        where = {one: self._ranges.take(one) for one in sets}
+        for one in () if old is None else old.ranges:
+            self._ranges.give_back(one)
+        for entry in () if old is None else old.entries:
+            if entry not in draft.entries:
+                self._view(entry, None)
+        for entry, seed in draft.entries.items():
+            self._view(entry, _view(seed, draft, places, where))
+        self._list(key, () if old is None else old.backends, draft.backends)
+        for holders, belongs in (
+            (self._faulty, bool(draft.errors)),
+            (self._hosting, draft.hosting),
+            (self.hinted, draft.hinted),
+            (self.at_node, wish is not None and _is_at_node(wish)),
+        ):
+            if belongs:
+                holders.add(key)
+            else:
+                holders.discard(key)
+        if wish is None:
+            return
+        self.parts[key] = Part(
+            wish.object,
+            wish.claims,
+            tuple(draft.entries),
+            places,
+            {number: of for number, of in draft.tables.items() if len(of) > _SMALL},
+            sets,
+            tuple(draft.backends),
+            tuple(draft.errors),
+        )
+
+    def _withdraw(self, key: Holder) -> None:
+        """Take a holder's entries away."""
         part = self.parts.get(key)
         if part is not None:
-            for entry, size in part.entries:
-                self._give_back(entry, size)
+            for entry in part.entries:
                 self._view(entry, None)
-            self.parts[key] = replace(part, entries=())
+            part.entries = ()
 
-    def _place(self, entry: Entry, size: int | None) -> int:
-        """Where the list of an entry is, after it was put there; `size`: of the one before."""
-        known = self.views.get(entry.key)
-        words = len(entry.words) // 8
-        if known is not None and size and words and Image.fits(size, words):
-            at = known.backends
+    def _place(self, words: bytes | Words, room: tuple[int, int] | None) -> tuple[int, int]:
+        """Where a list is, after it was put there; `room`: of the one before."""
+        size = len(words) // 8 if isinstance(words, bytes) else len(words)
+        if room is not None and Image.fits(room[1], size):
+            at = room[0]
         else:
-            self._give_back(entry.key, size)
-            at = self._image.place(words) if words else 0
-        if words:
-            self._image.write(at, entry.words)
-        return at
-
-    def _give_back(self, key: ServiceKey, size: int | None) -> None:
-        known = self.views.get(key)
-        if known is not None and size:
-            self._image.give_back(known.backends, size)
+            if room is not None:
+                self._image.give_back(*room)
+            at = self._image.place(size)
+        self._image.write(at, words)
+        return at, size
 
     def _view(self, key: ServiceKey, view: ServiceView | None) -> None:
-        known = self.views.get(key)
-        if known == view:
-            return
-        self.views_before.setdefault(key, known)
-        if view is None:
-            del self.views[key]
-        else:
-            self.views[key] = view
+        more = (view is not None) - (key in self.views)
+        if more:
+            count = self._count.get(key[0], 0) + more
+            if count:
+                self._count[key[0]] = count
+            else:
+                del self._count[key[0]]
+            self._due.add(key[0])
+        self.views.put(key, view)
 
-    def _list(self, key: Name, old: tuple[BackendKey, ...], new: tuple[BackendKey, ...]) -> None:
-        if old == new:
-            return
-        # No other service has the ids of this one's ports.
-        for one in set(old).difference(new):
-            self.backends_before.setdefault(one, True)
-            self.backends.discard(one)
-        for one in set(new).difference(old):
-            self.backends_before.setdefault(one, False)
-            self.backends.add(one)
+    def _list(
+        self, key: Holder, old: tuple[BackendKey, ...], new: Mapping[BackendKey, bool]
+    ) -> None:
+        # No other holder has the ids of this one's ports.
+        for one in old:
+            if one not in new:
+                _drop(self.backends, self._backends_before, one)
+            if not new.get(one):
+                _drop(self.ending, self._ending_before, one)
+        for one, ends in new.items():
+            if one not in self.backends:
+                self._backends_before.setdefault(one, False)
+                self.backends.add(one)
+            if ends and one not in self.ending:
+                self._ending_before.setdefault(one, False)
+                self.ending.add(one)
         before, after = {one[0] for one in old}, {one[0] for one in new}
         for address in before - after:
             _remove(self._users, address, key)
         for address in after - before:
             _add(self._users, address, key)
 
+    # ---- Addresses -------------------------------------------------------------------
 
-def _of_others(meta: ObjectMeta) -> bool:
-    return any(label in meta.labels for label in _OTHERS)
+    def _read_addresses(self, around: Surroundings, hosts: Mapping[bytes, Any]) -> None:
+        """The entries without port, wherever they may be others."""
+        due, self._due = self._due, set()
+        for address in due:
+            whole = self._claims.is_cluster_ip(address)
+            if not whole and not self._count.get(address):
+                self.views.put((address, 0, 0), None)
+                continue
+            flags = SVC_PRESENT
+            if address in frontends.LOOPBACK:
+                flags |= SVC_HOST_ONLY | SVC_OPEN
+            elif not whole:
+                flags |= SVC_FRONTEND
+                if address in hosts or address in around.own:
+                    flags |= SVC_OPEN
+            self.views.put((address, 0, 0), ServiceView(0, 0, 0, flags))
 
 
-def _cluster_ips(service: Service) -> list[str]:
-    """Those that are ours to serve."""
-    return [] if _of_others(service.metadata) else service.cluster_ips
+def _is_at_node(wish: _Wish) -> bool:
+    if isinstance(wish.object, Pod):
+        return True
+    spec = wish.object.spec
+    return spec.type in ("NodePort", "LoadBalancer") and any(p.node_port for p in spec.ports)
 
 
-def _addresses(service: Service) -> Iterable[bytes]:
-    """The cluster IPs that can be read."""
-    for ip in _cluster_ips(service):
-        try:
-            yield pack(ip)
-        except ValueError:
-            continue
+def _view(
+    seed: Seed,
+    draft: Draft,
+    places: Mapping[ListKey, tuple[int, int]],
+    where: Mapping[RangeSet, int],
+) -> ServiceView:
+    bits = 0
+    if seed.table:
+        bits = places[seed.table][1].bit_length() - 1
+    return ServiceView(
+        seed.id,
+        places[seed.backends][0] if seed.backends else 0,
+        seed.count,
+        seed.flags,
+        seed.affinity,
+        places[seed.table][0] if seed.table else 0,
+        places[seed.owners][0] if seed.owners else 0,
+        bits,
+        seed.owner_count,
+        where[seed.ranges] if seed.ranges is not None else 0,
+    )
 
 
-def _add(table: dict[Any, tuple[Name, ...]], key: Any, name: Name) -> None:
+def _drop(members: set[BackendKey], before: dict[BackendKey, bool], one: BackendKey) -> None:
+    if one in members:
+        before.setdefault(one, True)
+        members.discard(one)
+
+
+def _delta(before: Mapping[BackendKey, bool], now: set[BackendKey]) -> dict[BackendKey, bool]:
+    return {one: was for one, was in before.items() if (one in now) != was}
+
+
+def _add(table: dict[Any, tuple[Any, ...]], key: Any, name: Any) -> None:
     table[key] = (*table.get(key, ()), name)
 
 
-def _remove(table: dict[Any, tuple[Name, ...]], key: Any, name: Name) -> None:
+def _remove(table: dict[Any, tuple[Any, ...]], key: Any, name: Any) -> None:
     left = tuple(one for one in table.get(key, ()) if one != name)
     if left:
         table[key] = left

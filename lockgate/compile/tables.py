@@ -19,6 +19,7 @@ from lockgate.objects.model import Pod
 
 __all__ = [
     "EndpointView",
+    "Host",
     "Ids",
     "PeerView",
     "Rule",
@@ -64,6 +65,13 @@ SVC_INTERNAL_LOCAL = 128
 
 OWNER_ENDS = 1
 
+TO_NOWHERE = 0
+TO_LOCAL = 1
+TO_HOP = 2
+TO_HOST = 3
+#: Bits below the kind of a target.
+TARGET_SHIFT = 28
+
 NO_SLOT = 0xFFFF_FFFF
 #: In the place of a slot: a pod that is reached by the node's stack.
 ON_HOST = -1
@@ -101,6 +109,15 @@ class EndpointView(NamedTuple):
     rows: int
     cols: int
     isolated: int
+
+
+@dataclass(slots=True, frozen=True)
+class Host:
+    """What an agent knows of its own node besides its objects: addresses of its cards, and how
+    clients outside reach other nodes' backends where a Service does not say."""
+
+    addresses: frozenset[bytes] = frozenset()
+    snat: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -156,10 +173,16 @@ class Delta:
     services: dict[ServiceKey, ServiceView | None] = field(default_factory=dict)
     backends: dict[BackendKey, bool] = field(default_factory=dict)
     words: list[tuple[int, int]] | None = field(default_factory=list)
+    ending: dict[BackendKey, bool] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(
-            self.peers or self.services or self.backends or self.words is None or self.words
+            self.peers
+            or self.services
+            or self.backends
+            or self.ending
+            or self.words is None
+            or self.words
         )
 
 
@@ -178,6 +201,10 @@ class Tables:
     delta: Delta | None = None
     serial: int = field(default_factory=itertools.count(1).__next__)
     cache: Any = field(default=None, repr=False)
+    #: Of `backends` those that keep what they have and take nothing new.
+    ending: set[BackendKey] = field(default_factory=set)
+    #: Do processes of the node serve clients outside? See bpf/to_net.h.
+    host_backends: bool = False
 
 
 class Builder:

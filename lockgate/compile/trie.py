@@ -7,7 +7,7 @@ allows, and bits that all networks below have in common are compared at once.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import groupby
 
 from lockgate.compile.tables import CIDR_NEXT, CIDR_STRIDE_SHIFT, CIDR_WORD
@@ -24,8 +24,12 @@ _EACH = 256
 _ALL = {4: 1 << 16, 6: 1 << 12}
 
 
-def trie(leaves: Collection[tuple[int, int, int, int]]) -> bytes:
-    """The trie as words of the image. `leaves` are (family, first address, prefix length, class).
+def trie(
+    leaves: Collection[tuple[int, int, int, int]], base: int = 0, most: Mapping[int, int] = _ALL
+) -> bytes:
+    """The trie as words of the image. `leaves` are (family, first address, prefix length, class),
+    each network once. `base`: how many words behind IMAGE_CIDRS it will stand. `most`: slots that
+    blocks may take in all on each level, by family.
 
     Leaves are pushed: what a slot says holds for all its addresses, so a look-up keeps nothing.
     OverflowError when it needs more words than a slot can point at.
@@ -33,17 +37,17 @@ def trie(leaves: Collection[tuple[int, int, int, int]]) -> bytes:
     slots = array("I", (0, 0))
     for root, (family, bits) in enumerate(((4, 32), (6, 128))):
         own = sorted(leaf[1:] for leaf in leaves if leaf[0] == family)
-        slots[root] = _Grower(slots, bits, max(_EACH, _ALL[family] // max(1, len(own)))).grow(
-            own, 0, 0
-        )
+        room = max(_EACH, most[family] // max(1, len(own)))
+        slots[root] = _Grower(slots, bits, room, base).grow(own, 0, 0)
     return slots.tobytes()
 
 
 class _Grower:
     """Adds the trie of one family to `slots`."""
 
-    def __init__(self, slots: array[int], bits: int, room: int) -> None:
+    def __init__(self, slots: array[int], bits: int, room: int, base: int) -> None:
         """`bits` of an address; `room`: slots that a block may take for each network in it."""
+        self._base = base
         self._slots = slots
         self._bits = bits
         self._room = room
@@ -77,7 +81,7 @@ class _Grower:
         self._slots[at], self._slots[at + 1] = match & 0xFFFF_FFFF, match >> 32
         self._slots[at + 2] = self.grow(leaves, end, cls)
         self._slots[at + 3] = cls
-        return CIDR_NEXT | at // 2
+        return CIDR_NEXT | self._base + at // 2
 
     def _branch(self, leaves: list[Leaf], depth: int, stride: int, cls: int) -> int:
         at = self._reserve(1 << stride, cls)
@@ -91,12 +95,12 @@ class _Grower:
         deeper = (leaf for leaf in leaves if leaf[1] > end)
         for number, group in groupby(deeper, lambda leaf: at + (leaf[0] >> shift & mask)):
             self._slots[number] = self.grow(list(group), end, self._slots[number])
-        return CIDR_NEXT | stride << CIDR_STRIDE_SHIFT | at // 2
+        return CIDR_NEXT | stride << CIDR_STRIDE_SHIFT | self._base + at // 2
 
     def _reserve(self, count: int, cls: int) -> int:
         """The first of `count` new slots of this class."""
         at = len(self._slots)
-        if at // 2 > CIDR_WORD:
+        if self._base + at // 2 > CIDR_WORD:
             raise OverflowError("the CIDR blocks in force do not fit the image")
         self._slots.extend(array("I", [cls]) * count)
         return at

@@ -29,6 +29,7 @@ _OF_A_FILE = re.compile(r"[0-9a-f]{32}")
 #: What most objects have: one for all of them, for nobody changes an object.
 _NO_LIST: list[Any] = []
 _NO_DICT: dict[str, str] = {}
+_NO_HINTS = model.EndpointHints()
 
 
 class Parts:
@@ -39,6 +40,7 @@ class Parts:
     def __init__(self) -> None:
         self._labels: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
         self._conditions: dict[tuple[bool | None, ...], model.EndpointConditions] = {}
+        self._hints: dict[tuple[tuple[str, ...], tuple[str, ...]], model.EndpointHints] = {}
         self._containers: dict[bytes, list[model.Container]] = {}
 
     def labels(self, labels: dict[str, str]) -> dict[str, str]:
@@ -49,6 +51,14 @@ class Parts:
     def conditions(self, conditions: model.EndpointConditions) -> model.EndpointConditions:
         key = conditions.ready, conditions.serving, conditions.terminating
         return self._conditions.setdefault(key, conditions)
+
+    def hints(self, hints: model.EndpointHints) -> model.EndpointHints:
+        if not hints.for_zones and not hints.for_nodes:
+            return _NO_HINTS
+        if len(self._hints) > self.LIMIT:
+            self._hints.clear()
+        key = tuple(one.name for one in hints.for_zones), tuple(one.name for one in hints.for_nodes)
+        return self._hints.setdefault(key, hints)
 
     def containers(self, containers: list[_Container]) -> list[model.Container]:
         if len(self._containers) > self.LIMIT:
@@ -188,7 +198,8 @@ def _node(node: model.Node, parts: Parts) -> model.Node:
 
 
 def _slice(item: model.EndpointSlice, parts: Parts) -> model.EndpointSlice:
-    """Of an endpoint: where it is and whether it takes connections."""
+    """Of an endpoint: where it is, whether it takes connections, and for whom. Its pod is found by
+    its address."""
     return msgspec.structs.replace(
         item,
         metadata=_meta(item.metadata, parts),
@@ -197,6 +208,7 @@ def _slice(item: model.EndpointSlice, parts: Parts) -> model.EndpointSlice:
                 addresses=one.addresses,
                 conditions=parts.conditions(one.conditions),
                 node_name=sys.intern(one.node_name),
+                hints=parts.hints(one.hints),
             )
             for one in item.endpoints
         ],

@@ -75,6 +75,10 @@ class NodeStatus(Base, frozen=True):
     conditions: list[Condition] = []
 
 
+#: The label that says in which zone a node is (core/v1 LabelTopologyZone).
+ZONE_LABEL = "topology.kubernetes.io/zone"
+
+
 class Node(Base, frozen=True):
     metadata: ObjectMeta
     spec: NodeSpec = NodeSpec()
@@ -87,6 +91,11 @@ class Node(Base, frozen=True):
         """Of both families, as the object has them."""
         return self.spec.pod_cidrs or ([self.spec.pod_cidr] if self.spec.pod_cidr else [])
 
+    @property
+    def zone(self) -> str:
+        """ "" for one that is in none."""
+        return self.metadata.labels.get(ZONE_LABEL, "")
+
 
 # ---- Pods and workloads -----------------------------------------------------
 
@@ -95,6 +104,8 @@ class ContainerPort(Base, frozen=True):
     container_port: int
     name: str = ""
     protocol: Protocol = "TCP"
+    host_port: int = 0
+    host_ip: str = msgspec.field(name="hostIP", default="")
 
 
 class EnvVar(Base, frozen=True):
@@ -150,6 +161,7 @@ class PodSpec(Base, frozen=True):
     hostname: str = ""
     subdomain: str = ""
     restart_policy: str = "Always"
+    termination_grace_period_seconds: int = 30
 
 
 class PodIP(Base, frozen=True):
@@ -164,6 +176,17 @@ class PodStatus(Base, frozen=True):
     conditions: list[Condition] = []
     reason: str = ""
     message: str = ""
+
+
+#: On a Pod: its share of what clients outside send, in per cent of that of one without it.
+WEIGHT = "lockgate.dev/weight"
+MOST_WEIGHT = 100
+
+
+def read_weight(text: str) -> int | None:
+    """Of the annotation; None if it is none."""
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 3 else 0
+    return number if 1 <= number <= MOST_WEIGHT else None
 
 
 class Pod(Base, frozen=True):
@@ -237,6 +260,10 @@ class SessionAffinityConfig(Base, frozen=True):
     client_ip: ClientIPConfig = msgspec.field(name="clientIP", default=ClientIPConfig())
 
 
+#: On a Service: how clients outside reach its backends on other nodes, dsr or snat.
+FORWARDING = "lockgate.dev/forwarding"
+
+
 class ServiceSpec(Base, frozen=True):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(name="clusterIP", default="")
@@ -248,13 +275,35 @@ class ServiceSpec(Base, frozen=True):
     ports: list[ServicePort] = []
     publish_not_ready_addresses: bool = False
     internal_traffic_policy: str = ""
+    external_traffic_policy: str = ""
     session_affinity: str = ""
     session_affinity_config: SessionAffinityConfig = SessionAffinityConfig()
+    external_ips: list[str] = msgspec.field(name="externalIPs", default_factory=list)
+    load_balancer_ip: str = msgspec.field(name="loadBalancerIP", default="")
+    load_balancer_class: str = ""
+    load_balancer_source_ranges: list[str] = []
+    allocate_load_balancer_node_ports: bool = True
+    health_check_node_port: int = 0
+    traffic_distribution: str = ""
+
+
+class LoadBalancerIngress(Base, frozen=True):
+    ip: str = ""
+    ip_mode: str = ""
+
+
+class LoadBalancerStatus(Base, frozen=True):
+    ingress: list[LoadBalancerIngress] = []
+
+
+class ServiceStatus(Base, frozen=True):
+    load_balancer: LoadBalancerStatus = LoadBalancerStatus()
 
 
 class Service(Base, frozen=True):
     metadata: ObjectMeta
     spec: ServiceSpec = ServiceSpec()
+    status: ServiceStatus = ServiceStatus()
     api_version: str = "v1"
     kind: str = "Service"
 
@@ -265,6 +314,16 @@ class Service(Base, frozen=True):
             return []
         ips = self.spec.cluster_ips or ([self.spec.cluster_ip] if self.spec.cluster_ip else [])
         return [ip for ip in ips if ip and ip != "None"]
+
+    @property
+    def load_balancer_ips(self) -> list[str]:
+        """Addresses at which a load balancer delivers packets for the nodes to serve. One that
+        is a proxy delivers them at a NodePort (LoadBalancerIngress.ipMode)."""
+        if self.spec.type != "LoadBalancer":
+            return []
+        return [
+            one.ip for one in self.status.load_balancer.ingress if one.ip and one.ip_mode != "Proxy"
+        ]
 
     @property
     def affinity(self) -> int:
@@ -287,11 +346,26 @@ class ObjectReference(Base, frozen=True):
     uid: str = ""
 
 
+class ForZone(Base, frozen=True):
+    name: str
+
+
+class ForNode(Base, frozen=True):
+    name: str
+
+
+class EndpointHints(Base, frozen=True):
+    for_zones: list[ForZone] = []
+    for_nodes: list[ForNode] = []
+
+
 class Endpoint(Base, frozen=True):
     addresses: list[str]
     conditions: EndpointConditions = EndpointConditions()
     node_name: str = ""
     target_ref: ObjectReference | None = None
+    zone: str = ""
+    hints: EndpointHints = EndpointHints()
 
 
 class EndpointPort(Base, frozen=True):

@@ -6,14 +6,22 @@ One function per kind; each raises FieldError with the path inside the object.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from lockgate.objects.address import is_ipv4, parse_address, parse_cidr
-from lockgate.objects.errors import FieldError, one_of
+from lockgate.objects.checks import (
+    check_address,
+    check_cidr,
+    check_metadata,
+    check_one_of,
+    check_one_per_family,
+    check_unique,
+)
+from lockgate.objects.errors import FieldError
 from lockgate.objects.model import (
+    MOST_WEIGHT,
+    WEIGHT,
     Container,
-    EndpointSlice,
     IPBlock,
     LabelSelector,
     Namespace,
@@ -21,12 +29,11 @@ from lockgate.objects.model import (
     NetworkPolicyPeer,
     NetworkPolicyPort,
     Node,
-    ObjectMeta,
     Pod,
     PodSpec,
     Probe,
-    Service,
     Workload,
+    read_weight,
 )
 from lockgate.objects.names import (
     check_dns_label,
@@ -36,8 +43,8 @@ from lockgate.objects.names import (
     check_labels,
     check_port,
     check_port_name,
-    check_service_name,
 )
+from lockgate.objects.validate_services import check_endpoint_slice, check_service
 
 __all__ = ["CLOSED", "VALIDATORS"]
 
@@ -64,51 +71,50 @@ CLOSED: dict[str, frozenset[str]] = {
 }
 
 
-def _metadata(meta: ObjectMeta, check_name: Callable[[str, str], None]) -> None:
-    check_name(meta.name, "metadata.name")
-    if meta.namespace:
-        check_dns_label(meta.namespace, "metadata.namespace")
-    check_labels(meta.labels, "metadata.labels")
-    for key in meta.annotations:
-        check_label_key(key.lower(), "metadata.annotations")
-
-
 def _namespace(item: Namespace) -> None:
-    _metadata(item.metadata, check_dns_label)
+    check_metadata(item.metadata, check_dns_label)
 
 
 def _node(item: Node) -> None:
-    _metadata(item.metadata, check_dns_name)
+    check_metadata(item.metadata, check_dns_name)
     spec = item.spec
     for index, cidr in enumerate(spec.pod_cidrs):
-        _cidr(cidr, f"spec.podCIDRs[{index}]")
-    _one_per_family([c.partition("/")[0] for c in spec.pod_cidrs], "spec.podCIDRs")
+        check_cidr(cidr, f"spec.podCIDRs[{index}]")
+    check_one_per_family([c.partition("/")[0] for c in spec.pod_cidrs], "spec.podCIDRs")
     if spec.pod_cidr:
-        _cidr(spec.pod_cidr, "spec.podCIDR")
+        check_cidr(spec.pod_cidr, "spec.podCIDR")
         if spec.pod_cidrs and spec.pod_cidrs[0] != spec.pod_cidr:
             raise FieldError("spec.podCIDRs[0]", "the same as spec.podCIDR", spec.pod_cidrs[0])
     for index, address in enumerate(item.status.addresses):
         if address.type in ("InternalIP", "ExternalIP"):
-            _address(address.address, f"status.addresses[{index}].address")
+            check_address(address.address, f"status.addresses[{index}].address")
 
 
 # ---- Pods and workloads -----------------------------------------------------
 
 
 def _pod(item: Pod) -> None:
-    _metadata(item.metadata, check_dns_name)
+    check_metadata(item.metadata, check_dns_name)
+    _weight(item.metadata.annotations, "metadata")
     _pod_spec(item.spec, "spec", ("Always", "OnFailure", "Never"))
     for index, ip in enumerate(item.status.pod_ips):
-        _address(ip.ip, f"status.podIPs[{index}].ip")
-    _one_per_family([ip.ip for ip in item.status.pod_ips], "status.podIPs")
+        check_address(ip.ip, f"status.podIPs[{index}].ip")
+    check_one_per_family([ip.ip for ip in item.status.pod_ips], "status.podIPs")
     if item.status.pod_ip:
-        _address(item.status.pod_ip, "status.podIP")
+        check_address(item.status.pod_ip, "status.podIP")
+
+
+def _weight(annotations: dict[str, str], path: str) -> None:
+    text = annotations.get(WEIGHT)
+    if text is not None and read_weight(text) is None:
+        where = f"{path}.annotations[{WEIGHT}]"
+        raise FieldError(where, f"per cent, from 1 to {MOST_WEIGHT}", text)
 
 
 def _pod_spec(spec: PodSpec, path: str, restart: tuple[str, ...]) -> None:
     if not spec.containers:
         raise FieldError(f"{path}.containers", "at least one container", [])
-    _unique(
+    check_unique(
         (container.name, f"{path}.{field}[{index}].name")
         for field, containers in (
             ("initContainers", spec.init_containers),
@@ -120,6 +126,13 @@ def _pod_spec(spec: PodSpec, path: str, restart: tuple[str, ...]) -> None:
         _container(container, f"{path}.initContainers[{index}]")
     for index, container in enumerate(spec.containers):
         _container(container, f"{path}.containers[{index}]")
+    _host_ports(spec, path)
+    if spec.termination_grace_period_seconds < 0:
+        raise FieldError(
+            f"{path}.terminationGracePeriodSeconds",
+            "a number that is not negative",
+            spec.termination_grace_period_seconds,
+        )
     if spec.node_name:
         check_dns_name(spec.node_name, f"{path}.nodeName")
     check_labels(spec.node_selector, f"{path}.nodeSelector")
@@ -127,7 +140,32 @@ def _pod_spec(spec: PodSpec, path: str, restart: tuple[str, ...]) -> None:
         check_dns_label(spec.hostname, f"{path}.hostname")
     if spec.subdomain:
         check_dns_label(spec.subdomain, f"{path}.subdomain")
-    _in(spec.restart_policy, restart, f"{path}.restartPolicy")
+    check_one_of(spec.restart_policy, restart, f"{path}.restartPolicy")
+
+
+def _host_ports(spec: PodSpec, path: str) -> None:
+    found = []
+    for number, container in enumerate(spec.containers):
+        for index, port in enumerate(container.ports):
+            where = f"{path}.containers[{number}].ports[{index}]"
+            if not 0 <= port.host_port <= 65535:
+                raise FieldError(
+                    f"{where}.hostPort", "a port number from 1 to 65535", port.host_port
+                )
+            if port.host_ip:
+                check_address(port.host_ip, f"{where}.hostIP")
+            if not port.host_port:
+                continue
+            if spec.host_network and port.host_port != port.container_port:
+                raise FieldError(
+                    f"{where}.hostPort",
+                    f"the containerPort ({port.container_port}), as the pod is on its host's"
+                    " network",
+                    port.host_port,
+                )
+            value = f"{port.host_ip} {port.host_port}/{port.protocol}".lstrip()
+            found.append((value, f"{where}.hostPort"))
+    check_unique(found)
 
 
 def _container(container: Container, path: str) -> None:
@@ -136,7 +174,9 @@ def _container(container: Container, path: str) -> None:
         check_port(port.container_port, f"{path}.ports[{index}].containerPort")
         if port.name:
             check_port_name(port.name, f"{path}.ports[{index}].name")
-    _unique((p.name, f"{path}.ports[{i}].name") for i, p in enumerate(container.ports) if p.name)
+    check_unique(
+        (p.name, f"{path}.ports[{i}].name") for i, p in enumerate(container.ports) if p.name
+    )
     for index, variable in enumerate(container.env):
         if not variable.name or "=" in variable.name or not variable.name.isprintable():
             raise FieldError(f"{path}.env[{index}].name", "a variable name", variable.name)
@@ -169,7 +209,7 @@ def _probe(probe: Probe, path: str) -> None:
 
 
 def _workload(item: Workload) -> None:
-    _metadata(item.metadata, check_dns_name)
+    check_metadata(item.metadata, check_dns_name)
     spec, template = item.spec, item.spec.template
     for name, count in (
         ("replicas", spec.replicas),
@@ -179,6 +219,7 @@ def _workload(item: Workload) -> None:
         if count < 0:
             raise FieldError(f"spec.{name}", "a number that is not negative", count)
     check_labels(template.metadata.labels, "spec.template.metadata.labels")
+    _weight(template.metadata.annotations, "spec.template.metadata")
     if item.kind == "Job":
         _pod_spec(template.spec, "spec.template.spec", ("OnFailure", "Never"))
         return
@@ -196,100 +237,11 @@ def _workload(item: Workload) -> None:
             )
 
 
-# ---- Services ---------------------------------------------------------------
-
-
-def _service(item: Service) -> None:
-    _metadata(item.metadata, check_service_name)
-    spec = item.spec
-    _in(spec.type, ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName"), "spec.type")
-    check_labels(spec.selector, "spec.selector")
-    headless = "None" in (spec.cluster_ip, *spec.cluster_ips)
-    if spec.type == "ExternalName":
-        check_dns_name(spec.external_name.removesuffix("."), "spec.externalName")
-        if spec.cluster_ip or spec.cluster_ips:
-            raise FieldError(
-                "spec.clusterIP",
-                "none in a service of type ExternalName",
-                spec.cluster_ip or spec.cluster_ips[0],
-            )
-    elif not spec.ports and not headless:
-        raise FieldError("spec.ports", "at least one port", [])
-    if headless and spec.type != "ClusterIP" and spec.type != "ExternalName":
-        raise FieldError("spec.clusterIP", f"an address, as the type is {spec.type}", "None")
-    if spec.cluster_ip and spec.cluster_ip != "None":
-        _address(spec.cluster_ip, "spec.clusterIP")
-    if spec.cluster_ips and spec.cluster_ips != ["None"]:
-        for index, ip in enumerate(spec.cluster_ips):
-            _address(ip, f"spec.clusterIPs[{index}]")
-        _one_per_family(spec.cluster_ips, "spec.clusterIPs")
-    if spec.cluster_ip and spec.cluster_ips and spec.cluster_ip != spec.cluster_ips[0]:
-        raise FieldError("spec.clusterIPs[0]", "the same as spec.clusterIP", spec.cluster_ips[0])
-    for index, family in enumerate(spec.ip_families):
-        _in(family, ("IPv4", "IPv6"), f"spec.ipFamilies[{index}]")
-    _unique((family, f"spec.ipFamilies[{i}]") for i, family in enumerate(spec.ip_families))
-    if spec.ip_family_policy:
-        _in(
-            spec.ip_family_policy,
-            ("SingleStack", "PreferDualStack", "RequireDualStack"),
-            "spec.ipFamilyPolicy",
-        )
-    if spec.internal_traffic_policy:
-        _in(spec.internal_traffic_policy, ("Cluster", "Local"), "spec.internalTrafficPolicy")
-    if spec.session_affinity:
-        _in(spec.session_affinity, ("None", "ClientIP"), "spec.sessionAffinity")
-    timeout = spec.session_affinity_config.client_ip.timeout_seconds
-    if not 0 < timeout <= 86400:
-        path = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
-        raise FieldError(path, "seconds, from 1 to 86400", timeout)
-    _service_ports(item)
-
-
-def _service_ports(item: Service) -> None:
-    ports = item.spec.ports
-    for index, port in enumerate(ports):
-        path = f"spec.ports[{index}]"
-        check_port(port.port, f"{path}.port")
-        if port.target_port is not None:
-            check_port(port.target_port, f"{path}.targetPort")
-        if not 0 <= port.node_port <= 65535:
-            raise FieldError(f"{path}.nodePort", "a port number from 1 to 65535", port.node_port)
-        if port.node_port and item.spec.type not in ("NodePort", "LoadBalancer"):
-            raise FieldError(
-                f"{path}.nodePort", f"none, as the type is {item.spec.type}", port.node_port
-            )
-        if port.name:
-            check_dns_label(port.name, f"{path}.name")
-        elif len(ports) > 1:
-            raise FieldError(f"{path}.name", "a name, as there is more than one port", "")
-    _unique((port.name, f"spec.ports[{index}].name") for index, port in enumerate(ports))
-    _unique((f"{p.port}/{p.protocol}", f"spec.ports[{i}].port") for i, p in enumerate(ports))
-
-
-def _endpoint_slice(item: EndpointSlice) -> None:
-    _metadata(item.metadata, check_dns_name)
-    for index, endpoint in enumerate(item.endpoints):
-        path = f"endpoints[{index}].addresses"
-        if not endpoint.addresses:
-            raise FieldError(path, "at least one address", [])
-        for number, address in enumerate(endpoint.addresses):
-            if item.address_type == "FQDN":
-                check_dns_name(address, f"{path}[{number}]")
-            elif is_ipv4(_address(address, f"{path}[{number}]")) != (item.address_type == "IPv4"):
-                raise FieldError(f"{path}[{number}]", f"an {item.address_type} address", address)
-    for index, port in enumerate(item.ports):
-        if port.name:
-            check_dns_label(port.name, f"ports[{index}].name")
-        if port.port is not None:
-            check_port(port.port, f"ports[{index}].port")
-    _unique((port.name, f"ports[{index}].name") for index, port in enumerate(item.ports))
-
-
 # ---- NetworkPolicy ----------------------------------------------------------
 
 
 def _network_policy(item: NetworkPolicy) -> None:
-    _metadata(item.metadata, check_dns_name)
+    check_metadata(item.metadata, check_dns_name)
     spec = item.spec
     _selector(spec.pod_selector, "spec.podSelector")
     if len(spec.policy_types) > 2:
@@ -335,9 +287,9 @@ def _peer(peer: NetworkPolicyPeer, path: str) -> None:
 
 
 def _ip_block(block: IPBlock, path: str) -> None:
-    outer, length = _cidr(block.cidr, f"{path}.cidr")
+    outer, length = check_cidr(block.cidr, f"{path}.cidr")
     for index, text in enumerate(block.except_):
-        inner, deeper = _cidr(text, f"{path}.except[{index}]")
+        inner, deeper = check_cidr(text, f"{path}.except[{index}]")
         shift = 128 - length
         inside = int.from_bytes(inner, "big") >> shift == int.from_bytes(outer, "big") >> shift
         if deeper <= length or not inside or (":" in text) != (":" in block.cidr):
@@ -357,49 +309,12 @@ def _selector(selector: LabelSelector, path: str) -> None:
             check_label_value(value, f"{below}.values[{number}]")
 
 
-# ---- Small checks -----------------------------------------------------------
-
-
-def _address(text: str, path: str) -> bytes:
-    try:
-        return parse_address(text)
-    except ValueError:
-        raise FieldError(path, "an IP address", text) from None
-
-
-def _cidr(text: str, path: str) -> tuple[bytes, int]:
-    try:
-        return parse_cidr(text)
-    except ValueError:
-        raise FieldError(path, "a CIDR block such as 10.0.0.0/8 or fd00::/8", text) from None
-
-
-def _one_per_family(addresses: list[str], path: str) -> None:
-    families = [":" in address for address in addresses]
-    if len(set(families)) != len(families):
-        raise FieldError(path, "at most one of each family", addresses)
-
-
-def _in(value: str, values: tuple[str, ...], path: str) -> None:
-    if value not in values:
-        raise FieldError(path, one_of(values), value)
-
-
-def _unique(items: Iterable[tuple[str, str]]) -> None:
-    """Refuses the second of two equal values, each given with its path."""
-    seen: dict[str, str] = {}
-    for value, path in items:
-        if value in seen:
-            raise FieldError(path, f"a value that differs from {seen[value]}", value)
-        seen[value] = path
-
-
 VALIDATORS: dict[str, Callable[[Any], None]] = {
     "Namespace": _namespace,
     "Node": _node,
     "Pod": _pod,
-    "Service": _service,
-    "EndpointSlice": _endpoint_slice,
+    "Service": check_service,
+    "EndpointSlice": check_endpoint_slice,
     "NetworkPolicy": _network_policy,
     **dict.fromkeys(("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"), _workload),
 }

@@ -28,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True):
     """What every agent of a cluster is told, as in lockgate/agent/config.py."""
 
     routing: str = "auto"
+    forwarding: str = "dsr"
     capture: int = 0
     limits: Limits = Limits()
 
@@ -54,6 +55,7 @@ def write_config(state: State, node: str, role: str, settings: Settings, nodes: 
             "underlay": "underlay0",
             "outside": "outside0",
             "routing": settings.routing,
+            "forwarding": settings.forwarding,
             "capture": settings.capture,
             "limits": settings.limits,
             "memoryShare": SHARE / nodes,

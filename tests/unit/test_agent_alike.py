@@ -22,7 +22,11 @@ from lockgate.compile.tables import (
     ServiceView,
 )
 from lockgate.objects.changes import Changed
+from lockgate.objects.model import Cluster
 from lockgate.paths import bpf_object
+from tests import generate_services
+from tests.changes import Ids
+from tests.unit import test_compile_services as services
 from tests.unit.test_compile_changes import STEPS, begin, same
 
 SCHEMA = Schema.from_object(bpf_object())
@@ -100,6 +104,54 @@ def test_other_objects_are_told_apart(seed: int, steps, further) -> None:
         same(found, after)
     except AssertionError:
         assert not alike(wanted, live)
+
+
+def history_of_services(seed: int, steps: int) -> tuple[Tables, Tables]:
+    """Tables that were patched, and such as are made from nothing."""
+    cluster, ids, rng = services.begin(seed)
+    tables = compile_node(cluster, "a", ids, host=services.HOST)
+    for _ in range(steps):
+        changed = Changed()
+        kind, key = generate_services.change(rng, cluster)
+        getattr(changed, kind).add(key)
+        tables = compile_node(cluster, "a", ids, tables, changed, services.HOST)
+    return tables, compile_node(cluster, "a", ids, host=services.HOST)
+
+
+def view_of_services(tables: Tables) -> View:
+    return view_of(replace(tables, endpoints={}), Ids(), Cluster())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 12), st.integers(1, 3))
+def test_services_that_were_patched_say_what_cold_ones_do(seed: int, steps: int, more: int) -> None:
+    patched, cold = history_of_services(seed, steps)
+    assert alike(view_of_services(cold), view_of_services(patched))
+    other, _ = history_of_services(seed, steps + more)
+    try:
+        services.same(other, replace(cold, errors=other.errors))
+    except AssertionError:
+        assert not alike(view_of_services(cold), view_of_services(other))
+
+
+def test_damaged_tables_of_slots_are_not_the_same() -> None:
+    found = 0
+    for seed in range(40):
+        tables, _ = history_of_services(seed, 0)
+        wanted, rng = view_of_services(tables), Random(seed)
+        for view in tables.services.values():
+            words = []
+            if view.owner_count:
+                words += [view.table + rng.randrange(1 << view.slot_bits)]
+                words += [view.owners + rng.randrange(3 * view.owner_count)]
+            if view.ranges:
+                words.append(view.ranges)
+            for word in words:
+                live = view_of_services(tables)
+                live.image[word] ^= np.uint64(1 << rng.randrange(64))
+                assert not alike(wanted, live)
+                found += 1
+    assert found > 100
 
 
 def read_words(view: View, tables: Tables) -> np.ndarray:

@@ -18,6 +18,7 @@ META = "metadata: {name: x}"
 POD = f"apiVersion: v1\nkind: Pod\n{META}\nspec: {{containers: [{{name: c, image: i}}]}}\n"
 POLICY = f"apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n{META}\nspec: "
 SERVICE = f"apiVersion: v1\nkind: Service\n{META}\nspec: "
+BALANCER = f"{SERVICE}{{type: LoadBalancer, "
 DEPLOYMENT = f"apiVersion: apps/v1\nkind: Deployment\n{META}\nspec: "
 SLICE = f"apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n{META}\n"
 NODE = f"apiVersion: v1\nkind: Node\n{META}\nspec: "
@@ -122,6 +123,18 @@ BAD = [
      ' Never, got "Sometimes"'),
     (POD + "status: {podIPs: [{ip: 10.0.0.256}]}", "field status.podIPs[0].ip: expected an IP"),
     (POD + "status: {podIPs: [{ip: 10.0.0.1}, {ip: 10.0.0.2}]}", "expected at most one of each"),
+    (pod("ports: [{containerPort: 80, hostPort: 70000}]"),
+     f"{C}.ports[0].hostPort: expected a port number from 1 to 65535"),
+    (pod("ports: [{containerPort: 80, hostPort: 80, hostIP: all}]"),
+     f'{C}.ports[0].hostIP: expected an IP address, got "all"'),
+    (pod("ports: [{containerPort: 80, hostPort: 80}, {containerPort: 81, hostPort: 80}]"),
+     f"{C}.ports[1].hostPort: expected a value that differs from spec.containers[0].ports[0]"),
+    (pod("ports: [{containerPort: 80, hostPort: 81}]", "hostNetwork: true"),
+     f"{C}.ports[0].hostPort: expected the containerPort (80), as the pod is on its host's"),
+    (pod(meta="name: x, annotations: {lockgate.dev/weight: '101'}"),
+     f'{M}.annotations[lockgate.dev/weight]: expected per cent, from 1 to 100, got "101"'),
+    (pod("", "terminationGracePeriodSeconds: -1"),
+     "field spec.terminationGracePeriodSeconds: expected a number that is not negative"),
     # Workloads
     (DEPLOYMENT + "{template: {spec: {containers: [{name: c}]}}}", "field spec.selector: expected"),
     (DEPLOYMENT + "{selector: {matchLabels: {a: b}}, template: {metadata: {labels: {a: c}}, spec:"
@@ -158,6 +171,33 @@ BAD = [
         SERVICE + "{sessionAffinityConfig: {clientIP: {timeoutSeconds: 0}}, ports: [{port: 80}]}",
         f"{S}.sessionAffinityConfig.clientIP.timeoutSeconds: expected seconds, from 1 to 86400",
     ),
+    (SERVICE + "{externalIPs: [10.0.0], ports: [{port: 80}]}", f"{S}.externalIPs[0]: expected an"
+     " IP address"),
+    (SERVICE + "{externalIPs: [127.0.0.1], ports: [{port: 80}]}", f"{S}.externalIPs[0]: expected an"
+     ' address that clients outside can reach, got "127.0.0.1"'),
+    (SERVICE + "{externalTrafficPolicy: Local, ports: [{port: 80}]}",
+     f"{S}.externalTrafficPolicy: expected none, as the type is ClusterIP and there are no"
+     " externalIPs"),
+    (SERVICE + "{type: NodePort, externalTrafficPolicy: Zone, ports: [{port: 80}]}",
+     f"{S}.externalTrafficPolicy: expected Cluster or Local"),
+    (SERVICE + "{type: NodePort, loadBalancerIP: 192.0.2.1, ports: [{port: 80}]}",
+     f"{S}.loadBalancerIP: expected none, as the type is NodePort"),
+    (SERVICE + "{type: NodePort, allocateLoadBalancerNodePorts: false, ports: [{port: 80}]}",
+     f"{S}.allocateLoadBalancerNodePorts: expected none, as the type is NodePort"),
+    (BALANCER + "loadBalancerSourceRanges: [10.0.0.0], ports: [{port: 80}]}",
+     f"{S}.loadBalancerSourceRanges[0]: expected a CIDR block"),
+    (BALANCER + "healthCheckNodePort: 32000, ports: [{port: 80}]}",
+     f"{S}.healthCheckNodePort: expected none, but for type LoadBalancer and"),
+    (BALANCER + "loadBalancerClass: 'a b', ports: [{port: 80}]}",
+     f"{S}.loadBalancerClass: expected a label key"),
+    (BALANCER + "ports: [{port: 80, name: a, nodePort: 30000}, {port: 81, name: b, nodePort:"
+     " 30000}]}", f"{S}.ports[1].nodePort: expected a value that differs from"
+     " spec.ports[0].nodePort"),
+    (SERVICE + "{trafficDistribution: Near, ports: [{port: 80}]}",
+     f"{S}.trafficDistribution: expected PreferClose, PreferSameZone or PreferSameNode"),
+    (SERVICE.replace("name: x", "name: x, annotations: {lockgate.dev/forwarding: ipip}")
+     + "{ports: [{port: 80}]}", "field metadata.annotations[lockgate.dev/forwarding]: expected dsr"
+     ' or snat, got "ipip"'),
     (SERVICE + "{ipFamilies: [IPv5], ports: [{port: 80}]}", f"{S}.ipFamilies[0]: expected IPv4 or"),
     (SERVICE + "{type: ExternalName}", f"{S}.externalName: expected a DNS name"),
     (SLICE + "addressType: IPv4\nendpoints: [{addresses: ['fd00::1']}]", "field"

@@ -53,7 +53,7 @@ SPACE = "bench"
 #: Of the node; of the pods.
 NODE_IP, BLOCK = "172.16.0.1", "10.0.0.0/24"
 #: Of services; of the server, which answers at so many from there on, so that backends can change.
-PORT, BACKEND_PORT, PLACES = 80, 7000, 8
+PORT, BACKEND_PORT, PLACES = 80, 7000, 26
 PATIENCE = 300.0
 _SERVICES = int(ipaddress.IPv4Address("10.100.0.0"))
 _MEMORY = Path("/sys/fs/cgroup/memory")

@@ -204,7 +204,7 @@ def main() -> None:
         for count in options.changes or ([1_000] if quick else [1_000, 10_000]):
             if "change" in tables:
                 with ExitStack() as inner:
-                    rounds, seconds = options.rounds or (5 if quick else 60), 10 if quick else 40
+                    rounds, seconds = options.rounds or (5 if quick else 60), 10 if quick else 60
                     rows = asyncio.run(changes(folder, inner, count, rounds, seconds))
                 _print(
                     "proxy",

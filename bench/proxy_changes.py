@@ -103,7 +103,7 @@ class Changer:
     def move(self) -> None:
         self._place = (self._place + 1) % PLACES
         item = slice_of(0, [self.node.ip], BACKEND_PORT + self._place)
-        self.written.append((time.monotonic_ns(), "abcdefgh"[self._place]))
+        self.written.append((time.monotonic_ns(), chr(ord("a") + self._place)))
         self.node.api.put(item)
 
     def other(self) -> None:
@@ -156,14 +156,14 @@ async def _arrived(changer: Changer, watch: Watch) -> None:
 async def often(
     changer: Changer, seconds: float, rate: float
 ) -> tuple[list[float], dict[str, Row]]:
-    """Every tenth change is of the service that is watched."""
+    """Every fourth change is of the service that is watched."""
     watch = Watch(changer.node.client, address(0))
     await asyncio.sleep(1)
     usage = Usage(changer.node)
     first = time.monotonic()
     for number in range(int(seconds * rate)):
         await asyncio.sleep(max(0.0, first + number / rate - time.monotonic()))
-        changer.other() if number % 10 else changer.move()
+        changer.other() if number % 4 else changer.move()
     await asyncio.sleep(max(0.0, first + seconds - time.monotonic()))
     used = usage.end()
     await _arrived(changer, watch)
@@ -198,7 +198,7 @@ class Usage:
             seconds = cpu(process.pid) - self._before.get(called, 0.0)
             now = resident(process.pid)
             most = max(now, self._most.get(called, 0.0))
-            rows[called] = {"s": seconds, "%": seconds / took * 100, "MB": now, "most MB": most}
+            rows[called] = {"%": seconds / took * 100, "MB": now, "most MB": most}
         return rows
 
 
@@ -250,7 +250,8 @@ def _cuts(name: str, values: list[float]) -> Row:
 
 
 async def start(folder: Path, kind: type[Node], count: int, number: int) -> list[Row]:
-    """From nothing until the last service answers, and every thousandth besides."""
+    """From nothing until the last service answers, and every tenth of them besides; memory also
+    of the five seconds after."""
     with ExitStack() as stack:
         spaces = Namespaces(stack)
         node = kind(f"{kind.kind}-start-{number}", spaces, stack, folder)
@@ -270,6 +271,8 @@ async def start(folder: Path, kind: type[Node], count: int, number: int) -> list
             took = (await watch.until("a", node) - node.began) / 1e9
             for one in watched:
                 run(*node.host, str(RR), "crr", address(one), str(PORT), "0.01")
+            seconds = {called: cpu(one.pid) for called, one in node.processes.items()}
+            await asyncio.sleep(5)
             used = usage.end()
             kernel = node.kernel_memory()
         finally:
@@ -281,7 +284,7 @@ async def start(folder: Path, kind: type[Node], count: int, number: int) -> list
             {
                 "process": name,
                 "start s": took if called != "observer" else None,
-                "CPU s": row["s"],
+                "CPU s": seconds[called],
                 "MB": row["MB"],
                 "most MB": row["most MB"],
                 "kernel MB": kernel if called != "observer" else None,

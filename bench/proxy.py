@@ -4,8 +4,8 @@ The same pods, server and objects in namespaces of the same kind (bench/proxies.
 
     connections  from a pod to services, of which there are 10 to 30,000: a second, and how long
                  one takes; both ends on one processor
-    change       a slice's write at the API → the first new connection to the new backend, with
-                 changes seconds apart and at 10 a second; processor and memory meanwhile, at rest
+    change       a slice's write at the API → the first new connection to the new backend, one
+                 change at a time and at 10 a second; processor and memory then, and at rest
     start        a node without anything, 10,000 services, 50,000 endpoints → services answer
 
 kube-proxy is the real one, built from its Go module, and talks to the same API server.
@@ -180,7 +180,7 @@ def main() -> None:
         "--services", type=_numbers, default=[], help="of connections: 10,1000,10000,30000"
     )
     parser.add_argument("--changes", type=_numbers, default=[], help="services there: 1000,10000")
-    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=0, help="of connections and starts: 7, 3")
     options = parser.parse_args()
     quick, tables = options.quick, options.only or TABLES
     Binaries.get()
@@ -204,14 +204,14 @@ def main() -> None:
         for count in options.changes or ([1_000] if quick else [1_000, 10_000]):
             if "change" in tables:
                 with ExitStack() as inner:
-                    rounds, seconds = options.rounds or (5 if quick else 60), 10 if quick else 60
-                    rows = asyncio.run(changes(folder, inner, count, rounds, seconds))
+                    seconds = 10 if quick else 60
+                    rows = asyncio.run(changes(folder, inner, count, seconds))
                 _print(
                     "proxy",
                     f"A slice changes, of {count:,} services (aim: p99 < 10 ms)",
                     rows,
                     "from the write at the API to the first connection to the new backend",
-                    f"apart: 2.4 s between two; 10/s: 10 slices a second for {seconds} s",
+                    f"apart: one at a time, 1.2 s after the last; 10/s: for {seconds} s",
                     "kube-proxy with the children it runs; its own minSyncPeriod of 1 s",
                 )
         if "start" in tables:

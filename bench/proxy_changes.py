@@ -129,28 +129,26 @@ class Changer:
         return found
 
 
-async def apart(changers: list[Changer], rounds: int, pause: float) -> list[list[float]]:
-    """Each in turn, so that each has a pause of twice and three times `pause` between two."""
-    watches = [Watch(one.node.client, address(0)) for one in changers]
-    for changer, watch in zip(changers, watches, strict=True):
-        await watch.until("a", changer.node)
-    for _ in range(rounds):
-        for changer in changers:
-            changer.move()
-            await asyncio.sleep(pause * random.uniform(0.9, 1.1))
-    for changer, watch in zip(changers, watches, strict=True):
+async def apart(changer: Changer, seconds: float, pause: float) -> list[float]:
+    """One at a time, each after `pause` seconds in which the one before was in force."""
+    watch = Watch(changer.node.client, address(0))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or len(changer.written) < 3:
+        await asyncio.sleep(pause * random.uniform(1, 1.2))
+        changer.move()
         await _arrived(changer, watch)
-    return [changer.delays(watch.seen) for changer, watch in zip(changers, watches, strict=True)]
+    watch.stop()
+    return changer.delays(watch.seen)
 
 
 async def _arrived(changer: Changer, watch: Watch) -> None:
+    """TimeoutError if what was written last does not come in force."""
     late = time.monotonic() + PATIENCE
     while watch.last != changer.written[-1][1]:
         changer.node.check()
         if time.monotonic() > late:
             raise TimeoutError(f"{changer.node.name}: the last change is not in force")
         await asyncio.sleep(0.01)
-    watch.stop()
 
 
 async def often(
@@ -167,6 +165,7 @@ async def often(
     await asyncio.sleep(max(0.0, first + seconds - time.monotonic()))
     used = usage.end()
     await _arrived(changer, watch)
+    watch.stop()
     return changer.delays(watch.seen), used
 
 
@@ -203,8 +202,9 @@ class Usage:
 
 
 async def changes(
-    folder: Path, stack: ExitStack, count: int, rounds: int, seconds: float
+    folder: Path, stack: ExitStack, count: int, seconds: float, rate: float = 10
 ) -> list[Row]:
+    """All three at rest at once; then one after the other, so that none disturbs another."""
     spaces = Namespaces(stack)
     changers: list[Changer] = []
     try:
@@ -222,10 +222,10 @@ async def changes(
         usages = [Usage(changer.node) for changer in changers]
         await asyncio.sleep(seconds)
         rest = [usage.end() for usage in usages]
-        delays = await apart(changers, rounds, 0.8)
         rows = []
-        for changer, idle, alone in zip(changers, rest, delays, strict=True):
-            busy, used = await often(changer, seconds, 10)
+        for changer, idle in zip(changers, rest, strict=True):
+            alone = await apart(changer, seconds, 1.2)
+            busy, used = await often(changer, seconds, rate)
             for called in used:
                 row: Row = {"services": count, "process": called}
                 if called == "kube-proxy":

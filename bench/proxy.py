@@ -165,6 +165,10 @@ def _print(name: str, title: str, rows: list[Row], *notes: str) -> None:
     )
 
 
+def _version(program: str) -> str:
+    return run(program, "--version").splitlines()[0]
+
+
 def _numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",")]
 
@@ -213,6 +217,7 @@ def main() -> None:
                     "from the write at the API to the first connection to the new backend",
                     f"apart: one at a time, 1.2 s after the last; 10/s: for {seconds} s",
                     "kube-proxy with the children it runs; its own minSyncPeriod of 1 s",
+                    _version("nft"),
                 )
         if "start" in tables:
             count, rounds = (1_000, 1) if quick else (10_000, options.rounds or 3)

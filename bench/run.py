@@ -2,9 +2,9 @@
 
     python -m bench.run [NAME…] [--json] [--quick]
 
-Names: packet verdict explain events sweep publish bigapi daytwo cni net proxy; none means all. Each
-runs in a process of its own, with a network namespace of its own, and removes what it made. Exit
-code 1 if one failed.
+Names: packet verdict explain events sweep publish bigapi compile daytwo cni net proxy; none means
+all. Each runs in a process of its own, with a network namespace of its own, and removes what it
+made. Exit code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ NAMES = {
     "sweep": "one sweep over 500,000 connections, and what a packet notices of it",
     "publish": "saved policy file to enforced, 1,000 pods known",
     "bigapi": "an agent among 1,000 nodes and 50,000 pods: CPU, memory, delay of changes",
+    "compile": "10,000 services and 50,000 endpoints into a node's tables; one more change",
     "daytwo": "an agent on a node with 110 pods, idle and with 10 pod changes a second",
     "cni": "CNI ADD and DEL beside the bridge plugin with host-local",
     "proxy": "services beside kube-proxy: connections, changes, start",

@@ -200,7 +200,8 @@ struct owner {
 	struct addr addr;
 	__be16 port;
 	__u16 flags;		/* enum owner_flag bits */
-	__u32 target;		/* target_kind << 28 | slot or hop; TO_HOST: this node's process */
+	__u32 target;		/* target_kind << 28 | slot or hop; TO_HOST: this node's process;
+				 * TO_NOWHERE: outside the cluster, by this node's routes */
 } __attribute__((aligned(8)));
 
 enum owner_flag {

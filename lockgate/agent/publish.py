@@ -133,7 +133,7 @@ class Publisher:
             if tables.serial != self._serial and delta is None:
                 self._behind = None
             self._serial = tables.serial
-            self._dp.state.view["host_backends"][0] = tables.host_backends
+            self._dp.state.view["host_backends"][0] |= tables.host_backends
             return False
         following = epoch + 1 if epoch < _MAX_EPOCH else 2
         if following <= self._dp.beyond < _MAX_EPOCH - 2:
@@ -149,12 +149,11 @@ class Publisher:
             self._write(idle, tables, wanted or self._encoder.encode(tables))
         self._write_endpoints(idle, slots, views)
         self._write_hops(idle, hops)
-        # Not too late, and not too early gone.
-        if tables.host_backends:
-            self._dp.state.view["host_backends"][0] = 1
-        self._dp.state.view["epoch"][0] = following
-        if not tables.host_backends:
-            self._dp.state.view["host_backends"][0] = 0
+        # to_net has to be at work when the first answer leaves, and until the last view is left
+        # that has such backends: the answers of open connections stop being translated with it.
+        state = self._dp.state.view
+        state["host_backends"][0] |= tables.host_backends
+        state["epoch"][0] = following
         self._grace = self._waiter.submit(wait_grace)
         if slots is not self._slots:
             # Those no longer wanted: from here on their packets are refused, not unjudged.

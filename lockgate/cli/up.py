@@ -50,6 +50,13 @@ INTERRUPTED = 130
     help="How packets reach other nodes: over the link, or in a tunnel.",
 )
 @click.option(
+    "--forwarding",
+    default="dsr",
+    show_default=True,
+    type=click.Choice(["dsr", "snat"]),
+    help="How clients outside reach a service's backends on other nodes.",
+)
+@click.option(
     "--capture",
     default=0,
     show_default=True,
@@ -77,6 +84,7 @@ def up(
     folder: Path,
     nodes: int,
     routing: str,
+    forwarding: str,
     capture: int,
     limits: Limits,
     detach: bool,
@@ -98,7 +106,7 @@ def up(
     state = State(cluster)
     _check_manifests(folder, state)
     _clear(state, quiet=as_json)
-    settings = Settings(routing=routing, capture=capture, limits=limits)
+    settings = Settings(routing, forwarding, capture, limits)
     supervisor = _start(state, folder, nodes, settings, detach)
     code = 0
     try:

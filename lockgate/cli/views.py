@@ -93,12 +93,15 @@ def service_rows(cluster: Cluster) -> list[Row]:
             "type": service.spec.type,
             "clusterIPs": service.cluster_ips
             or ([] if service.spec.type == "ExternalName" else ["None"]),
+            "externalIPs": service.spec.external_ips,
+            "loadBalancer": [one.ip for one in service.status.load_balancer.ingress if one.ip],
             "ports": [
                 {
                     "name": p.name,
                     "port": p.port,
                     "protocol": p.protocol,
                     "targetPort": p.target_port,
+                    "nodePort": p.node_port or None,
                 }
                 for p in service.spec.ports
             ],
@@ -163,6 +166,12 @@ def _selector(selector: Row) -> str:
     return ", ".join(pairs) or "all pods"
 
 
+def _port(port: Row) -> str:
+    """As kubectl has it."""
+    node = f":{port['nodePort']}" if port["nodePort"] else ""
+    return f"{port['port']}{node}/{port['protocol']}"
+
+
 def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
     """A table of what `get` shows."""
     if kind == "nodes":
@@ -196,8 +205,9 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
         rest = [
             [
                 r["type"],
-                "\n".join(r["clusterIPs"]) or "-",
-                wrapped([f"{p['port']}/{p['protocol']}" for p in r["ports"]], 20) or "-",
+                "\n".join(dict.fromkeys(r["clusterIPs"] + r["externalIPs"] + r["loadBalancer"]))
+                or "-",
+                wrapped([_port(p) for p in r["ports"]], 20) or "-",
                 wrapped(list(dict.fromkeys(r["backends"])), 16 if not wide else 200) or "none",
             ]
             for r in rows

@@ -1,4 +1,8 @@
-"""Who has which entry: of two that claim the same the first, services before pods, then by name."""
+"""Who has which entry: of two that claim the same the first has it.
+
+A load balancer's address comes first, as whoever may write services' status gave it, then what
+services ask for, then pods' hostPorts; else it goes by name.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ from lockgate.compile.frontends import Ask
 from lockgate.compile.tables import PROTOCOL_NUMBER, ServiceKey
 from lockgate.objects.address import format_address
 
-__all__ = ["POD", "SERVICE", "Claims", "Holder", "conflict", "title"]
+__all__ = ["POD", "SERVICE", "Claim", "Claims", "Holder", "claim", "conflict", "title"]
 
 SERVICE, POD = 0, 1
 #: Kind, namespace and name, in the order in which they have what two of them claim.
 Holder = tuple[int, str, str]
+#: The key of an entry, and how soon it is served.
+Claim = tuple[ServiceKey, int]
 _TITLES = {SERVICE: "Service", POD: "Pod"}
 _FIELDS = {
     "cluster": "spec.clusterIPs",
@@ -22,12 +28,18 @@ _FIELDS = {
 _PROTOCOLS = {number: name for name, number in PROTOCOL_NUMBER.items()}
 
 
+def claim(ask: Ask) -> Claim:
+    """That of a cluster IP is of the address without a port, and comes before all others there."""
+    if ask.kind == "cluster":
+        return (ask.key[0], 0, 0), 0
+    return ask.key, 0 if ask.kind == "balancer" else 1
+
+
 class Claims:
-    """Claims are keys of entries; that of a cluster IP is of the address without a port, and
-    comes before all others' there."""
+    """All claims. Of one key a holder has one."""
 
     def __init__(self) -> None:
-        self._claims: dict[ServiceKey, tuple[Holder, ...]] = {}
+        self._claims: dict[ServiceKey, tuple[tuple[int, Holder], ...]] = {}
         #: Who claims anything at an address.
         self._at: dict[bytes, set[Holder]] = {}
 
@@ -37,27 +49,28 @@ class Claims:
     def holder(self, key: ServiceKey) -> Holder:
         """Who has an entry that is claimed."""
         whole = self._claims.get((key[0], 0, 0))
-        return min(whole if whole is not None else self._claims[key])
+        return min(whole if whole is not None else self._claims[key])[1]
 
     def change(
-        self, holder: Holder, before: Collection[ServiceKey], after: Collection[ServiceKey]
+        self, holder: Holder, before: Collection[Claim], after: Collection[Claim]
     ) -> set[Holder]:
         """What one claims is another: the others that may have got or lost something by it."""
         concerned: set[Holder] = set()
-        alone = (holder,)
-        for claim in set(before).difference(after):
-            left = tuple(one for one in self._claims[claim] if one != holder)
+        # Most have no rival: one tuple for all of theirs.
+        alone = tuple(((rank, holder),) for rank in (0, 1))
+        for key, _ in set(before).difference(after):
+            left = tuple(one for one in self._claims[key] if one[1] != holder)
             if left:
-                self._claims[claim] = left
+                self._claims[key] = left
             else:
-                del self._claims[claim]
-            concerned.update(self._rivals(claim))
-        for claim in set(after).difference(before):
-            known = self._claims.get(claim)
-            self._claims[claim] = alone if known is None else (*known, holder)
-            concerned.update(self._rivals(claim))
-        at = {claim[0] for claim in after}
-        for address in {claim[0] for claim in before} - at:
+                del self._claims[key]
+            concerned.update(self._rivals(key))
+        for key, rank in set(after).difference(before):
+            known = self._claims.get(key)
+            self._claims[key] = alone[rank] if known is None else (*known, *alone[rank])
+            concerned.update(self._rivals(key))
+        at = {key[0] for key, _ in after}
+        for address in {key[0] for key, _ in before} - at:
             self._at[address].discard(holder)
             if not self._at[address]:
                 del self._at[address]
@@ -66,10 +79,10 @@ class Claims:
         concerned.discard(holder)
         return concerned
 
-    def _rivals(self, claim: ServiceKey) -> Iterable[Holder]:
-        if claim[1:] == (0, 0):
-            return self._at.get(claim[0], ())
-        return self._claims.get(claim, ())
+    def _rivals(self, key: ServiceKey) -> Iterable[Holder]:
+        if key[1:] == (0, 0):
+            return self._at.get(key[0], ())
+        return [one for _, one in self._claims.get(key, ())]
 
 
 def title(holder: Holder) -> str:

@@ -116,9 +116,9 @@ def of_pod(
     draft = Draft()
     for ask, port in asks:
         ipv4, protocol = is_ipv4(ask.key[0]), ask.key[2]
-        backend = next((a for a in addresses if is_ipv4(a) == ipv4), None)
-        if backend is None or ask.key in draft.entries:
+        if ask.key in draft.entries:
             continue
+        backend = next(a for a in addresses if is_ipv4(a) == ipv4)
         spot = backend, port.container_port
         number = around.ids.service(*pod.key, HOST_PORT, port.protocol, port.host_port)
         seed = Seed(number, SVC_PRESENT | (SVC_HOST_ONLY if ask.kind == "loopback" else 0))

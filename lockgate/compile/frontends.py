@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from lockgate.compile.cidr import pack
 from lockgate.compile.tables import PROTOCOL_NUMBER, ServiceKey
 from lockgate.objects.address import is_ipv4, is_special
-from lockgate.objects.model import ContainerPort, Pod, Service
+from lockgate.objects.model import ContainerPort, Node, Pod, Service
 
-__all__ = ["LOOPBACK", "Ask", "of_pod", "of_service"]
+__all__ = ["LOOPBACK", "Ask", "has_host_ports", "of_pod", "of_service", "own_addresses"]
 
 Kind = Literal["cluster", "balancer", "external", "node", "loopback"]
 LOOPBACK = (pack("127.0.0.1"), pack("::1"))
@@ -23,6 +24,20 @@ class Ask(NamedTuple):
     kind: Kind
     key: ServiceKey
     port: int
+
+
+def own_addresses(node: Node | None, cards: Iterable[bytes]) -> tuple[bytes, ...]:
+    """A node's own, of its object and of its cards, by which others can reach it."""
+    found = set(cards)
+    for entry in node.status.addresses if node is not None else ():
+        if entry.type in ("InternalIP", "ExternalIP"):
+            with contextlib.suppress(ValueError):  # told of by whoever reads the nodes
+                found.add(pack(entry.address))
+    return tuple(sorted(address for address in found if not is_special(address)))
+
+
+def has_host_ports(pod: Pod) -> bool:
+    return any(port.host_port for one in pod.spec.containers for port in one.ports)
 
 
 def of_service(service: Service, own: Iterable[bytes], errors: list[str]) -> list[Ask]:
@@ -66,12 +81,16 @@ def of_service(service: Service, own: Iterable[bytes], errors: list[str]) -> lis
                 for address in LOOPBACK
                 if is_ipv4(address) in families
             ]
+    found.sort(key=lambda ask: ask.kind not in ("cluster", "balancer"))
     return found
 
 
-def of_pod(pod: Pod, own: Iterable[bytes], errors: list[str]) -> list[tuple[Ask, ContainerPort]]:
-    """A pod's hostPorts on this node."""
+def of_pod(
+    pod: Pod, addresses: Iterable[bytes], own: Iterable[bytes], errors: list[str]
+) -> list[tuple[Ask, ContainerPort]]:
+    """A pod's hostPorts on this node, in the families of its `addresses`."""
     found = []
+    families = {is_ipv4(address) for address in addresses}
     index = -1
     for container in pod.spec.containers:
         for port in container.ports:
@@ -97,6 +116,8 @@ def of_pod(pod: Pod, own: Iterable[bytes], errors: list[str]) -> list[tuple[Ask,
                     errors.append(f"{title}.hostIP: {port.host_ip} is no address of this node")
                     continue
             for address in places:
+                if is_ipv4(address) not in families:
+                    continue
                 kind: Kind = "loopback" if address in LOOPBACK else "node"
                 key = address, port.host_port, PROTOCOL_NUMBER[port.protocol]
                 found.append((Ask(kind, key, index), port))

@@ -14,6 +14,7 @@ from lockgate.compile.cidr import pack
 from lockgate.compile.claims import POD, SERVICE, Holder
 from lockgate.compile.drafts import Surroundings
 from lockgate.compile.frame import Judgements
+from lockgate.compile.frontends import has_host_ports, own_addresses
 from lockgate.compile.image import Image
 from lockgate.compile.peers import NO_SPOT, Peers
 from lockgate.compile.pods import PodFacts, Pods, Profile
@@ -37,7 +38,7 @@ from lockgate.compile.tables import (
     PeerView,
     Tables,
 )
-from lockgate.objects.address import is_special, parse_cidr
+from lockgate.objects.address import parse_cidr
 from lockgate.objects.changes import Changed, Name
 from lockgate.objects.model import MOST_WEIGHT, Cluster, Namespace, Node
 
@@ -81,9 +82,9 @@ def compile_node(
             base,
             state.peers.delta(),
             state.services.views.delta(),
-            state.services.backends_delta(),
+            state.services.live.backends_delta(),
             state.image.changed,
-            state.services.ending_delta(),
+            state.services.live.ending_delta(),
         )
     state.serial = tables.serial
     return tables
@@ -193,10 +194,10 @@ class _State:
             self.peers,
             self._endpoints,
             self.services.views,
-            self.services.backends,
+            self.services.live.backends,
             errors,
             cache=self,
-            ending=self.services.ending,
+            ending=self.services.live.ending,
             host_backends=self.services.hosting,
         )
 
@@ -354,10 +355,15 @@ class _State:
         """`moved`: the image has no lists any more."""
         services = self.services
         again: set[Holder] = {(SERVICE, *name) for name in changed.services}
-        again |= {key for key in self._host_pods if key in services.parts or self._asks(key[1:])}
+        local = self.pods.local
+        again |= {
+            key
+            for key in self._host_pods
+            if key in services.parts or (key[1:] in local and has_host_ports(local[key[1:]].pod))
+        }
         self._host_pods.clear()
         here = self._nodes.get(self.node)
-        own, zone = self._addresses(here, host), "" if here is None else here.zone
+        own, zone = own_addresses(here, host.addresses), "" if here is None else here.zone
         addresses = {*self._replaced(), *self._reweighed}
         self._reweighed.clear()
         if own != self._own:
@@ -382,30 +388,8 @@ class _State:
             self._weight,
         )
         # What another CNI plugin wired has its hostPorts from there.
-        pods = {
-            name: facts for name, facts in self.pods.local.items() if self._slots[name] != ON_HOST
-        }
+        pods = {name: facts for name, facts in local.items() if self._slots[name] != ON_HOST}
         services.change(cluster, pods, again, changed.slices, addresses, around, self._of_nodes)
-
-    def _asks(self, name: Name) -> bool:
-        """Has a pod of this node any hostPort?"""
-        facts = self.pods.local.get(name)
-        return facts is not None and any(
-            port.host_port for one in facts.pod.spec.containers for port in one.ports
-        )
-
-    def _addresses(self, here: Node | None, host: Host) -> tuple[bytes, ...]:
-        """The node's own, of its object and of its cards, by which others can reach it."""
-        found = {address for address in host.addresses if not is_special(address)}
-        for entry in here.status.addresses if here is not None else ():
-            if entry.type in ("InternalIP", "ExternalIP"):
-                try:
-                    address = pack(entry.address)
-                except ValueError:
-                    continue  # told of by whoever reads the nodes
-                if not is_special(address):
-                    found.add(address)
-        return tuple(sorted(found))
 
     def _target(self, address: bytes) -> int:
         """`owner.target`. A pod without a slot is reached by none; what is not of the cluster by

@@ -13,9 +13,10 @@ from typing import Any
 from lockgate.compile import drafts, frontends
 from lockgate.compile.balance import Owner, Table, patch, tables
 from lockgate.compile.choose import of_others
-from lockgate.compile.claims import POD, SERVICE, Claims, Holder, conflict
+from lockgate.compile.claims import POD, SERVICE, Claim, Claims, Holder, claim, conflict
 from lockgate.compile.drafts import Draft, ListKey, Seed, Surroundings
 from lockgate.compile.image import Image
+from lockgate.compile.live import Live
 from lockgate.compile.pods import PodFacts
 from lockgate.compile.ranges import Ranges
 from lockgate.compile.ranges import Set as RangeSet
@@ -47,7 +48,7 @@ class Part:
     those with `owners` were in the image before."""
 
     object: Service | Pod
-    claims: tuple[ServiceKey, ...] = ()
+    claims: tuple[Claim, ...] = ()
     entries: tuple[ServiceKey, ...] = ()
     rooms: dict[ListKey, tuple[int, int]] = field(default_factory=dict)
     owners: dict[ListKey, tuple[Owner, ...]] = field(default_factory=dict)
@@ -63,22 +64,19 @@ class _Wish:
 
     object: Service | Pod
     asks: list[Any]
-    claims: tuple[ServiceKey, ...]
+    claims: tuple[Claim, ...]
     errors: list[str]
     addresses: tuple[bytes, ...] = ()
 
 
 class Services:
-    """All holders. `views`, `backends` and `ending` are what the kernel looks up."""
+    """All holders. `views` and `live` are what the kernel looks up."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
         self._ranges = Ranges(image)
         self.views: Touched[ServiceKey, ServiceView] = Touched()
-        self.backends: set[BackendKey] = set()
-        self.ending: set[BackendKey] = set()
-        self._backends_before: dict[BackendKey, bool] = {}
-        self._ending_before: dict[BackendKey, bool] = {}
+        self.live = Live()
         self.parts: dict[Holder, Part] = {}
         #: The slices by their own name, and by the service they are of.
         self.slices: dict[Name, EndpointSlice] = {}
@@ -88,8 +86,6 @@ class Services:
         self._count: dict[bytes, int] = {}
         self._due: set[bytes] = set()
         self._left: Words | None = None
-        #: The holders whose backends have an address.
-        self._users: dict[bytes, tuple[Holder, ...]] = {}
         self._faulty: set[Holder] = set()
         self._hosting: set[Holder] = set()
         #: Who looks otherwise with other addresses of the node, or from another zone.
@@ -99,7 +95,7 @@ class Services:
     def begin(self) -> None:
         """What is touched from here on is told apart from what is there."""
         self.views.begin()
-        self._backends_before, self._ending_before = {}, {}
+        self.live.begin()
 
     def objects(self, kind: int) -> dict[Name, Any]:
         """What parts were made of."""
@@ -125,7 +121,7 @@ class Services:
         for name in slices:
             again.update((SERVICE, *one) for one in self._move(name, cluster.slices.get(name)))
         for address in addresses:
-            again.update(self._users.get(address, ()))
+            again.update(self.live.users(address))
         wishes: dict[Holder, _Wish | None] = {}
         queue = list(again)
         while queue:
@@ -165,14 +161,6 @@ class Services:
         """What is wrong with services, slices and hostPorts, each named."""
         return [text for key in sorted(self._faulty) for text in self.parts[key].errors]
 
-    def backends_delta(self) -> dict[BackendKey, bool]:
-        """What is another than at `begin`: whether it was there."""
-        return _delta(self._backends_before, self.backends)
-
-    def ending_delta(self) -> dict[BackendKey, bool]:
-        """The same of those that end."""
-        return _delta(self._ending_before, self.ending)
-
     # ---- Who is concerned ------------------------------------------------------------
 
     def _move(self, key: Name, slice_: EndpointSlice | None) -> list[Name]:
@@ -199,10 +187,10 @@ class Services:
             facts = pods.get(key[1:])
             if facts is None:
                 return None
-            found = frontends.of_pod(facts.pod, around.own, errors)
+            found = frontends.of_pod(facts.pod, facts.addresses, around.own, errors)
             if not found and not errors:
                 return None
-            claims = tuple(dict.fromkeys(ask.key for ask, _ in found))
+            claims = _claims(ask for ask, _ in found)
             return _Wish(facts.pod, found, claims, errors, facts.addresses)
         service = cluster.services.get(key[1:])
         if service is None:
@@ -210,10 +198,7 @@ class Services:
         if of_others(service.metadata):
             return _Wish(service, [], (), errors)
         asks = frontends.of_service(service, around.own, errors)
-        claims = tuple(
-            dict.fromkeys((a.key[0], 0, 0) if a.kind == "cluster" else a.key for a in asks)
-        )
-        return _Wish(service, asks, claims, errors)
+        return _Wish(service, asks, _claims(asks), errors)
 
     def _claim(self, key: Holder, wish: _Wish | None) -> set[Holder]:
         """Its claims are others now: the other holders that this concerns. All their entries are
@@ -223,7 +208,7 @@ class Services:
         after = wish.claims if wish is not None else ()
         if before == after:
             return set()
-        self._due.update(one[0] for one in {*before} ^ {*after} if one[1:] == (0, 0))
+        self._due.update(one[0][0] for one in {*before} ^ {*after} if one[0][1:] == (0, 0))
         if part is not None:
             part.claims = after
         concerned = self._claims.change(key, before, after)
@@ -306,7 +291,7 @@ class Services:
                 self._view(entry, None)
         for entry, seed in draft.entries.items():
             self._view(entry, _view(seed, draft, places, where))
-        self._list(key, () if old is None else old.backends, draft.backends)
+        self.live.change(key, () if old is None else old.backends, draft.backends)
         for holders, belongs in (
             (self._faulty, bool(draft.errors)),
             (self._hosting, draft.hosting),
@@ -361,28 +346,6 @@ class Services:
             self._due.add(key[0])
         self.views.put(key, view)
 
-    def _list(
-        self, key: Holder, old: tuple[BackendKey, ...], new: Mapping[BackendKey, bool]
-    ) -> None:
-        # No other holder has the ids of this one's ports.
-        for one in old:
-            if one not in new:
-                _drop(self.backends, self._backends_before, one)
-            if not new.get(one):
-                _drop(self.ending, self._ending_before, one)
-        for one, ends in new.items():
-            if one not in self.backends:
-                self._backends_before.setdefault(one, False)
-                self.backends.add(one)
-            if ends and one not in self.ending:
-                self._ending_before.setdefault(one, False)
-                self.ending.add(one)
-        before, after = {one[0] for one in old}, {one[0] for one in new}
-        for address in before - after:
-            _remove(self._users, address, key)
-        for address in after - before:
-            _add(self._users, address, key)
-
     # ---- Addresses -------------------------------------------------------------------
 
     def _read_addresses(self, around: Surroundings, hosts: Mapping[bytes, Any]) -> None:
@@ -401,6 +364,14 @@ class Services:
                 if address in hosts or address in around.own:
                     flags |= SVC_OPEN
             self.views.put((address, 0, 0), ServiceView(0, 0, 0, flags))
+
+
+def _claims(asks: Iterable[frontends.Ask]) -> tuple[Claim, ...]:
+    """Of two for one key the first, as of two entries."""
+    found: dict[ServiceKey, int] = {}
+    for ask in asks:
+        found.setdefault(*claim(ask))
+    return tuple(found.items())
 
 
 def _is_at_node(wish: _Wish) -> bool:
@@ -431,16 +402,6 @@ def _view(
         seed.owner_count,
         where[seed.ranges] if seed.ranges is not None else 0,
     )
-
-
-def _drop(members: set[BackendKey], before: dict[BackendKey, bool], one: BackendKey) -> None:
-    if one in members:
-        before.setdefault(one, True)
-        members.discard(one)
-
-
-def _delta(before: Mapping[BackendKey, bool], now: set[BackendKey]) -> dict[BackendKey, bool]:
-    return {one: was for one, was in before.items() if (one in now) != was}
 
 
 def _add(table: dict[Any, tuple[Any, ...]], key: Any, name: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
-from socket import AF_INET, AF_INET6, inet_pton
 
 __all__ = [
     "contains",
@@ -24,18 +23,21 @@ __all__ = [
 ]
 
 _MAPPED = bytes(10) + b"\xff\xff"
+_OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4 = re.compile(r"\.".join([_OCTET] * 4))
 _PREFIX_LENGTH = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
 @lru_cache(maxsize=4096)  # the specification asks about the same pods with each packet
 def parse_address(text: str) -> bytes:
     """16 bytes of an IPv4 or IPv6 address. Raises ValueError; zones (%eth0) are refused."""
+    found = _IPV4.fullmatch(text)
+    if found is not None:  # most are, and this is some times faster than ipaddress
+        return _MAPPED + bytes(map(int, found.groups()))
     try:
-        # Ten times faster than ipaddress, and as strict.
-        if ":" not in text:
-            return _MAPPED + inet_pton(AF_INET, text)
-        return inet_pton(AF_INET6, text)
-    except (OSError, ValueError):
+        if ":" in text and "%" not in text:
+            return IPv6Address(text).packed
+    except ValueError:
         pass
     raise ValueError(f"not an IP address: {text!r}")
 

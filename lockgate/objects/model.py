@@ -161,7 +161,7 @@ class PodSpec(Base, frozen=True):
     hostname: str = ""
     subdomain: str = ""
     restart_policy: str = "Always"
-    termination_grace_period_seconds: int = 30
+    termination_grace_period_seconds: int | None = None
 
 
 class PodIP(Base, frozen=True):

@@ -127,7 +127,7 @@ def _pod_spec(spec: PodSpec, path: str, restart: tuple[str, ...]) -> None:
     for index, container in enumerate(spec.containers):
         _container(container, f"{path}.containers[{index}]")
     _host_ports(spec, path)
-    if spec.termination_grace_period_seconds < 0:
+    if (spec.termination_grace_period_seconds or 0) < 0:
         raise FieldError(
             f"{path}.terminationGracePeriodSeconds",
             "a number that is not negative",

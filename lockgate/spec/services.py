@@ -86,14 +86,17 @@ def choose(
             if (port.port, port.protocol) == (frontend.port, frontend.protocol):
                 return _of_service(cluster, node, client, service, port, "cluster", asked)
         return Choice("refuse", "unknown-service-port")
-    is_frontend = False
-    for _, service in _served(cluster):
-        for kind, address, number, port in _external(service, own):
-            if address != asked:
-                continue
-            is_frontend = True
-            if (number, port.protocol) == (frontend.port, frontend.protocol):
-                return _of_service(cluster, node, client, service, port, kind, asked)
+    here = [
+        (service, kind, number, port)
+        for _, service in _served(cluster)
+        for kind, address, number, port in _external(service, own)
+        if address == asked
+    ]
+    is_frontend = bool(here)
+    # Who may write a service's status gave it a balancer's address; the rest anybody may ask for.
+    for service, kind, number, port in sorted(here, key=lambda one: one[1] != "balancer"):
+        if (number, port.protocol) == (frontend.port, frontend.protocol):
+            return _of_service(cluster, node, client, service, port, kind, asked)
     for key, pod in sorted(cluster.pods.items()):
         for address, number, protocol, backend in _host_ports(pod, node, own):
             if address != asked:

@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import IPv6Address, ip_address
-from zlib import crc32
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from lockgate.objects.model import (
     Container,
-    Endpoint,
-    EndpointConditions,
-    EndpointPort,
     EndpointSlice,
     Namespace,
     NetworkPolicy,
     Node,
     Object,
     ObjectMeta,
-    ObjectReference,
     OwnerReference,
     Pod,
     PodStatus,
     Service,
-    ServicePort,
     Workload,
 )
+from lockgate.standalone.memory import Memory
+from lockgate.standalone.service_addresses import addressed
+from lockgate.standalone.slices import endpoint_slices
 
 __all__ = [
     "Memory",
@@ -45,24 +41,6 @@ __all__ = [
 Key = tuple[str, str]
 
 NAME_LABEL = "kubernetes.io/metadata.name"
-SERVICE_LABEL = "kubernetes.io/service-name"
-SERVICE_NET4 = "10.96."
-SERVICE_NET6 = "fd00:10:96::"
-
-
-class Memory(msgspec.Struct):
-    """What stays as it is from one plan to the next. `plan` updates it in place."""
-
-    #: Makes uids differ between runs of a cluster.
-    seed: str = "lockgate"
-    nodes: dict[Key, str] = {}
-    #: Address of a service in each family, by (namespace, name, family).
-    addresses: dict[tuple[str, str, str], str] = {}
-    #: IP families that were offered to services: they stay, whatever nodes go.
-    families: list[str] = []
-    #: Pods that were there in the last plan, and how often each name was used anew.
-    uids: dict[Key, tuple[bytes, str]] = {}
-    incarnations: dict[Key, int] = {}
 
 
 class Plan(msgspec.Struct):
@@ -116,7 +94,8 @@ def plan(objects: Iterable[Object], nodes: Mapping[str, Node], memory: Memory) -
     _unknown_probes(result)
     _schedule(result, memory)
     _identify(result, memory)
-    _cluster_ips(services, result, memory)
+    result.services, told = addressed(services, result.nodes.values(), memory)
+    result.warnings += told
     return result
 
 
@@ -288,226 +267,6 @@ def _identify(result: Plan, memory: Memory) -> None:
             status=PodStatus(phase="Pending"),
         )
     memory.uids = uids
-
-
-# ---- Services ---------------------------------------------------------------
-
-
-def _cluster_ips(services: Sequence[Service], result: Plan, memory: Memory) -> None:
-    """ClusterIPs: those of the manifest, else those of before, else by a hash of the name, so that
-    a cluster gets the same ones when it is started again."""
-    known = {_key(service) for service in services}
-    for entry in [entry for entry in memory.addresses if entry[:2] not in known]:
-        del memory.addresses[entry]
-    taken: dict[str, str] = {}
-    for service in services:
-        for address in service.cluster_ips:
-            name = "/".join(_key(service))
-            address = str(ip_address(address))
-            if taken.setdefault(address, name) != name:
-                result.warnings.append(
-                    f"Service {name}: spec.clusterIP {address} is also Service {taken[address]}'s"
-                )
-    for (namespace, service_name, family), address in list(memory.addresses.items()):
-        if taken.setdefault(address, f"{namespace}/{service_name}") != (
-            f"{namespace}/{service_name}"
-        ):
-            del memory.addresses[namespace, service_name, family]
-    now = cluster_families(result.nodes.values())
-    memory.families = list(dict.fromkeys([*memory.families, *now]))
-    offered = memory.families or ["IPv4"]
-    for service in sorted(services, key=_key):
-        made = result.services[_key(service)] = _addressed(service, memory, taken, offered)
-        for family in made.spec.ip_families:
-            if family not in offered and made.spec.selector:
-                result.warnings.append(
-                    f"Service {'/'.join(_key(service))}: asks for {family}, which no node has pod"
-                    " CIDRs of, so it has no backends there"
-                )
-
-
-def cluster_families(nodes: Iterable[Node]) -> list[str]:
-    """The IP families that pods have addresses of, the first node's primary first."""
-    cidrs = [cidr for node in nodes for cidr in node.spec.pod_cidrs]
-    return list(dict.fromkeys("IPv6" if ":" in cidr else "IPv4" for cidr in cidrs))
-
-
-def families(service: Service, offered: Sequence[str]) -> list[str]:
-    """The service's IP families, the primary first (Service spec.ipFamilies, ipFamilyPolicy).
-
-    Without either: the first that the cluster offers, or the families of the addresses that the
-    manifest gives. A second one, where it is preferred, only if the cluster offers it.
-    """
-    spec = service.spec
-    chosen = list(spec.ip_families)
-    for address in service.cluster_ips:
-        family = "IPv6" if ":" in address else "IPv4"
-        if family not in chosen:
-            chosen.append(family)
-    if not chosen:
-        chosen = list(offered[:1])
-    if spec.ip_family_policy in ("PreferDualStack", "RequireDualStack") and len(chosen) == 1:
-        other = "IPv4" if chosen[0] == "IPv6" else "IPv6"
-        if other in offered or spec.ip_family_policy == "RequireDualStack":
-            chosen.append(other)
-    return chosen
-
-
-def _addressed(
-    service: Service, memory: Memory, taken: dict[str, str], offered: Sequence[str]
-) -> Service:
-    spec = service.spec
-    if spec.type == "ExternalName":
-        return service
-    chosen = families(service, offered)
-    policy = spec.ip_family_policy or ("SingleStack" if len(chosen) == 1 else "RequireDualStack")
-    if spec.cluster_ip == "None" or spec.cluster_ips == ["None"]:
-        addresses = ["None"]
-    else:
-        given = {"IPv6" if ":" in ip else "IPv4": ip for ip in service.cluster_ips}
-        addresses = []
-        for family in chosen:
-            entry = (*_key(service), family)
-            address = given.get(family) or memory.addresses.get(entry) or ""
-            if not address:
-                address = _allocate("/".join(_key(service)), family, taken)
-                memory.addresses[entry] = address
-            addresses.append(address)
-    return msgspec.structs.replace(
-        service,
-        metadata=msgspec.structs.replace(
-            service.metadata, uid="service-" + "-".join(_key(service))
-        ),
-        spec=msgspec.structs.replace(
-            spec,
-            cluster_ip=addresses[0],
-            cluster_ips=addresses,
-            ip_families=chosen,
-            ip_family_policy=policy,
-            ports=[_with_target(port) for port in spec.ports],
-        ),
-    )
-
-
-def _with_target(port: ServicePort) -> ServicePort:
-    if port.target_port is not None:
-        return port
-    return msgspec.structs.replace(port, target_port=port.port)
-
-
-def _allocate(name: str, family: str, taken: dict[str, str]) -> str:
-    # The first 256 addresses are left for addresses written by hand.
-    size = 65536 - 512
-    start = crc32(name.encode())
-    for step in range(size):
-        number = 256 + (start + step) % size
-        if family == "IPv4":
-            address = f"{SERVICE_NET4}{number >> 8}.{number & 255}"
-        else:
-            address = str(IPv6Address(f"{SERVICE_NET6}{number:x}"))
-        if address not in taken:
-            taken[address] = name
-            return address
-    raise AssertionError("65,024 services have an address: none is left")
-
-
-# ---- EndpointSlices ---------------------------------------------------------
-
-
-def endpoint_slices(
-    services: Mapping[Key, Service], pods: Mapping[Key, Pod]
-) -> dict[Key, EndpointSlice]:
-    """The slices of every service with a selector: one per family and set of port numbers.
-
-    Pods whose named targetPort has different numbers are in different slices. Pods that are not
-    ready are listed with ready: false, as the API does.
-    """
-    by_namespace: dict[str, list[Pod]] = {}
-    for key in sorted(pods):
-        pod = pods[key]
-        if pod.ips and not pod.finished:
-            by_namespace.setdefault(key[0], []).append(pod)
-    result: dict[Key, EndpointSlice] = {}
-    for key in sorted(services):
-        service = services[key]
-        spec = service.spec
-        if not spec.selector or spec.type == "ExternalName":
-            continue
-        members = [
-            pod
-            for pod in by_namespace.get(key[0], ())
-            if spec.selector.items() <= pod.metadata.labels.items()
-        ]
-        for family in spec.ip_families or ["IPv4"]:
-            groups: dict[tuple[EndpointPort, ...], list[Endpoint]] = {}
-            for pod in members:
-                ips = [ip for ip in pod.ips if (":" in ip) == (family == "IPv6")]
-                if ips:
-                    groups.setdefault(_ports(service, pod), []).append(
-                        _endpoint(service, pod, ips[0])
-                    )
-            for index, (ports, endpoints) in enumerate(groups.items()):
-                name = f"{key[1]}-{family.lower()}" + (f"-{index}" if index else "")
-                result[key[0], name] = EndpointSlice(
-                    metadata=ObjectMeta(
-                        name=name,
-                        namespace=key[0],
-                        labels={
-                            SERVICE_LABEL: key[1],
-                            "endpointslice.kubernetes.io/managed-by": "lockgate",
-                        },
-                        owner_references=[
-                            OwnerReference(kind="Service", name=key[1], controller=True)
-                        ],
-                    ),
-                    address_type="IPv6" if family == "IPv6" else "IPv4",
-                    endpoints=endpoints,
-                    ports=list(ports),
-                )
-    return result
-
-
-def _ports(service: Service, pod: Pod) -> tuple[EndpointPort, ...]:
-    found = []
-    for port in service.spec.ports:
-        number = _target(port, pod)
-        if number is not None:
-            found.append(EndpointPort(port=number, name=port.name, protocol=port.protocol))
-    return tuple(found)
-
-
-def _target(port: ServicePort, pod: Pod) -> int | None:
-    """The number on this pod; None when no container of it names such a port."""
-    target = port.target_port
-    if target is None:
-        return port.port
-    if isinstance(target, int):
-        return target
-    for container in pod.spec.containers:
-        for candidate in container.ports:
-            if candidate.name == target and candidate.protocol == port.protocol:
-                return candidate.container_port
-    return None
-
-
-def _endpoint(service: Service, pod: Pod, address: str) -> Endpoint:
-    terminating = pod.metadata.deletion_timestamp is not None
-    always = service.spec.publish_not_ready_addresses
-    return Endpoint(
-        addresses=[address],
-        conditions=EndpointConditions(
-            ready=always or (pod.ready and not terminating),
-            serving=always or pod.ready,
-            terminating=terminating,
-        ),
-        node_name=pod.spec.node_name,
-        target_ref=ObjectReference(
-            kind="Pod",
-            namespace=pod.metadata.namespace,
-            name=pod.metadata.name,
-            uid=pod.metadata.uid,
-        ),
-    )
 
 
 # ---- Names ------------------------------------------------------------------

@@ -55,6 +55,9 @@ class Machines:
         self._failed: dict[str, str] = {}
         self._last = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Nodes whose agent has brought something in force, and those that the world is sent to.
+        self._serving: set[str] = set()
+        self._spread: set[int] = set()
         # `ip -batch` runs of two nodes would find half of each other's bridge.
         self._wiring = asyncio.Lock()
 
@@ -127,6 +130,12 @@ class Machines:
             if name in self.published and name not in in_use:
                 self._do(self._go(name, self.published.pop(name)))
 
+    def serves(self, node: str) -> None:
+        """Its agent has in force what it was told."""
+        if node not in self._serving:
+            self._serving.add(node)
+            self._do(self._lead_the_world())
+
     def is_going(self, node: str) -> bool:
         return node in self._going
 
@@ -172,6 +181,8 @@ class Machines:
         self._cluster.nodes_moved()
 
     async def _go(self, name: str, node: Node) -> None:
+        self._serving.discard(name)
+        await self._lead_the_world()
         await self._cluster.known_everywhere()
         children = [child for child in self.children if child.node == name]
         await asyncio.gather(*(child.stop() for child in children))
@@ -183,6 +194,19 @@ class Machines:
         await self._cluster.forget_node(name)
         del self._going[name]
         self._cluster.nodes_moved()
+
+    async def _lead_the_world(self) -> None:
+        """Routes to load balancers' addresses over all nodes that serve."""
+        async with self._wiring:
+            known = self._known()
+            numbers = {node_number(known[name]) for name in self._serving if name in known}
+            if numbers == self._spread:
+                return
+            self._spread = numbers
+            try:
+                await asyncio.to_thread(underlay.spread, self._state, numbers)
+            except (underlay.UnderlayError, OSError) as error:
+                log.error("load balancers' addresses: %s", error)
 
     async def _wire(self, nodes: Mapping[str, Node]) -> None:
         numbers = [(name, node_number(node)) for name, node in nodes.items()]

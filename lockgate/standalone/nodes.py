@@ -61,6 +61,8 @@ def make_nodes(
                 addresses=[
                     NodeAddress(type="InternalIP", address=f"172.30.0.{10 + number}"),
                     NodeAddress(type="InternalIP", address=f"fd00:172:30::{10 + number}"),
+                    NodeAddress(type="ExternalIP", address=f"172.31.0.{10 + number}"),
+                    NodeAddress(type="ExternalIP", address=f"fd00:172:31::{10 + number}"),
                     NodeAddress(type="Hostname", address=name),
                 ]
             ),

@@ -23,7 +23,7 @@ from lockgate.standalone.state import State
 
 __all__ = ["AgentRefused", "Cluster", "PodRunner"]
 
-#: Seconds from SIGTERM to SIGKILL.
+#: Seconds from SIGTERM to SIGKILL, where spec.terminationGracePeriodSeconds does not say it.
 GRACE = 2.0
 _RETRY_LONGEST = 10.0
 
@@ -200,7 +200,8 @@ class PodRunner:
     async def _end(self) -> None:
         self._stop_probes()
         if self.process:
-            await self.process.terminate(GRACE)
+            grace = self.pod.spec.termination_grace_period_seconds
+            await self.process.terminate(GRACE if grace is None else grace)
         await self._clear()
 
     async def _clear(self) -> None:

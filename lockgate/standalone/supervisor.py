@@ -230,7 +230,10 @@ class Supervisor:
                 key: self.plan.pods[key] for key in self.plan.unscheduled if key in self.plan.pods
             }
             pods |= {key: runner.pod for key, runner in self.runners.items()}
-            self._slices = endpoint_slices(self.plan.services, pods) | self.plan.slices
+            self._slices = (
+                endpoint_slices(self.plan.services, pods, self.machines.published)
+                | self.plan.slices
+            )
             wanted |= {"Pod": pods, "EndpointSlice": self._slices}
         before = self.store.revision
         if self.store.replace(wanted) != before:
@@ -291,6 +294,7 @@ class Supervisor:
         for child in self.machines.children:
             if (child.node, child.role) == (node, "agent"):
                 child.answered()
+        self.machines.serves(node)
         await self.store.take_applied(node, revision, error)
         self.tell()
 

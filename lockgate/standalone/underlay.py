@@ -7,6 +7,9 @@ bridge is in a namespace of its own, and so is the outside's, which also answers
     node N   underlay0 172.30.0.(10+N)/24, fd00:172:30::(10+N)/64
              outside0  172.31.0.(10+N)/24, fd00:172:31::(10+N)/64
 
+The world has routes to load balancers' addresses over all nodes that serve, as routers with ECMP
+in front of a cluster have.
+
 Everything is done with a few `ip -batch` runs: a namespace costs milliseconds.
 """
 
@@ -17,9 +20,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lockgate.net import namespaces
+from lockgate.standalone.service_addresses import BALANCER_NET4, BALANCER_NET6
 from lockgate.standalone.state import State
 
-__all__ = ["OUTSIDE4", "OUTSIDE6", "UnderlayError", "build", "remove", "teardown"]
+__all__ = ["OUTSIDE4", "OUTSIDE6", "UnderlayError", "build", "remove", "spread", "teardown"]
 
 OUTSIDE4 = "172.31.0.1"
 OUTSIDE6 = "fd00:172:31::1"
@@ -71,6 +75,19 @@ def build(state: State, nodes: Sequence[tuple[str, int]]) -> None:
         with namespaces.inside(state.netns_path(name)):
             _node_sysctls()
             _batch(_node_setup(number))
+
+
+def spread(state: State, numbers: Iterable[int]) -> None:
+    """Have the world reach load balancers' addresses over the nodes with these numbers. Raises
+    UnderlayError, OSError."""
+    commands = []
+    for net, prefix in ((BALANCER_NET4, _OUTSIDE[1]), (BALANCER_NET6, _OUTSIDE[2])):
+        hops = [f"nexthop via {prefix}{10 + number} dev br0" for number in sorted(numbers)]
+        commands.append(f"route replace {net} {' '.join(hops)}" if hops else f"route del {net}")
+    with namespaces.inside(namespaces.path_of(state.outside_netns)):
+        for family in ("ipv4", "ipv6"):
+            _sysctl(f"{family}/fib_multipath_hash_policy", 1)  # by connection, not by client
+        _batch(commands)
 
 
 def _node_setup(number: int) -> list[str]:

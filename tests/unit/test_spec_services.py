@@ -250,6 +250,14 @@ CASES: dict[str, tuple[Cluster, str, str, Any]] = {
         EXT,
         NO_BACKEND,
     ),
+    "nobody takes a balancer's address by an external IP": (
+        cluster(
+            more=(service("aaa", cluster_ips=["10.96.0.2"], external_ips=[BALANCER], ingress=[]),)
+        ),
+        OUT,
+        LB,
+        ALL,
+    ),
     "external IPs are shared by port": (
         cluster(
             more=(
@@ -508,6 +516,12 @@ CASES: dict[str, tuple[Cluster, str, str, Any]] = {
         OUT,
         NP,
         ALL,
+    ),
+    "of two hostPorts the first's that has the family": (
+        cluster(more=(pod("q", "10.0.1.6", HTTP), pod("p", "fd00::5", HTTP))),
+        OUT,
+        f"{NODE_A}:8000",
+        {"10.0.1.6:8080"},
     ),
     "of two hostPorts the first pod's by name": (
         cluster(more=(pod("q", "10.0.1.6", HTTP), pod("p", "10.0.1.5", HTTP))),

@@ -6,10 +6,13 @@ Times are of the processor, on which others may be as busy as they like.
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
-import tracemalloc
+from typing import Any
 
 import msgspec
 
@@ -96,7 +99,7 @@ def cluster(services: int, each: int, kind: str) -> Cluster:
     return found
 
 
-def measure(services: int, each: int, kind: str) -> None:
+def measure(services: int, each: int, kind: str, changes: int) -> dict[str, Any]:
     of, ids = cluster(services, each, kind), Ids()
     ids.hops = {f"node-{n}": n + 8 for n in range(1, NODES)}
     host = Host(frozenset((parse_address("172.16.0.1"), parse_address("198.51.100.1"))))
@@ -106,7 +109,7 @@ def measure(services: int, each: int, kind: str) -> None:
     cold = time.process_time() - began
     grew = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     times = []
-    for number in range(200):
+    for number in range(changes):
         key = "bench", f"svc-{number * 7919 % services}-1"
         one = of.slices[key]
         of.slices[key] = msgspec.structs.replace(one, endpoints=one.endpoints[1:] or one.endpoints)
@@ -116,27 +119,56 @@ def measure(services: int, each: int, kind: str) -> None:
         of.slices[key] = one
         tables = compile_node(of, "node-0", ids, tables, Changed(slices={key}), host)
     cuts = statistics.quantiles(times, n=100)
-    print(
-        f"{kind:12} {services:6} services of {each:4}: cold {cold:6.2f} s, +{grew:5.0f} MB at most,"
-        f" image {len(tables.image) * 8 / 2**20:5.0f} MB, {len(tables.services)} entries;"
-        f" a slice {cuts[49]:6.2f} ms, p99 {cuts[98]:6.2f} ms"
-    )
+    return {
+        "type": kind,
+        "services": services,
+        "endpoints": services * each,
+        "entries": len(tables.services),
+        "image MB": len(tables.image) * 8 / 2**20,
+        "cold s": cold,
+        "grew MB": grew,
+        "slice ms": cuts[49],
+        "p99 ms": cuts[98],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--services", type=int, default=10_000)
-    parser.add_argument("--each", type=int, default=5)
-    parser.add_argument("--type", default="ClusterIP NodePort LoadBalancer")
-    parser.add_argument("--trace", action="store_true", help="where memory goes")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--one", metavar="TYPE:SERVICES:EACH", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.trace:
-        tracemalloc.start()
-    for kind in options.type.split():
-        measure(options.services, options.each, kind)
-    if options.trace:
-        for line in tracemalloc.take_snapshot().statistics("lineno")[:15]:
-            print(line)
+    if options.one:
+        kind, services, each = options.one.split(":")
+        print(json.dumps(measure(int(services), int(each), kind, 50 if options.quick else 300)))
+        return
+    shapes = [("ClusterIP", 10_000, 5), ("NodePort", 10_000, 5), ("LoadBalancer", 10_000, 5)]
+    shapes += [("LoadBalancer", 100, 100), ("LoadBalancer", 20, 1000)]
+    rows = []
+    for kind, services, each in shapes[:1] if options.quick else shapes:
+        # Each in a process of its own, for its memory.
+        command = [sys.executable, "-m", "bench.compile", "--one", f"{kind}:{services}:{each}"]
+        done = subprocess.run(
+            [*command, *(["--quick"] if options.quick else [])],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        rows.append(json.loads(done.stdout))
+    print(
+        json.dumps(
+            {
+                "name": "compile",
+                "title": "Services into a node's tables",
+                "columns": list(rows[0]),
+                "rows": rows,
+                "notes": [
+                    "cold: from nothing, pods included; processor time, as all here",
+                    "grew: resident memory at most, over the objects",
+                    "slice: a slice loses an endpoint",
+                ],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -198,25 +198,9 @@ class Agent:
         await asyncio.to_thread(namespaces.delete, f"lg-{CLUSTER}-{name}")
 
     async def _cni(self, command: str, name: str) -> bytes:
-        variables = {
-            "CNI_COMMAND": command,
-            "CNI_CONTAINERID": name,
-            "CNI_NETNS": str(namespaces.path_of(f"lg-{CLUSTER}-{name}")),
-            "CNI_IFNAME": "eth0",
-            "CNI_PATH": "/opt/cni/bin",
-            "CNI_ARGS": f"IgnoreUnknown=1;K8S_POD_NAMESPACE={self.cluster.namespace(name)};"
-            f"K8S_POD_NAME={name};K8S_POD_UID={self.cluster.uid(name)}",
-            "LOCKGATE_CNI_SOCKET": str(self.folder / "cni.sock"),
-        }
-        process = await asyncio.create_subprocess_exec(
-            str(cni_plugin()), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables
-        )
-        out, _ = await process.communicate(
-            b'{"cniVersion": "1.0.0", "name": "lockgate", "type": "lockgate-cni"}'
-        )
-        if process.returncode:
-            raise RuntimeError(f"{command}: {out.decode().strip()}")
-        return out
+        netns = namespaces.path_of(f"lg-{CLUSTER}-{name}")
+        who = self.cluster.namespace(name), name, self.cluster.uid(name)
+        return await cni(command, self.folder / "cni.sock", netns, *who)
 
     def asker(self) -> subprocess.Popen[bytes]:
         """A process that asks as the kubelet and Prometheus do."""
@@ -234,6 +218,31 @@ class Agent:
         return subprocess.Popen(
             ["nsenter", netns, sys.executable, "-c", program], stdin=subprocess.PIPE
         )
+
+
+async def cni(
+    command: str, socket: Path, netns: Path, namespace: str, name: str, uid: str
+) -> bytes:
+    """Run our plugin as a runtime does; its answer."""
+    variables = {
+        "CNI_COMMAND": command,
+        "CNI_CONTAINERID": name,
+        "CNI_NETNS": str(netns),
+        "CNI_IFNAME": "eth0",
+        "CNI_PATH": "/opt/cni/bin",
+        "CNI_ARGS": f"IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};"
+        f"K8S_POD_NAME={name};K8S_POD_UID={uid}",
+        "LOCKGATE_CNI_SOCKET": str(socket),
+    }
+    process = await asyncio.create_subprocess_exec(
+        str(cni_plugin()), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables
+    )
+    out, _ = await process.communicate(
+        b'{"cniVersion": "1.0.0", "name": "lockgate", "type": "lockgate-cni"}'
+    )
+    if process.returncode:
+        raise RuntimeError(f"{command}: {out.decode().strip()}")
+    return out
 
 
 def cpu(pid: int) -> float:

@@ -2,9 +2,9 @@
 
     python -m bench.run [NAME…] [--json] [--quick]
 
-Names: packet verdict balancer firewall explain events sweep publish bigapi compile daytwo cni net;
-none means all. Each runs in a process of its own, with a network namespace of its own, and removes what
-it made. Exit code 1 if one failed.
+Names: packet verdict balancer firewall explain events sweep publish bigapi compile daytwo cni
+proxy net; none means all. Each runs in a process of its own, with a network namespace of its own,
+and removes what it made. Exit code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ NAMES = {
     "firewall": "ns per packet dropped and passed with 10 and a million prefixes; load, one more",
     "daytwo": "an agent on a node with 110 pods, idle and with 10 pod changes a second",
     "cni": "CNI ADD and DEL beside the bridge plugin with host-local",
+    "proxy": "services beside kube-proxy: connections, changes, start",
     "net": "pod to pod: throughput, latency, connections; bare veth, bridge and Lockgate",
 }
 WIDTH = 100

@@ -59,9 +59,10 @@ struct {
 	__type(value, struct endpoint);
 } endpoints SEC(".maps");
 
+/* 30,000 services with two ports and both families: six keys each. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 131072);
+	__uint(max_entries, 524288);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct service_key);
 	__type(value, struct service);

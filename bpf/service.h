@@ -16,6 +16,12 @@ enum service_answer {
 	REFUSED       = 2,	/* p->cause says why */
 };
 
+enum port {
+	PORT_FREE   = 0,
+	PORT_CLOSED = 1,	/* a connection that is over had it lately */
+	PORT_TAKEN  = 2,
+};
+
 static __always_inline struct service_view *service_find(struct packet *p, const struct tuple *t, bool any_port)
 {
 	struct service_key key = { .addr = t->daddr };
@@ -99,45 +105,62 @@ static __noinline int to_backend(struct packet *p, struct service_view *view, __
 __noinline int is_taken(struct packet *p)
 {
 	if (!p)
-		return 0;
+		return PORT_FREE;
 	reverse_of(&p->tuple, &p->now);
 	reverse_of(&p->inner, &p->wire);
 	struct nat *back = bpf_map_lookup_elem(&nat, &p->tuple);
 
 	if (back && same_ends(&back->to, &p->inner))
-		return 0;	/* this one, from before */
+		return PORT_FREE;	/* this one, from before */
 	ct_key_of(&p->key, &p->now);
 	struct ct *ct = bpf_map_lookup_elem(&connections, &p->key);
 
 	if (!ct)
 		ct = bpf_map_lookup_elem(&half_open, &p->key);
 	if (!ct || is_past(p, ct->seen, ct_timeout(ct, p->now.proto)))
-		return 0;
-	return back || !(ct->flags & CT_NAT_REPLY);
+		return PORT_FREE;
+	if (!back && ct->flags & CT_NAT_REPLY)
+		return PORT_FREE;
+	return ct->state == CT_CLOSED && p->now.proto == IPPROTO_TCP ? PORT_CLOSED : PORT_TAKEN;
 }
 
 /* Keep the translation and its way back, once the connection may begin: what is
  * refused must not push other pods' translations out. Where another connection
- * has those ends, p->now gets another source port. False with a cause when none
- * is free. */
+ * has those ends, p->now gets another source port; one of a connection that is
+ * closed where none is free, as in Linux (nf_nat_used_tuple_harder): else who begins
+ * many short connections would find none for as long as closed ones are kept.
+ * False with a cause when all are taken. */
 __noinline int remember_service(struct packet *p)
 {
 	__u32 first = bpf_get_prandom_u32();
+	bool closed = false;
+	__be16 sport = 0;
 	int i;
 
 	if (!p)
 		return 0;
 
-	for (i = 0; i < TWIN_TRIES && is_taken(p); i++) {
+	for (i = 0; i < TWIN_TRIES; i++) {
+		int taken = is_taken(p);
+
+		if (taken == PORT_FREE)
+			break;
 		if (p->wire.proto == IPPROTO_SCTP) {
 			GIVE_UP(p, CAUSE_SCTP_PORT_REWRITE);
 			return 0;
 		}
+		if (taken == PORT_CLOSED && !closed) {
+			closed = true;
+			sport = p->now.sport;
+		}
 		p->now.sport = bpf_htons(TWIN_PORT_MIN + (first + i * 7919) % TWIN_PORTS);
 	}
 	if (i == TWIN_TRIES) {
-		GIVE_UP(p, CAUSE_NAT_EXHAUSTED);
-		return 0;
+		if (!closed) {
+			GIVE_UP(p, CAUSE_NAT_EXHAUSTED);
+			return 0;
+		}
+		p->now.sport = sport;
 	}
 	nat_add(p, &p->wire, &p->now, BPF_ANY);
 	reverse_of(&p->tuple, &p->now);

@@ -21,6 +21,7 @@ from lockgate.net import namespaces
 __all__ = ["ApiServer"]
 
 PATHS = {kind.name: kind.path for kind in KINDS}
+GROUPS = {kind.name: kind.group for kind in KINDS}
 
 
 class ApiServer:
@@ -190,7 +191,9 @@ class ApiServer:
             json.dumps({k: v for k, v in item.items() if k != "kind"}, separators=(",", ":"))
             for item in items
         )
-        head = json.dumps({"kind": f"{kind}List", "apiVersion": "v1", "metadata": meta})[:-1]
+        head = json.dumps(
+            {"kind": f"{kind}List", "apiVersion": GROUPS[kind], "metadata": meta}
+        ).removesuffix("}")
         body = f'{head},"items":[{text}]}}'.encode()
         response = web.Response(body=body, content_type="application/json")
         if "gzip" in request.headers.get("Accept-Encoding", ""):
@@ -198,14 +201,26 @@ class ApiServer:
         return response
 
     async def _watch(self, kind: str, request: web.Request) -> web.StreamResponse:
-        since = int(request.query["resourceVersion"])
-        if since < self.oldest:
+        """With sendInitialEvents the objects come first, and a bookmark that says so."""
+        since = int(request.query.get("resourceVersion") or 0)
+        selector = request.query.get("labelSelector", "")
+        initial = request.query.get("sendInitialEvents") == "true"
+        if not initial and since < self.oldest:
             return _status(410, "Expired", f"too old resource version: {since}")
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-        selector = request.query.get("labelSelector", "")
-        for version, line in self.history[kind]:
+        if initial:
+            for item in self.objects[kind].values():
+                if _matches(item, selector):
+                    queue.put_nowait(_line({"type": "ADDED", "object": item}))
+            meta = {
+                "resourceVersion": str(self.version),
+                "annotations": {"k8s.io/initial-events-end": "true"},
+            }
+            end = {"kind": kind, "apiVersion": GROUPS[kind], "metadata": meta}
+            queue.put_nowait(_line({"type": "BOOKMARK", "object": end}))
+        for version, line in () if initial else self.history[kind]:
             if version > since:
                 queue.put_nowait(_selected(line, selector))
         self._watchers[kind][queue] = selector

@@ -289,9 +289,12 @@ class Agent:
                 await self.work(self.publish)
         except Exception as error:
             # Whatever is wrong with the new state, the one in force stays, and so do we.
-            log.exception("the new state can't be put in force")
-            self.errors["publish"] = [f"{type(error).__name__}: {error}"]
-            return self.errors["publish"][0]
+            text = f"{type(error).__name__}: {error}"
+            # It is tried again each second, and mostly ends the same.
+            if self.errors.get("publish") != [text]:
+                log.exception("the new state can't be put in force")
+            self.errors["publish"] = [text]
+            return text
         self.errors.pop("publish", None)
         return ""
 

@@ -93,6 +93,9 @@ class Map:
             raise TypeError(f"map {self.name} has {what}s of {theirs} bytes, not {mine}")
 
     def _error(self, number: int, what: str) -> OSError:
+        if number == errno.E2BIG:
+            said = f"map {self.name} is full: it has room for {self.max_entries:,} elements"
+            return OSError(number, said)
         return OSError(number, f"cannot {what} map {self.name}: {os.strerror(number)}")
 
 

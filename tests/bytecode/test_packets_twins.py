@@ -3,6 +3,9 @@ of one backend. At the backend each needs a port of its own, and both live."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 from scapy.layers.inet import TCP as Tcp
 from scapy.packet import Packet
@@ -25,7 +28,7 @@ from tests.bytecode.goldens import (
     tcp,
     to_pod,
 )
-from tests.bytecode.world import DROP, REDIRECT, TCP, Service
+from tests.bytecode.world import DROP, REDIRECT, TCP, Service, World
 
 PORT, BACKEND = 40000, 8080  # the client's; what port 80 and 84 of "svc" lead to, on b
 DIRECT, SERVICE, SECOND = ("b", BACKEND), ("svc", 80), ("svc", 84)
@@ -115,3 +118,34 @@ def test_sctp_whose_port_is_taken_is_refused(world, family):
         outcome = world.run("from_pod", bytes(frame), at_pod(A))
         assert outcome.verdict == verdict, outcome.events
     same_events(outcome.events[-1:], dropped("sctp-port-rewrite"))
+
+
+@pytest.fixture
+def roomy() -> Iterator[World]:
+    """One that remembers as many connections as there are ports."""
+    made = World(name="roomy", room=1 << 16)
+    with made.inside():
+        yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("state", "port"), [("closed", PORT), ("alive", None)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_no_port_is_free_one_of_a_closed_connection_is_taken(roomy, family, state, port):
+    """Who begins many short connections needs them sooner than closed ones are forgotten."""
+    roomy.publish(scene(family))
+    opened(roomy, family, DIRECT)
+    if state == "closed":
+        sent(roomy, family, DIRECT, tcp(PORT, BACKEND, "RA"))
+    keys, values = roomy.connections.items()
+    side = "lo_port" if keys["lo_port"][0] == PORT else "hi_port"
+    taken = np.repeat(keys, 31744)
+    taken[side] = np.arange(1024, 32768)
+    roomy.connections.update_many(taken, np.repeat(values, len(taken)))
+    if port is not None:
+        assert opened(roomy, family, SERVICE) == port
+        return
+    frame = from_pod(A) / ip(family, "a", "svc") / syn(PORT, 80)
+    outcome = roomy.run("from_pod", bytes(frame), at_pod(A))
+    assert outcome.verdict == DROP
+    same_events(outcome.events[-1:], dropped("nat-exhausted"))

@@ -288,14 +288,19 @@ class World:
     """Programs and maps under the names that the agent's Datapath has, for the publisher."""
 
     def __init__(
-        self, path: Path = OBJECT, constants: Mapping[str, int] | None = None, name: str = "test"
+        self,
+        path: Path = OBJECT,
+        constants: Mapping[str, int] | None = None,
+        name: str = "test",
+        room: int = 4096,
     ) -> None:
-        """`constants` of bpf/config.h; worlds at the same time need different names."""
+        """`constants` of bpf/config.h; worlds at the same time need different names. `room`:
+        elements of each map that remembers."""
         self.namespace = f"lg-{name}-{os.getpid()}"
         self.object = Object(path)
         self.object.set_rodata({**clock.constants(), **(constants or {})})
         for name in REMEMBERED:
-            self.object.set_max_entries(name, 4096)
+            self.object.set_max_entries(name, room)
         for name in ("events", "events_raw"):
             self.object.set_max_entries(name, 1 << 16)
         self.object.load()

@@ -76,7 +76,7 @@ def places(
         elif outside and card not in outside:
             place = _sender(card, setting, balance)
         else:
-            place = _place(card, setting, card in underlay)
+            place = _place(card, setting, card in underlay, balance)
         found[card.name] = place
     return found
 
@@ -89,13 +89,17 @@ def _sender(card: Card, setting: Setting, balance: bool) -> Place:
     return Place(None, "clients come by another card")
 
 
-def _place(card: Card, setting: Setting, underlay: bool) -> Place:
+def _place(card: Card, setting: Setting, underlay: bool, balance: bool) -> Place:
     if setting == "generic":
         return Place("generic", "as the settings say")
     if setting == "auto" and not _native(card):
         return Place("generic", "the driver has no XDP")
     if setting == "auto" and _is_veth(card) and underlay:
         return Place("generic", "native, the other end would have to cut what it sends")
+    if setting == "auto" and _is_veth(card) and balance:
+        # A sender at the other end leaves checksums to the card, which a veth never makes; what
+        # native XDP redirects is no more known to lack them (veth_xdp_rcv_skb).
+        return Place("generic", "native, what it sends on would lack checksums")
     return Place("native")
 
 

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,12 @@ class Node:
         self._ip(f"link set {card} up")
 
     def cards(self, underlay: str = "underlay0", outside: str = "outside0") -> Cards:
-        return read_cards(underlay, outside)
+        """The veth to the world stands for hardware: as one it would have generic XDP."""
+        found = read_cards(underlay, outside)
+        card = found.outside
+        if card is None or card.xdp.kind != "veth":
+            return found
+        return replace(found, outside=replace(card, xdp=replace(card.xdp, kind="")))
 
     def there(self, card: str) -> tuple[str, int]:
         """Mode and id of the program at a card, as the kernel has it."""

@@ -56,7 +56,19 @@ CASES: dict[str, tuple[Cards, dict[str, Any], dict[str, Place]]] = {
         {"eth0": Place("generic", "native, the other end would have to cut what it sends")},
     ),
     "that it costs is accepted": (one(**VETH), {"setting": "native"}, {"eth0": NATIVE}),
-    "a veth to the world": (two(VETH, VETH), {}, {"eth0": NATIVE, "eth1": ELSEWHERE}),
+    "a veth to the world": (
+        two(VETH, VETH),
+        {},
+        {
+            "eth0": Place("generic", "native, what it sends on would lack checksums"),
+            "eth1": ELSEWHERE,
+        },
+    ),
+    "a veth to the world, for the firewall": (
+        two(VETH, VETH),
+        {"needs": (False, True)},
+        {"eth0": NATIVE, "eth1": ELSEWHERE},
+    ),
     "hardware to the other nodes may need a program to send": (
         two({}, {}),
         {},

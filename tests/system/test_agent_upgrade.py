@@ -191,7 +191,7 @@ def test_tables_keep_their_size_and_their_connections(
 def memory(dp: Datapath) -> int:
     """Of the tables that are sized, as the kernel counts it."""
     total = 0
-    for table in (dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets):
+    for table in (dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets, dp.flows):
         facts = Path(f"/proc/self/fdinfo/{table.fd}").read_text()
         total += int(facts.partition("memlock:")[2].split()[0])
     return total

@@ -101,8 +101,10 @@ mine = ["192.0.2.2", "2001:db8:1::2"]
 cluster = Cluster()
 cluster.nodes["one"] = node("one", ["10.1.0.0/24", "fd01::/64"], *mine)
 cluster.nodes["two"] = node("two", ["10.2.0.0/24", "fd02::/64"], "192.0.2.3", "2001:db8:1::3")
-dtype = Schema.from_object(bpf_object()).dtype("hop_view")
-dp = SimpleNamespace(routes=Map(), link_roles=Map())
+schema = Schema.from_object(bpf_object())
+dtype = schema.dtype("hop_view")
+state = SimpleNamespace(view=np.zeros(1, schema.dtype("node_state")))
+dp = SimpleNamespace(routes=Map(), link_roles=Map(), state=state)
 device = SimpleNamespace(remove=lambda: None)
 hops = Hops(dp, np.zeros(16, dtype), "one", AUTO, AUTO, [], "auto", device)
 hops.assign(cluster.nodes)
@@ -136,6 +138,8 @@ assert dumps.own_unicast(1 << 16) == {
     "fd02::/64": Route(six, "2001:db8:1::3", "2001:db8:1::2"),
 }
 assert dict(dict.items(dp.link_roles)) == {four: 1, six: 1}
+assert bytes(state.view["node4"][0]) == parse_address("192.0.2.2")
+assert bytes(state.view["node6"][0]) == parse_address("2001:db8:1::2")
 """
 
 

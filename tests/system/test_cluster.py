@@ -143,10 +143,11 @@ def ready_addresses(cluster: Cluster, service: str, family: int = 4) -> list[str
 
 
 def refused(cluster: Cluster, *arguments: str) -> list[str]:
-    """What a command says that fails."""
+    """Why a command fails, by what it says; warnings stand before that."""
     done = cluster.lockgate(*arguments, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
-    return done.stderr.splitlines()
+    lines = done.stderr.splitlines()
+    return [line for line in lines if not line.startswith("warning: ")]
 
 
 # ---- What becomes of manifests ---------------------------------------------------

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.cluster import Cluster
-from cluster.commands import Word
 from cluster.conformance.specs import GROUP, Plan
 
 __all__ = ["Result", "run_all"]
@@ -35,7 +34,8 @@ def run_all(
     cluster: Cluster, e2e: Path, plan: Plan, folder: Path, parallel: int
 ) -> Iterator[Result]:
     """Run what is planned, `parallel` batches at once and what must be alone after the others;
-    results as they come. `folder` gets a log per batch."""
+    results as they come. `folder` gets a log per batch. e2e.test is outside the cluster, where
+    addresses of load balancers lead to nodes."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("batch-*"):
         old.unlink()
@@ -54,9 +54,9 @@ def run_all(
 
 def _run(cluster: Cluster, e2e: Path, names: Sequence[str], at: Path) -> list[Result]:
     report, log = at.with_suffix(".json"), at.with_suffix(".log")
-    command: list[Word] = [
+    command = cluster.outside_command(
         e2e,
-        f"--kubeconfig={cluster.kubeconfig}",
+        f"--kubeconfig={cluster.state.outside_kubeconfig}",
         f"--kubectl-path={cluster.binaries.path('kubectl')}",
         "--provider=skeleton",
         "--ginkgo.v",
@@ -65,7 +65,7 @@ def _run(cluster: Cluster, e2e: Path, names: Sequence[str], at: Path) -> list[Re
         f"--ginkgo.timeout={_DEADLINE}",
         f"--ginkgo.json-report={report}",
         *(f"--ginkgo.focus={_exactly(GROUP + name)}" for name in names),
-    ]
+    )
     with log.open("wb") as output:
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
     try:

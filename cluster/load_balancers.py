@@ -179,13 +179,13 @@ class LoadBalancers:
             self._broken = error
 
     async def _run(self) -> None:
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession() as session, contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._client.close)
             while not self._end.is_set():
                 # Specs may restart the API server.
                 with contextlib.suppress(*AWAY, ApiError):
                     await self._turn(session)
                 await asyncio.sleep(_EVERY)
-        await self._client.close()
 
     async def _turn(self, session: aiohttp.ClientSession) -> None:
         services = (await self._list("services", _Services)).items
@@ -220,7 +220,9 @@ class LoadBalancers:
 
     def _lead(self, routes: dict[str, list[int]]) -> None:
         for address in self._routes.keys() - routes.keys():
-            _ip("route", "del", _host(address))
+            # One that a run before left behind may be gone by now.
+            with contextlib.suppress(Failed):
+                _ip("route", "del", _host(address))
         for address, numbers in routes.items():
             if numbers and self._routes.get(address) != numbers:
                 hops = (

@@ -31,6 +31,15 @@ def test_a_focus_chooses_and_serial_specs_run_alone(
     assert (plan.together, plan.alone, len(plan.left_out)) == (together, alone, left_out)
 
 
+def test_what_needs_more_nodes_runs_where_they_are() -> None:
+    wide = "Traffic Distribution should route"
+    plan = specs.choose([*NAMES, wide, f"{wide} [Serial]"], {})
+    assert plan.only(True) == specs.Plan([wide], [f"{wide} [Serial]"], {})
+    narrow = plan.only(False)
+    assert [*narrow.together, *narrow.alone] == [NAMES[0], NAMES[2], NAMES[3], NAMES[1]]
+    assert len(plan) == 6
+
+
 @pytest.mark.parametrize(
     ("reasons", "focus", "message"),
     [

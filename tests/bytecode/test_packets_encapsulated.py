@@ -319,13 +319,15 @@ def test_a_process_here_that_asked_another_node_hears_a_pod_here_by_the_card(
     packet = ip(family, "host", known["node"], ttl=63) / syn(SPORT, NODE_PORT)
     out = arrives(world, packet)
     same_frame(out.packet, to_pod(B) / ip(family, "host", "b", ttl=63) / syn(SPORT, 8080))
-    answer = ip(family, "b", "host") / tcp(8080, SPORT, "SA")
-    out = world.run("from_pod", bytes(from_pod(B) / answer), at_pod(B))
-    assert out.verdict == REDIRECT
-    answer = ip(family, "node", "host") / tcp(NODE_PORT, SPORT, "SA")
-    same_frame(out.packet, Ether(src=from_pod(B).src, dst=to_hop().src) / answer)
-    out = world.run("from_net", out.packet, UNDERLAY)
-    assert out.verdict == NEXT, out.events
+    for flags in ("SA", "A"):
+        answer = ip(family, "b", "host") / tcp(8080, SPORT, flags)
+        out = world.run("from_pod", bytes(from_pod(B) / answer), at_pod(B))
+        assert out.verdict == REDIRECT
+        answer = ip(family, "node", "host") / tcp(NODE_PORT, SPORT, flags)
+        same_frame(out.packet, Ether(src=from_pod(B).src, dst=to_hop().src) / answer)
+        out = world.run("from_net", out.packet, UNDERLAY)
+        assert out.verdict == NEXT, out.events
+        arrives(world, ip(family, "host", known["node"], ttl=63) / tcp(SPORT, NODE_PORT, "A"))
     own[:] = 0
 
 

@@ -92,6 +92,12 @@ def test_a_focus_for_ginkgo_is_one_spec_and_no_other() -> None:
     assert not re.search(pattern, "suite [sig-network] Netpol should (a) 'b' [Feature:X] more")
 
 
+def test_the_longest_begin_first() -> None:
+    long = "LoadBalancers should not have connectivity disruption during rolling update with x"
+    names = [*"abcde", long, "f"]
+    assert batches.in_batches(names) == [[long], ["a", "b", "c", "d"], ["e", "f"]]
+
+
 def _spec(name: str, state: str, message: str = "", kind: str = "It") -> dict[str, object]:
     failure = {"Failure": {"Message": message}} if message else {}
     return {

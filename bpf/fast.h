@@ -240,8 +240,8 @@ static __always_inline int fast(struct __sk_buff *skb, const __u32 place)
 		verdict = deliver_plain(skb, place, index);
 	else if (target_kind(target) == TO_HOP && place == PLACE_FROM_POD)
 		verdict = leave_plain(skb, epoch, index, plain.ttl);
-	else if (target_kind(target) == TO_HOST && place == PLACE_FROM_POD)
-		verdict = TCX_NEXT;
+	else if (target_kind(target) == TO_HOST && place == PLACE_FROM_POD && !answers)
+		verdict = TCX_NEXT;	/* else see go_up() */
 	if (verdict == LONG_WAY)
 		return verdict;
 	if (answers && answer_as(skb, &plain.ends, &answer))

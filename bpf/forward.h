@@ -6,6 +6,7 @@
 #ifndef LOCKGATE_FORWARD_H
 #define LOCKGATE_FORWARD_H
 
+#include "arrive.h"
 #include "encapsulate.h"
 #include "nat.h"
 #include "reply.h"
@@ -136,6 +137,22 @@ static __always_inline int cannot_leave(struct __sk_buff *skb, struct packet *p,
 	return 1;
 }
 
+/* Up the node's own stack. What a pod here answers in the name of another node, which a process
+ * here asked and which sent the question here, comes by the card that leads to that one, as it does
+ * from pods elsewhere: a stack that looks for the way back (rp_filter) takes it by no other. */
+static __noinline int go_up(struct __sk_buff *skb, struct packet *p)
+{
+	__u32 target = p->place == PLACE_FROM_POD && p->reply ? peer_target(p, &p->now.saddr) : 0;
+	struct hop_view *hop = target_kind(target) == TO_HOP ? hop_of(p->epoch, target_index(target)) : NULL;
+
+	if (p->dry)
+		return answer_dry(skb, p);
+	if (!hop || (hop->flags & (HOP_MAC | HOP_TUNNEL | HOP_DROP)) != HOP_MAC)
+		return TCX_NEXT;
+	bpf_skb_store_bytes(skb, 0, hop->smac, 6, 0);
+	return bpf_redirect(hop->ifindex, BPF_F_INGRESS);
+}
+
 /* Rewrite and send to p->target. */
 __noinline int forward(struct __sk_buff *skb, struct packet *p)
 {
@@ -156,7 +173,7 @@ __noinline int forward(struct __sk_buff *skb, struct packet *p)
 	case TO_HOP:
 		return leave(skb, p, target_index(p->target));
 	case TO_HOST:
-		return p->dry ? answer_dry(skb, p) : TCX_NEXT;
+		return go_up(skb, p);
 	}
 	GIVE_UP(p, CAUSE_NO_ROUTE);
 	return drop(skb, p);

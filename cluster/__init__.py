@@ -7,7 +7,7 @@ what is installed on it cannot tell it from a machine.
 
     python -m cluster build                              # fills the cache: 10 minutes, once
     python -m cluster run [DIR] [--once]                 # with Lockgate and the shop: make cluster
-    python -m cluster up [--name NAME] [--nodes 2] [--cni none|bridge] [--install]
+    python -m cluster up [--name NAME] [--nodes 2] [--zones 0] [--cni none|bridge] [--install]
     python -m cluster status|down [--name NAME]
     python -m cluster kubectl [--name NAME] -- get pods -A
     python -m cluster node [--name NAME] node-1 -- ip route

@@ -46,13 +46,18 @@ def main() -> None:
 @main.command()
 @_name
 @click.option("--nodes", default=2, show_default=True)
+@click.option("--zones", default=0, help="That the nodes are of, one each in turn.")
 @click.option("--cni", "network", type=click.Choice(cni.CHOICES), default="none", show_default=True)
 @click.option("--install", "with_lockgate", is_flag=True, help="Install Lockgate on it.")
-def up(name: str, nodes: int, network: str, with_lockgate: bool) -> None:
+def up(name: str, nodes: int, zones: int, network: str, with_lockgate: bool) -> None:
     """Start a cluster."""
     begin = time.monotonic()
     cluster = Cluster.up(
-        name, nodes=nodes, cni=network, progress=lambda text: _console.print(f"  {text}")
+        name,
+        nodes=nodes,
+        zones=zones,
+        cni=network,
+        progress=lambda text: _console.print(f"  {text}"),
     )
     if with_lockgate:
         _console.print("  installing Lockgate")

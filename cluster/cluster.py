@@ -19,7 +19,8 @@ from cluster.control_plane import SERVER, ControlPlane
 from cluster.down import remove
 from cluster.kubelets import Kubelet
 from cluster.machines import Machine
-from cluster.state import CONTROL, State, node_addresses, valid_name
+from cluster.state import CONTROL, State, node_addresses, valid_name, zone
+from lockgate.net import namespaces
 
 __all__ = ["Cluster"]
 
@@ -40,6 +41,7 @@ class Cluster:
             raise Failed(f"no cluster {name!r}: `python -m cluster up --name {name}`") from None
         self.cni: str = settings["cni"]
         self.nodes: list[str] = settings["nodes"]
+        self.zones: int = settings["zones"]
         self.binaries = Binaries(Path(settings["binaries"]))
         self.control = ControlPlane(self.state, self.binaries, Authority(self.state.certificates))
         self.kubelets = {node: self._kubelet_of(node) for node in self.nodes}
@@ -57,10 +59,12 @@ class Cluster:
         *,
         nodes: int = 2,
         cni: str = "none",
+        zones: int = 0,
         progress: Callable[[str], None] = lambda _: None,
     ) -> Cluster:
         """Start a cluster; what a crash left of one by that name is removed first. Without a CNI
-        the nodes are registered but not Ready. On any failure nothing is left. Raises Failed."""
+        the nodes are registered but not Ready. With `zones` they are of one each in turn. On any
+        failure nothing is left. Raises Failed."""
         _check(name, nodes, cni)
         state = State(name)
         if processes.alive(state.cgroup_root()):
@@ -71,7 +75,12 @@ class Cluster:
         remove(state)
         state.root.mkdir(mode=0o700, parents=True)
         names = [f"node-{number}" for number in range(1, nodes + 1)]
-        settings = {"nodes": names, "cni": cni, "binaries": str(binaries.folder)}
+        settings = {
+            "nodes": names,
+            "zones": zones,
+            "cni": cni,
+            "binaries": str(binaries.folder),
+        }
         state.settings.write_text(json.dumps(settings))
         cluster = cls(name)
         try:
@@ -167,7 +176,9 @@ class Cluster:
         self.state.settings.write_text(json.dumps(settings))
 
     def _kubelet_of(self, node: str) -> Kubelet:
-        return Kubelet(Machine(self.state, node), int(node.removeprefix("node-")), self.binaries)
+        number = int(node.removeprefix("node-"))
+        machine = Machine(self.state, node)
+        return Kubelet(machine, number, self.binaries, zone(number, self.zones))
 
     def down(self) -> list[str]:
         """Remove every trace; what was removed, one line each."""
@@ -190,6 +201,12 @@ class Cluster:
     def kubeconfig(self) -> Path:
         """The administrator's kubeconfig file."""
         return self.state.kubeconfig
+
+    def outside_command(self, *command: Word) -> list[Word]:
+        """The command line that runs a command on the machine outside, where the API server is at
+        the address in `state.outside_kubeconfig`."""
+        path = namespaces.path_of(self.state.outside_netns)
+        return ["nsenter", f"--net={path}", "--", *command]
 
     def kubectl(self, *words: Word, input: str | None = None, timeout: float = 60) -> str:
         """What kubectl prints. Raises Failed with what it said."""

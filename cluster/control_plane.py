@@ -14,6 +14,7 @@ from cluster.state import (
     CONTROL,
     CONTROL4,
     CONTROL6,
+    OUTSIDE_CONTROL4,
     PODS4,
     PODS6,
     SERVICES4,
@@ -37,24 +38,28 @@ class ControlPlane:
         self.authority = authority
 
     def configure(self, host_address: str) -> None:
-        """Write certificates, and kubeconfig files for the parts and for this machine's user, who
-        reaches the API server at `host_address`. Raises Failed."""
+        """Write certificates, and kubeconfig files for the parts, for this machine's user, who
+        reaches the API server at `host_address`, and for who is outside. Raises Failed."""
         authority, folder = self.authority, self.authority.folder
         authority.create()
         names = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "localhost")
-        addresses = (CONTROL4, CONTROL6, API_SERVICE4, API_SERVICE6, "127.0.0.1", host_address)
+        addresses = (CONTROL4, CONTROL6, API_SERVICE4, API_SERVICE6, "127.0.0.1")
         authority.sign(
             "kube-apiserver",
             "kube-apiserver",
             "system:masters",  # towards kubelets
             [f"DNS:{name}" for name in (*names, "kubernetes.default.svc.cluster.local")]
-            + [f"IP:{address}" for address in addresses],
+            + [f"IP:{address}" for address in (*addresses, host_address, OUTSIDE_CONTROL4)],
         )
         for part in ("kube-controller-manager", "kube-scheduler"):
             files = authority.sign(part, f"system:{part}")
             authority.kubeconfig(folder / f"{part}.conf", SERVER, *files)
         files = authority.sign("admin", "admin", "system:masters")
-        authority.kubeconfig(self.state.kubeconfig, f"https://{host_address}:6443", *files)
+        for path, address in (
+            (self.state.kubeconfig, host_address),
+            (self.state.outside_kubeconfig, OUTSIDE_CONTROL4),
+        ):
+            authority.kubeconfig(path, f"https://{address}:6443", *files)
 
     def start(self, program: str) -> None:
         """Start one of `programs`."""

@@ -35,11 +35,12 @@ state = "/run/containerd"
 
 
 class Kubelet:
-    """The programs of one node. `number` gives it its addresses."""
+    """The programs of one node. `number` gives it its addresses; `zone` is "" where none is."""
 
-    def __init__(self, machine: Machine, number: int, binaries: Binaries) -> None:
+    def __init__(self, machine: Machine, number: int, binaries: Binaries, zone: str = "") -> None:
         self.machine = machine
         self.number = number
+        self.zone = zone
         self.binaries = binaries
 
     def configure(self, authority: Authority, server: str) -> None:
@@ -78,6 +79,7 @@ class Kubelet:
             "--kubeconfig=/etc/kubernetes/kubelet.conf",
             f"--hostname-override={self.machine.name}",
             f"--node-ip={','.join(node_addresses(self.number))}",
+            *((f"--node-labels=topology.kubernetes.io/zone={self.zone}",) if self.zone else ()),
             "--v=2",
         )
 

@@ -15,6 +15,7 @@ __all__ = [
     "CONTROL4",
     "CONTROL6",
     "DNS4",
+    "OUTSIDE_CONTROL4",
     "PODS4",
     "PODS6",
     "SERVICES4",
@@ -24,6 +25,7 @@ __all__ = [
     "clusters",
     "node_addresses",
     "valid_name",
+    "zone",
 ]
 
 RUN = Path("/run/lockgate-cluster")
@@ -32,6 +34,7 @@ DATA = Path("/var/lib/lockgate-cluster")
 # The control plane is a machine on the underlay like the nodes, with number 0.
 CONTROL = "control"
 CONTROL4, CONTROL6 = "172.30.0.10", "fd00:172:30::10"
+OUTSIDE_CONTROL4 = "172.31.0.10"
 PODS4, PODS6 = "10.244.0.0/16", "fd00:10:244::/48"
 SERVICES4, SERVICES6 = "10.96.0.0/16", "fd00:10:96::/112"
 API_SERVICE4, API_SERVICE6 = "10.96.0.1", "fd00:10:96::1"
@@ -50,6 +53,11 @@ def cache() -> Path:
     if chosen := os.environ.get("LOCKGATE_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockgate"
+
+
+def zone(number: int, zones: int) -> str:
+    """The zone of the node with this number, where there are that many; "" where none."""
+    return f"zone-{(number - 1) % zones + 1}" if zones else ""
 
 
 def node_addresses(number: int) -> tuple[str, str]:
@@ -71,6 +79,7 @@ class State(state.State):
         self.logs = self.root / "logs"
         self.certificates = self.root / "certificates"
         self.kubeconfig = self.root / "kubeconfig"
+        self.outside_kubeconfig = self.root / "kubeconfig-outside"
         self.underlay_netns = f"lgk-{cluster}-underlay"
         self.outside_netns = f"lgk-{cluster}-outside"
 

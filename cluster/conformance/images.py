@@ -17,6 +17,7 @@ __all__ = ["build"]
 _HERE = Path(__file__)
 _REGISTRY = "registry.k8s.io/"
 _NGINX = _HERE.parent / "nginx.conf"
+_WGETRC = _HERE.parent / "wgetrc"
 
 # Fetched and unpacked, never installed: it would start serving on this machine.
 _PACKAGES = ("nginx",)
@@ -24,7 +25,7 @@ _PACKAGES = ("nginx",)
 
 def build(binaries: Binaries) -> Path:
     """An archive of the images, kept beside the binaries. Raises Failed."""
-    name = images.digest(_HERE, Path(images.__file__), _NGINX)
+    name = images.digest(_HERE, Path(images.__file__), _NGINX, _WGETRC)
     path = binaries.folder / f"conformance-{name}.tar"
     if not path.exists():
         wanted = run(binaries.conformance(), "--list-images", timeout=60).split()
@@ -49,7 +50,7 @@ def _images(binaries: Binaries, wanted: Sequence[str], packages: Path) -> list[I
         return files
 
     # Tests run busybox's wget with -T, with which Debian's crashes.
-    wget = programs("wget")
+    wget = {**programs("wget"), "/etc/wgetrc": _WGETRC}
     # As its Dockerfile has it. Tests start the CoreDNS as a name server of their own.
     beside = {"/coredns": binaries.path("coredns"), **wget, **programs("getent")}
     for name in ("localhost.crt", "localhost.key"):

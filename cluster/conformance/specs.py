@@ -12,10 +12,15 @@ import yaml
 
 from cluster.commands import Failed, run
 
-__all__ = ["GROUP", "Plan", "choose", "left_out", "plan"]
+__all__ = ["GROUP", "Plan", "choose", "is_wide", "left_out", "plan"]
 
 GROUP = "[sig-network] "
 _LEFT_OUT = Path(__file__).parent / "left_out.yaml"
+
+# These skip themselves unless there are three zones of two nodes, or three nodes.
+_WIDE = re.compile(
+    r"Topology Hints |Traffic Distribution |Services should implement NodePort and HealthCheckNode"
+)
 
 # What a reason in left_out.yaml may depend on.
 _SCTP_SOCKETS = "SCTP sockets"
@@ -29,11 +34,28 @@ class Plan:
     alone: Sequence[str]  # [Serial] and [Disruptive]
     left_out: Mapping[str, str]  # name -> reason
 
+    def __len__(self) -> int:
+        """How many are to run."""
+        return len(self.together) + len(self.alone)
+
+    def only(self, wide: bool) -> Plan:
+        """Those for a cluster of three zones of two nodes, or those for one of two nodes."""
+        together, alone = (
+            [name for name in names if is_wide(name) == wide]
+            for names in (self.together, self.alone)
+        )
+        return Plan(together, alone, self.left_out)
+
 
 def plan(e2e: Path, focus: str = "") -> Plan:
     """What to run of the specs in the program `e2e` whose names match the regular expression
     `focus`. Raises Failed."""
     return choose(_names(e2e), left_out(_LEFT_OUT.read_text(), _abilities()), focus)
+
+
+def is_wide(name: str) -> bool:
+    """Whether it needs more than two nodes."""
+    return bool(_WIDE.match(name))
 
 
 def choose(names: Sequence[str], reasons: Mapping[str, str], focus: str = "") -> Plan:

@@ -3,7 +3,8 @@
 Each service with `spec.healthCheckNodePort` has one (externalTrafficPolicy Local): 200 while ready
 endpoints of it are on this node. Balancers of the others (Cluster) ask at the setting
 `proxyHealthPort`, `/healthz`: 200 while the node serves services and stays (KEP-3836); `/livez` is
-the same for a node on its way out. All addresses of the node are listened on.
+the same for a node on its way out. All addresses of the node are listened on, also of a family that
+the service does not have: the answer is of the one that it has.
 """
 
 from __future__ import annotations
@@ -38,10 +39,9 @@ _ANY = {"IPv4": "0.0.0.0", "IPv6": "::"}
 
 @dataclass(slots=True, frozen=True)
 class _Port:
-    """What is asked at a port: about a service, or (None) about the node; over which families."""
+    """What is asked at a port: about a service, or (None) about the node."""
 
     service: Name | None
-    families: tuple[str, ...]
     field: str  # object and field that want it
 
 
@@ -78,11 +78,11 @@ class HealthPorts:
         disputed = []
         if self._agent.config.proxy_health_port:
             wanted[self._agent.config.proxy_health_port] = _Port(
-                None, tuple(_FAMILIES), f"Node {self._agent.config.node}: proxyHealthPort"
+                None, f"Node {self._agent.config.node}: proxyHealthPort"
             )
         for name, asked in self._counts.asked.items():  # in the order of names
             field = f"Service {'/'.join(name)}: spec.healthCheckNodePort"
-            other = wanted.setdefault(asked.port, _Port(name, tuple(asked.counts), field))
+            other = wanted.setdefault(asked.port, _Port(name, field))
             if other.service != name:
                 disputed.append(f"{field}: {asked.port} is of {other.field} already")
         self._wanted, self._disputed = wanted, disputed
@@ -113,7 +113,7 @@ class HealthPorts:
     async def _settle(self, runner: web.ServerRunner) -> list[str]:
         """Listen where it is wanted; what can't be."""
         wanted, errors = self._wanted, list(self._disputed)
-        listened = {(port, family) for port, one in wanted.items() for family in one.families}
+        listened = {(port, family) for port in wanted for family in _FAMILIES}
         for key in self._open.keys() - listened:
             await self._open.pop(key).stop()
         for port, family in sorted(listened - self._open.keys()):
@@ -147,7 +147,8 @@ class HealthPorts:
 
     def _of_service(self, name: Name, family: str) -> web.Response:
         asked = self._counts.asked.get(name)
-        count = 0 if asked is None else asked.counts.get(family, 0)
+        counts = asked.counts if asked is not None else {}
+        count = counts.get(family, max(counts.values(), default=0))
         body = {
             "service": {"namespace": name[0], "name": name[1]},
             "localEndpoints": count,

@@ -113,7 +113,7 @@ def wire(
                     index = _wire_pod(pod, link)
                     pod.send()
                 _quiet(link.name)
-                sysctl(f"ipv4/conf/{link.name}/rp_filter", 2)
+                sysctl(f"ipv4/conf/{link.name}/rp_filter", 0)
                 _wire_host(host, link, sources)
                 host.up(link.ifindex, alias=str(seal), addressless=False)
                 host.send()

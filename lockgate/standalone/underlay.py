@@ -23,7 +23,16 @@ from lockgate.net import namespaces, xdp
 from lockgate.standalone.service_addresses import BALANCER_NET4, BALANCER_NET6
 from lockgate.standalone.state import State
 
-__all__ = ["OUTSIDE4", "OUTSIDE6", "UnderlayError", "build", "remove", "spread", "teardown"]
+__all__ = [
+    "OUTSIDE4",
+    "OUTSIDE6",
+    "UnderlayError",
+    "build",
+    "outside_address",
+    "remove",
+    "spread",
+    "teardown",
+]
 
 OUTSIDE4 = "172.31.0.1"
 OUTSIDE6 = "fd00:172:31::1"
@@ -35,6 +44,11 @@ _OUTSIDE = ("outside0", "172.31.0.", "fd00:172:31::")
 
 class UnderlayError(Exception):
     """A command of iproute2 failed; the message is what it said."""
+
+
+def outside_address(number: int, ipv6: bool) -> str:
+    """Where the world reaches the node with this number."""
+    return f"{_OUTSIDE[2 if ipv6 else 1]}{10 + number}"
 
 
 def build(state: State, nodes: Sequence[tuple[str, int]]) -> None:
@@ -85,8 +99,11 @@ def spread(state: State, numbers: Iterable[int]) -> None:
     """Have the world reach load balancers' addresses over the nodes with these numbers. Raises
     UnderlayError, OSError."""
     commands = []
-    for net, prefix in ((BALANCER_NET4, _OUTSIDE[1]), (BALANCER_NET6, _OUTSIDE[2])):
-        hops = [f"nexthop via {prefix}{10 + number} dev br0" for number in sorted(numbers)]
+    for net in (BALANCER_NET4, BALANCER_NET6):
+        hops = [
+            f"nexthop via {outside_address(number, ':' in net)} dev br0"
+            for number in sorted(numbers)
+        ]
         commands.append(f"route replace {net} {' '.join(hops)}" if hops else f"route del {net}")
     with namespaces.inside(namespaces.path_of(state.outside_netns)):
         for family in ("ipv4", "ipv6"):

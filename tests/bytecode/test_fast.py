@@ -273,16 +273,6 @@ SHORT = {
         ),
         REDIRECT,
     ),
-    "a service's answer to its node": (
-        Case(
-            destination="host",
-            way=target(TO_HOST),
-            flags=NAT_REPLY,
-            reply=True,
-            becomes=("svc", 443, PORTS[1], 0),
-        ),
-        NEXT,
-    ),
     "a segment to be cut": (Case(destination="remote", way=HOP, gso=1300, payload=3000), REDIRECT),
 }
 
@@ -300,6 +290,13 @@ LONG = {
         proto=UDP, flags=NAT_REPLY, reply=True, becomes=("svc", 443, PORTS[1], 0)
     ),
     "masqueraded": Case(flags=4, becomes=("masq", 443, PORTS[1], 0)),
+    "a service's answer to its node": Case(
+        destination="host",
+        way=target(TO_HOST),
+        flags=NAT_REPLY,
+        reply=True,
+        becomes=("svc", 443, PORTS[1], 0),
+    ),
     "translated, from a card": replace(FROM_NET, flags=NAT_REPLY),
     "spoofed mac": Case(source_mac=pod_mac(B)),
     "spoofed source": Case(source="c"),

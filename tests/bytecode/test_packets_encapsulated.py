@@ -307,6 +307,30 @@ def test_a_node_port_of_another_node(world: World, family: int, asked: str) -> N
     own[:] = 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_process_here_that_asked_another_node_hears_a_pod_here_by_the_card(
+    world: World, family: int
+) -> None:
+    """As it hears pods elsewhere: its stack asks for the way back to the other node."""
+    world.publish(frontends())
+    known = ADDRESSES[family]
+    own = world.state.view[f"node{family}"][0]
+    own[:] = np.frombuffer(parse_address(known["host"]), np.uint8)
+    packet = ip(family, "host", known["node"], ttl=63) / syn(SPORT, NODE_PORT)
+    out = arrives(world, packet)
+    same_frame(out.packet, to_pod(B) / ip(family, "host", "b", ttl=63) / syn(SPORT, 8080))
+    for flags in ("SA", "A"):
+        answer = ip(family, "b", "host") / tcp(8080, SPORT, flags)
+        out = world.run("from_pod", bytes(from_pod(B) / answer), at_pod(B))
+        assert out.verdict == REDIRECT
+        answer = ip(family, "node", "host") / tcp(NODE_PORT, SPORT, flags)
+        same_frame(out.packet, Ether(src=from_pod(B).src, dst=to_hop().src) / answer)
+        out = world.run("from_net", out.packet, UNDERLAY)
+        assert out.verdict == NEXT, out.events
+        arrives(world, ip(family, "host", known["node"], ttl=63) / tcp(SPORT, NODE_PORT, "A"))
+    own[:] = 0
+
+
 # ---- What is refused -------------------------------------------------------------------
 
 

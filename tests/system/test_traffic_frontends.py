@@ -252,6 +252,21 @@ def test_a_backend_that_asks_another_nodes_port_reaches_itself(edge: Cluster, fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_hears_the_pod_beside_it_in_another_nodes_name(
+    edge: Cluster, kind: str, family: int
+) -> None:
+    """Also where the node's stack takes packets by their way back only (rp_filter)."""
+    node = edge.node("node-2")
+    # Beside a tunnel it has to be off: the answer comes by the pod's link.
+    node.sysctl(net__ipv4__conf__all__rp_filter=2 * (edge.routing == "direct"))
+    address, port = NODE_IPS["node-1"][family], FRONTENDS["far-dsr"][1]
+    seen = talk(node, edge.pod("edge/far"), kind, family, address, port)
+    assert seen == NODE_IPS["node-2"][family]
+    node.sysctl(net__ipv4__conf__all__rp_filter=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ping_and_unknown_ports(edge: Cluster, family: int) -> None:
     address = FRONTENDS["near-dsr"][0][family]
     assert ping(edge.outside(), address, 56)

@@ -115,14 +115,19 @@ async def test_a_node_whose_tables_do_not_keep_up_sends_clients_away() -> None:
         assert (await ask(port))[0] == (await ask(of_node, path="/healthz"))[0] == 503
 
 
-async def test_only_the_families_of_the_service_are_listened_on() -> None:
+async def test_a_balancer_may_ask_over_a_family_that_the_service_does_not_have() -> None:
     agent, port = Agent(), free_port()
+    now = cluster(
+        service(health_check_node_port=port, cluster_ips=["10.96.0.1"]),
+        a=of("web", endpoint("10.0.0.1")),
+    )
     async with ports_of(agent) as ports:
-        ports.follow(cluster(service(health_check_node_port=port, cluster_ips=["fd96::1"])), None)
+        ports.follow(now, None)
         await settled(agent)
-        assert (await ask(port, "IPv6"))[0] == 503
-        with pytest.raises(aiohttp.ClientConnectorError):
-            await ask(port)
+        assert (await ask(port))[0] == (await ask(port, "IPv6"))[0] == 200
+        now.slices["shop", "a"] = of("web", endpoint("10.0.0.1", ready=False))
+        ports.follow(now, Changed(slices={("shop", "a")}))
+        assert (await ask(port))[0] == (await ask(port, "IPv6"))[0] == 503
 
 
 async def test_a_node_on_its_way_out_is_told_at_healthz_only() -> None:

@@ -31,6 +31,15 @@ def test_a_focus_chooses_and_serial_specs_run_alone(
     assert (plan.together, plan.alone, len(plan.left_out)) == (together, alone, left_out)
 
 
+def test_what_needs_more_nodes_runs_where_they_are() -> None:
+    wide = "Traffic Distribution should route"
+    plan = specs.choose([*NAMES, wide, f"{wide} [Serial]"], {})
+    assert plan.only(True) == specs.Plan([wide], [f"{wide} [Serial]"], {})
+    narrow = plan.only(False)
+    assert [*narrow.together, *narrow.alone] == [NAMES[0], NAMES[2], NAMES[3], NAMES[1]]
+    assert len(plan) == 6
+
+
 @pytest.mark.parametrize(
     ("reasons", "focus", "message"),
     [
@@ -81,6 +90,12 @@ def test_a_focus_for_ginkgo_is_one_spec_and_no_other() -> None:
     assert not re.search(r"\\[\w\s]", pattern)
     assert re.search(pattern, "suite [sig-network] Netpol should (a) 'b' [Feature:X]")
     assert not re.search(pattern, "suite [sig-network] Netpol should (a) 'b' [Feature:X] more")
+
+
+def test_the_longest_begin_first() -> None:
+    long = "LoadBalancers should not have connectivity disruption during rolling update with x"
+    names = [*"abcde", long, "f"]
+    assert batches.in_batches(names) == [[long], ["a", "b", "c", "d"], ["e", "f"]]
 
 
 def _spec(name: str, state: str, message: str = "", kind: str = "It") -> dict[str, object]:

@@ -104,6 +104,21 @@ static __always_inline bool next_elsewhere(struct packet *p, void *image, const 
 	return false;
 }
 
+/* Is the packet of a connection with p->owner, here, whose translation was evicted? */
+static __noinline int is_with_owner(struct packet *p)
+{
+	if (!p || !is_ordered(p->asked.proto))
+		return 0;
+	p->tuple = p->asked;
+	p->tuple.daddr = p->owner.addr;
+	p->tuple.dport = p->owner.port;
+	struct ct *ct = ct_find(p, &p->tuple);
+	bool asks = ct && !p->reply && ct->flags & CT_NAT_REPLY && ct->service == p->service;
+
+	p->reply = 0;
+	return asks;
+}
+
 /* The backend of a packet as a client sent it, in p->owner. False: there is none. */
 static __noinline int choose(struct packet *p, struct service_view *view)
 {
@@ -119,7 +134,7 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 		return 0;
 	if (!begins(p)) {
 		/* Not known here, or it would not be asked for. */
-		if (is_ours(p->owner.target) && !(view->flags & SVC_SNAT) &&
+		if (is_ours(p->owner.target) && !(view->flags & SVC_SNAT) && !is_with_owner(p) &&
 		    next_elsewhere(p, image, view, owners, kept ? -1 : 0))
 			p->hint = 0;
 		return 1;
@@ -162,7 +177,7 @@ static __noinline int choose_inside(struct packet *p, struct service_view *view)
 		mine = is_ours(p->owner.target);
 		place = mine ? 0 : -1;
 	}
-	if (mine && begins(p))
+	if (mine && (begins(p) || is_with_owner(p)))
 		return 1;
 	if (p->outer_ttl > OUTER_TTL_STEP && next_elsewhere(p, image, view, owners, place))
 		return 1;

@@ -322,7 +322,8 @@ static __noinline int fw_ask_quoted(struct xdp_md *ctx, struct frame *f, struct 
 	return 0;
 }
 
-/* From another node's balancer, which hides the client in a packet: judged as that. */
+/* From another node's balancer, which hides the client in a packet: judged as that. The client
+ * may be of this node, and have asked that node's port. */
 static __noinline int fw_ask_inner(struct xdp_md *ctx, struct frame *f, struct fw_answer *a)
 {
 	struct frame q = {};
@@ -332,7 +333,7 @@ static __noinline int fw_ask_inner(struct xdp_md *ctx, struct frame *f, struct f
 		return 0;
 	q.length = f->length;
 	fw_ask(ctx, &q, a);
-	if (a->cause && a->fallen && fw_is_known(ctx, &q))
+	if (a->cause == CAUSE_SPOOFED_SOURCE ? fw_is_ours(&q) : a->cause && a->fallen && fw_is_known(ctx, &q))
 		a->cause = 0;
 	return 0;
 }

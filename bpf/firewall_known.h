@@ -215,6 +215,15 @@ static __always_inline bool fw_has_socket(struct xdp_md *ctx, const struct frame
 	return known;
 }
 
+/* Is it of a pod or a process of this node? */
+static __always_inline bool fw_is_ours(const struct frame *f)
+{
+	struct peer *peer = bpf_map_lookup_elem(&peers, &f->ends.saddr);
+	__u32 kind = peer && f->epoch ? peer->view[f->epoch & 1].kind : PEER_NONE;
+
+	return kind == PEER_LOCAL || kind == PEER_HOST;
+}
+
 static __noinline int fw_is_known(struct xdp_md *ctx, const struct frame *f)
 {
 	struct peer *peer;

@@ -327,6 +327,16 @@ def test_what_a_balancer_sends_on_is_judged_as_what_is_inside(
     assert closed.run(packet).cause == "firewall"
 
 
+def test_a_port_behind_extension_headers_inside_is_the_packets(world: FirewallWorld) -> None:
+    world.add(Rule("object", "deny", (("TCP", 443, 443),), 0, "b", 0), "::/0")
+    world.inside(True)
+    for dport, cause in ((443, "firewall"), (80, "")):
+        tcp_ = frame(CLIENT6, "2001:db8:80::1", TCP, dport=dport)[54:]
+        options = struct.pack("!BBHI", TCP, 0, 0x0104, 0)  # PadN
+        inner = frame(CLIENT6, "2001:db8:80::1", 60, payload=options + tcp_)[14:]
+        assert world.run(frame("100::7:9", POD6, 41, payload=inner)).cause == cause
+
+
 @pytest.mark.parametrize(
     ("client", "kind"), [("10.0.1.3", LOCAL), (NODE, HOST), ("fd00:1::3", LOCAL)]
 )

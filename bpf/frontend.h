@@ -6,6 +6,7 @@
 #ifndef LOCKGATE_FRONTEND_H
 #define LOCKGATE_FRONTEND_H
 
+#include "bits.h"
 #include "flow.h"
 #include "forward.h"
 #include "service.h"
@@ -298,6 +299,27 @@ static __always_inline struct service_view *node_port(struct packet *p)
 	return service_find(p, &p->tuple, false);
 }
 
+/* Is it of a connection to a frontend that is no more, as a node port that was changed, while its
+ * backend still serves and knows it? As far as this node remembers the flow. */
+static __noinline int goes_on(struct __sk_buff *skb, struct packet *p)
+{
+	if (!config_flows || p->outer_size || p->asked.proto != IPPROTO_TCP || p->fragment || begins(p) ||
+	    !may_be_frontend(frontend_hash(&p->asked)))
+		return 0;
+	p->hash = flow_hash(&p->asked);
+	p->hint = 0;
+	struct flow *flow = flow_look(&p->asked, p->hash);
+	__u64 word = flow ? flow_word(flow) : 0;
+
+	if (!flow_epoch(word) || flow_is_past(flow, IPPROTO_TCP, p->now_s))
+		return 0;
+	if (flow_epoch(word) != p->epoch)
+		word = flow_again(flow, word, IPPROTO_TCP, p->epoch, 0);
+	p->service = flow->service;
+	return word && flow_read(flow, word, p->now_s, &p->owner, p->dry) &&
+	       target_kind(p->owner.target) == TO_HOP && is_believed(skb, p);
+}
+
 /* Serve p->now's client by p->owner, here or as this node. */
 static __always_inline int serve(struct packet *p)
 {
@@ -331,7 +353,7 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 	if (!view)
 		view = node_port(p);
 	if (!view || !(view->flags & SVC_FRONTEND))
-		return no_frontend(skb, p);
+		return goes_on(skb, p) ? send_encapsulated(skb, p) : no_frontend(skb, p);
 	p->service = view->id;
 	p->hash = flow_hash(&p->asked);
 	if (view->flags & SVC_RANGES && cidr_class(p->epoch, view->ranges, &p->asked.saddr) != 1) {

@@ -8,7 +8,6 @@ from scapy.packet import Packet
 
 from tests.bytecode.balancing import CHAIN, HERE, LB, PORTS, SPORT, ask, frontends, outer
 from tests.bytecode.goldens import (
-    ADDRESSES,
     FAMILIES,
     B,
     at_pod,

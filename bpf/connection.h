@@ -255,6 +255,20 @@ static __noinline int masquerade_again(struct packet *p)
 	return 0;
 }
 
+/* The translation of the answers to p->now was evicted, maybe, and that of what is asked was not:
+ * another, so that they go on. Once a second. */
+static __noinline int answer_again(struct packet *p)
+{
+	if (!p || same_ends(&p->wire, &p->now))
+		return 0;
+	reverse_of(&p->tuple, &p->now);
+	if (bpf_map_lookup_elem(&nat, &p->tuple))
+		return 0;
+	reverse_of(&p->inner, &p->wire);
+	nat_add(p, &p->tuple, &p->inner, BPF_NOEXIST);
+	return 1;
+}
+
 /* A packet of a known connection. */
 static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct ct *ct)
 {
@@ -285,13 +299,19 @@ static __always_inline int known(struct __sk_buff *skb, struct packet *p, struct
 		return drop(skb, p);
 	}
 	p->target = ct->target[p->reply & 1];
+	if (!p->reply && ct->flags & CT_NAT_REPLY && ct->seen != p->now_s)
+		answer_again(p);
 	if (ct->flags & (p->reply ? CT_NAT_REPLY : CT_NAT_ORIGIN)) {
 		struct nat *next = nat_find(p, &p->now);
 
-		if (next)
+		if (next) {
 			p->now = next->to;
-		else if (p->reply || !masquerade_again(p))
+		} else if (p->reply) {
+			GIVE_UP(p, CAUSE_NAT_FAILED);	/* until its originator says more */
 			return drop(skb, p);
+		} else if (!masquerade_again(p)) {
+			return drop(skb, p);
+		}
 	}
 	ct_seen(p, ct);
 	return forward(skb, p);

@@ -76,7 +76,8 @@ __noinline int look_inside(struct __sk_buff *skb, struct packet *p)
 
 	if (!p)
 		return CAUSE_MALFORMED;
-	if (p->fragment || p->l4 - p->l3 != outer_size(p) ||
+	/* A larger TTL than a node gives would lead it over more nodes than a chain has. */
+	if (p->fragment || p->l4 - p->l3 != outer_size(p) || p->ttl > OUTER_TTL ||
 	    bpf_skb_load_bytes(skb, ETH_HLEN + (p->family == 4 ? 4 : 0), &word, sizeof(word)))
 		return GIVE_UP(p, CAUSE_MALFORMED);
 	p->hint = p->family == 4 ? (__be16)word : bpf_htons(bpf_ntohl(word));

@@ -310,29 +310,30 @@ static __noinline int fw_ask_quoted(struct xdp_md *ctx, struct frame *f, struct 
 	__u8 family = f->family;
 
 	q.epoch = f->epoch;
+	q.length = f->length;
 	if (!frame_inside(ctx, &q, f->l4 + sizeof(struct icmp_head), family))
 		return 0;
 	struct tuple there = q.ends;
 
 	reverse_of(&q.ends, &there);
-	q.length = f->length;
 	fw_ask(ctx, &q, a);
 	if (a->cause && a->fallen && fw_is_known(ctx, &q))
 		a->cause = 0;
 	return 0;
 }
 
-/* From another node's balancer, which hides the client in a packet: judged as that. */
+/* From another node's balancer, which hides the client in a packet: judged as that. The client
+ * may be of this node, and have asked that node's port. */
 static __noinline int fw_ask_inner(struct xdp_md *ctx, struct frame *f, struct fw_answer *a)
 {
 	struct frame q = {};
 
 	q.epoch = f->epoch;
+	q.length = f->length;
 	if (!frame_inside(ctx, &q, f->l4, f->family))
 		return 0;
-	q.length = f->length;
 	fw_ask(ctx, &q, a);
-	if (a->cause && a->fallen && fw_is_known(ctx, &q))
+	if (a->cause == CAUSE_SPOOFED_SOURCE ? fw_is_ours(&q) : a->cause && a->fallen && fw_is_known(ctx, &q))
 		a->cause = 0;
 	return 0;
 }

@@ -62,11 +62,12 @@ static __noinline int fw_bad_fragment(struct xdp_md *ctx, const struct frame *f)
 
 /* ---- Packets in packets ------------------------------------------------------------- */
 
-/* The packet whose IP header is at `at`, as far as it can be read: ends, fragment, flags. */
+/* The packet whose IP header is at `at` in one of `q->length`, as far as it can be read: ends,
+ * fragment, flags. */
 static __noinline int frame_inside(struct xdp_md *ctx, struct frame *q, __u32 at, __u32 family)
 {
 	struct l4_head head = {};
-	__u8 proto;
+	int proto;
 
 	q->family = family;
 	q->kind = FRAME_OTHER;
@@ -88,8 +89,11 @@ static __noinline int frame_inside(struct xdp_md *ctx, struct frame *q, __u32 at
 			return 0;
 		copy_addr(&q->ends.saddr, &ip.saddr);
 		copy_addr(&q->ends.daddr, &ip.daddr);
-		proto = ip.next;
-		at += sizeof(ip);
+		q->l4 = at + sizeof(ip);
+		proto = frame_extensions(ctx, q, ip.next);
+		if (proto < 0)
+			return 0;
+		at = q->l4;
 	}
 	q->l4 = at;
 	set_ends(&q->ends, 0, 0, proto);
@@ -213,6 +217,15 @@ static __always_inline bool fw_has_socket(struct xdp_md *ctx, const struct frame
 	}
 	bpf_sk_release(sk);
 	return known;
+}
+
+/* Is it of a pod or a process of this node? */
+static __always_inline bool fw_is_ours(const struct frame *f)
+{
+	struct peer *peer = bpf_map_lookup_elem(&peers, &f->ends.saddr);
+	__u32 kind = peer && f->epoch ? peer->view[f->epoch & 1].kind : PEER_NONE;
+
+	return kind == PEER_LOCAL || kind == PEER_HOST;
 }
 
 static __noinline int fw_is_known(struct xdp_md *ctx, const struct frame *f)

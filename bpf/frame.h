@@ -48,12 +48,12 @@ static __always_inline bool frame_has(const struct frame *f, __u32 size)
 	return f->l4 + size <= ETH_HLEN + f->length;
 }
 
-/* Walk extension headers as skip_extensions() does. The protocol behind them, or -1 with
- * f->kind set. */
+/* Walk extension headers from f->l4 on, as skip_extensions() does. The protocol behind them, or
+ * -1 with f->kind set. */
 static __noinline int frame_extensions(struct xdp_md *ctx, struct frame *f, __u32 next)
 {
 	struct { __u8 next, len; __be16 frag; __be32 id; } ext;
-	__u32 at = ETH_HLEN + sizeof(struct ipv6);
+	__u32 at = f->l4;
 	bool fragmented = false;
 
 	for (int i = 0; i < 8; i++) {
@@ -134,6 +134,7 @@ static __always_inline int frame_ipv6(struct xdp_md *ctx, struct frame *f, __u32
 	/* What looks like IPv4 in our tables is nobody's on the wire: see parse_ipv6(). */
 	if (*(__u8 *)&ip >> 4 != 6 || f->length + ETH_HLEN > size || is_v4(&f->ends.saddr) || is_v4(&f->ends.daddr))
 		return frame_bad(f, CAUSE_MALFORMED), -1;
+	f->l4 = ETH_HLEN + sizeof(ip);
 	return frame_extensions(ctx, f, ip.next);
 }
 

@@ -6,6 +6,7 @@
 #ifndef LOCKGATE_FRONTEND_H
 #define LOCKGATE_FRONTEND_H
 
+#include "bits.h"
 #include "flow.h"
 #include "forward.h"
 #include "service.h"
@@ -104,6 +105,21 @@ static __always_inline bool next_elsewhere(struct packet *p, void *image, const 
 	return false;
 }
 
+/* Is the packet of a connection with p->owner, here, whose translation was evicted? */
+static __noinline int is_with_owner(struct packet *p)
+{
+	if (!p || !is_ordered(p->asked.proto))
+		return 0;
+	p->tuple = p->asked;
+	p->tuple.daddr = p->owner.addr;
+	p->tuple.dport = p->owner.port;
+	struct ct *ct = ct_find(p, &p->tuple);
+	bool asks = ct && !p->reply && ct->flags & CT_NAT_REPLY && ct->service == p->service;
+
+	p->reply = 0;
+	return asks;
+}
+
 /* The backend of a packet as a client sent it, in p->owner. False: there is none. */
 static __noinline int choose(struct packet *p, struct service_view *view)
 {
@@ -119,7 +135,7 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 		return 0;
 	if (!begins(p)) {
 		/* Not known here, or it would not be asked for. */
-		if (is_ours(p->owner.target) && !(view->flags & SVC_SNAT) &&
+		if (is_ours(p->owner.target) && !(view->flags & SVC_SNAT) && !is_with_owner(p) &&
 		    next_elsewhere(p, image, view, owners, kept ? -1 : 0))
 			p->hint = 0;
 		return 1;
@@ -162,7 +178,7 @@ static __noinline int choose_inside(struct packet *p, struct service_view *view)
 		mine = is_ours(p->owner.target);
 		place = mine ? 0 : -1;
 	}
-	if (mine && begins(p))
+	if (mine && (begins(p) || is_with_owner(p)))
 		return 1;
 	if (p->outer_ttl > OUTER_TTL_STEP && next_elsewhere(p, image, view, owners, place))
 		return 1;
@@ -283,6 +299,27 @@ static __always_inline struct service_view *node_port(struct packet *p)
 	return service_find(p, &p->tuple, false);
 }
 
+/* Is it of a connection to a frontend that is no more, as a node port that was changed, while its
+ * backend still serves and knows it? As far as this node remembers the flow. */
+static __noinline int goes_on(struct __sk_buff *skb, struct packet *p)
+{
+	if (!config_flows || p->outer_size || p->asked.proto != IPPROTO_TCP || p->fragment || begins(p) ||
+	    !may_be_frontend(frontend_hash(&p->asked)))
+		return 0;
+	p->hash = flow_hash(&p->asked);
+	p->hint = 0;
+	struct flow *flow = flow_look(&p->asked, p->hash);
+	__u64 word = flow ? flow_word(flow) : 0;
+
+	if (!flow_epoch(word) || flow_is_past(flow, IPPROTO_TCP, p->now_s))
+		return 0;
+	if (flow_epoch(word) != p->epoch)
+		word = flow_again(flow, word, IPPROTO_TCP, p->epoch, 0);
+	p->service = flow->service;
+	return word && flow_read(flow, word, p->now_s, &p->owner, p->dry) &&
+	       target_kind(p->owner.target) == TO_HOP && is_believed(skb, p);
+}
+
 /* Serve p->now's client by p->owner, here or as this node. */
 static __always_inline int serve(struct packet *p)
 {
@@ -316,7 +353,7 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 	if (!view)
 		view = node_port(p);
 	if (!view || !(view->flags & SVC_FRONTEND))
-		return no_frontend(skb, p);
+		return goes_on(skb, p) ? send_encapsulated(skb, p) : no_frontend(skb, p);
 	p->service = view->id;
 	p->hash = flow_hash(&p->asked);
 	if (view->flags & SVC_RANGES && cidr_class(p->epoch, view->ranges, &p->asked.saddr) != 1) {

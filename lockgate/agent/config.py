@@ -133,7 +133,7 @@ def read(path: Path) -> Config:
             f"{path}, field capture: expected 0 to {CAPTURE_MAX} bytes, got {config.capture}"
         )
     try:
-        config.flows.constants()
+        config.flows.constants(1)
     except ValueError as error:
         raise ValueError(f"{path}, field flows: {error}") from error
     if config.web:

@@ -71,7 +71,7 @@ class Datapath:
             #: Values of bpf/config.h, for all objects.
             self.constants = {
                 **(limits or Limits()).constants(entries["half_open"]),
-                **flows.constants(),
+                **flows.constants(entries["flows"]),
                 "config_flow_mask": entries["flows"] - 1,
                 "config_tunnel": int(tunnels),
                 "config_netns_cookie": namespaces.cookie(),

@@ -52,7 +52,6 @@ class Firewall:
         self._wanted = Wanted({})
         self._cards: frozenset[str] = frozenset()
         self._cluster: Cluster | None = None
-        self._drop_by = ""
         self._rule_expiry = 0.0
         self._clock = _clock()
         self._loaded = Loaded(edge, self._reason)
@@ -122,10 +121,6 @@ class Firewall:
         labels = me.metadata.labels if me is not None else {}
         facts, now = Facts.of(cluster, self._node, self._cards), time.time()
         found = wanted(cluster.firewalls.values(), labels, facts, self._memory, now)
-        self._drop_by = next(
-            (name for name, one in sorted(cluster.firewalls.items()) if one.spec.default == "Drop"),
-            "",
-        )
         expiries = [expires for _, expires in found.rules.values() if expires > now]
         self._rule_expiry = min(expiries) if expiries else 0.0
         self._wanted = found
@@ -290,7 +285,7 @@ class Firewall:
 
     def _reason(self, rule: Rule | None) -> int:
         if rule is None:
-            return self._journal.firewall(self._drop_by, COMMAND)
+            return self._journal.firewall(self._wanted.drop_by, COMMAND)
         if rule.source == "builtin":
             return 0
         return self._journal.firewall(rule.name, rule.index)

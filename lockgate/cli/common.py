@@ -29,6 +29,7 @@ __all__ = [
     "connect",
     "fail",
     "fail_unanswered",
+    "forwarding_of",
     "json_option",
     "load_objects",
     "need_root",
@@ -140,6 +141,16 @@ def load_objects(access: Access) -> Cluster:
         return access.objects()
     except (OSError, Refused) as error:
         fail(f"cannot read the objects of {access.title}: {error}")
+
+
+def forwarding_of(access: Access, cluster: Cluster) -> str | None:
+    """The agents' setting `forwarding`, by the first that answers."""
+    for node in sorted(cluster.nodes)[:3]:
+        try:
+            return str(access.call(node, "agent", "GET", "/v1/status")["forwarding"])
+        except (OSError, Refused):
+            continue
+    return None
 
 
 def json_option(command: F) -> F:

@@ -13,10 +13,18 @@ import msgspec
 import yaml
 
 from lockgate.access import Access
-from lockgate.cli.common import access_options, fail, json_option, load_objects, print_json
+from lockgate.cli.common import (
+    access_options,
+    fail,
+    forwarding_of,
+    json_option,
+    load_objects,
+    print_json,
+)
 from lockgate.cli.render import heading, paint, policies_text
 from lockgate.explain.engine import Engine
 from lockgate.explain.engine import explain as answer_all
+from lockgate.explain.frontends import with_forwarding
 from lockgate.explain.question import (
     Answer,
     Direction,
@@ -50,6 +58,7 @@ REFUSALS = {
 
 def open_engine(access: Access, cluster: Cluster, kind: str) -> Engine:
     """The engine `kernel` or `spec`."""
+    cluster = with_forwarding(cluster, forwarding_of(access, cluster) or "")
     if kind == "spec":
         return SpecEngine(cluster)
     from lockgate.bpf.btf import Schema

@@ -8,7 +8,14 @@ from contextlib import closing
 import click
 
 from lockgate.access import Access, Refused
-from lockgate.cli.common import access_options, fail, json_option, load_objects, print_json
+from lockgate.cli.common import (
+    access_options,
+    fail,
+    forwarding_of,
+    json_option,
+    load_objects,
+    print_json,
+)
 from lockgate.cli.explain import kernel_of
 from lockgate.cli.service_rows import Row, overview, places
 from lockgate.cli.service_text import list_text, show_text, trace_text
@@ -39,7 +46,7 @@ def list_(namespace: str | None, as_json: bool, access: Access) -> None:
     """
     cluster = load_objects(access)
     rows = [row for row in overview(cluster) if namespace in (None, row["namespace"])]
-    default = _forwarding_of(access, sorted(cluster.nodes))
+    default = forwarding_of(access, cluster)
     for row in rows:
         if row["externalTrafficPolicy"] is not None:
             row["forwarding"] = row["forwarding"] or default
@@ -156,16 +163,6 @@ def views_of(access: Access, node: str, questions: list[Row]) -> list[Row | None
         raise QuestionError(f"node {node}: its agent does not answer: {error}") from error
     found: list[Row | None] = answer["answers"]
     return found
-
-
-def _forwarding_of(access: Access, nodes: list[str]) -> str | None:
-    """The agents' setting, by the first that answers."""
-    for node in nodes[:3]:
-        try:
-            return str(access.call(node, "agent", "GET", "/v1/status")["forwarding"])
-        except (OSError, Refused):
-            continue
-    return None
 
 
 def _named(cluster: Cluster, name: str) -> Service:

@@ -50,8 +50,13 @@ class Wanted:
     and when it expires (seconds since the epoch, 0 = never)."""
 
     rules: Mapping[Rule, tuple[Prefixes, float]]
-    drop: bool = False  # by default
+    drop_by: str = ""  # the first object that says so; "": the default is to allow
     errors: list[str] = field(default_factory=list)
+
+    @property
+    def drop(self) -> bool:
+        """Is it the default?"""
+        return bool(self.drop_by)
 
     @property
     def needed(self) -> bool:
@@ -138,13 +143,14 @@ def wanted(
     out; rules that have expired are."""
     rules = builtin_rules(facts)
     errors: list[str] = []
-    drop = False
+    drop_by = ""
     lists = []
     for item in sorted(firewalls, key=lambda one: one.metadata.name):
         spec = item.spec
         if spec.node_selector is not None and not _selects(spec.node_selector, labels):
             continue
-        drop |= spec.default == "Drop"
+        if spec.default == "Drop":
+            drop_by = drop_by or item.metadata.name
         for index, rule in enumerate(spec.rules):
             lists.append(rule.from_)
             prefixes, bad = memory.parse(rule.from_)
@@ -163,7 +169,7 @@ def wanted(
             if len(prefixes) and not 0 < expires <= now:
                 rules[made] = prefixes, expires
     memory.keep(lists)
-    return Wanted(rules, drop, errors)
+    return Wanted(rules, drop_by, errors)
 
 
 def _rule(name: str, index: int, rule: FirewallRule) -> tuple[Rule, float]:

@@ -6,11 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 from lockgate.explain.question import QuestionError
 from lockgate.objects.address import format_address, parse_address
 from lockgate.objects.model import FORWARDING, Cluster, Service, ServicePort
 
-__all__ = ["Frontend", "Frontends", "forwarding", "frontends_of", "parse_frontend"]
+__all__ = [
+    "Frontend",
+    "Frontends",
+    "forwarding",
+    "frontends_of",
+    "parse_frontend",
+    "with_forwarding",
+]
 
 Kind = Literal["cluster", "balancer", "external", "node"]
 #: Services with one of these labels are for others.
@@ -52,6 +61,23 @@ def forwarding(service: Service) -> str:
     outside = spec.type in ("NodePort", "LoadBalancer") or spec.external_ips
     said = service.metadata.annotations.get(FORWARDING, "")
     return said if outside and said in ("dsr", "snat") else ""
+
+
+def with_forwarding(cluster: Cluster, usual: str) -> Cluster:
+    """The cluster as if services that do not say it themselves had the agents' setting."""
+    if usual != "snat":
+        return cluster
+    services = {
+        key: service if FORWARDING in service.metadata.annotations else _says(service, usual)
+        for key, service in cluster.services.items()
+    }
+    return msgspec.structs.replace(cluster, services=services)
+
+
+def _says(service: Service, mode: str) -> Service:
+    annotations = {**service.metadata.annotations, FORWARDING: mode}
+    metadata = msgspec.structs.replace(service.metadata, annotations=annotations)
+    return msgspec.structs.replace(service, metadata=metadata)
 
 
 def frontends_of(cluster: Cluster, service: Service) -> list[Frontend]:

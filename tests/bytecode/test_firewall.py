@@ -25,6 +25,7 @@ CLIENT, NODE, POD, OTHER = "198.51.100.9", "192.0.2.1", "10.0.1.2", "192.0.2.2"
 CLIENT6, NODE6, POD6, OTHER6 = "2001:db8:c::9", "2001:db8:1::1", "fd00:1::2", "2001:db8:1::2"
 DENY, ALLOW = Rule("object", "deny", (), 0, "a", 0), Rule("object", "allow", (), 0, "a", 1)
 TCP, UDP, ICMP, ICMP6, SCTP, IGMP = 6, 17, 1, 58, 132, 2
+LOCAL, HOST = 1, 4  # enum peer_kind
 ACK, SYN, RST, FIN = 0x10, 0x02, 0x04, 0x01
 FACTS = Facts(
     frozenset((f"{NODE}/32", f"{NODE6}/128", "10.0.1.0/24", "fd00:1::/64")),
@@ -324,6 +325,36 @@ def test_what_a_balancer_sends_on_is_judged_as_what_is_inside(
     assert closed.run(packet).cause == ""
     closed.add(DENY, f"{client}/{128 if ':' in client else 32}")
     assert closed.run(packet).cause == "firewall"
+
+
+def test_a_port_behind_extension_headers_inside_is_the_packets(world: FirewallWorld) -> None:
+    world.add(Rule("object", "deny", (("TCP", 443, 443),), 0, "b", 0), "::/0")
+    world.inside(True)
+    for dport, cause in ((443, "firewall"), (80, "")):
+        tcp_ = frame(CLIENT6, "2001:db8:80::1", TCP, dport=dport)[54:]
+        options = struct.pack("!BBHI", TCP, 0, 0x0104, 0)  # PadN
+        inner = frame(CLIENT6, "2001:db8:80::1", 60, payload=options + tcp_)[14:]
+        assert world.run(frame("100::7:9", POD6, 41, payload=inner)).cause == cause
+
+
+@pytest.mark.parametrize(
+    ("client", "kind"), [("10.0.1.3", LOCAL), (NODE, HOST), ("fd00:1::3", LOCAL)]
+)
+def test_who_asked_another_nodes_port_from_here_is_no_liar_inside(
+    closed: FirewallWorld, client: str, kind: int
+) -> None:
+    """The other node's balancer chose a backend of this one."""
+    six = ":" in client
+    packet = frame(client, OTHER6 if six else OTHER, TCP, dport=30080)[14:]
+    packet = frame("100::7:9" if six else "198.18.7.9", POD6 if six else POD, 41 if six else 4,
+                   payload=packet)  # fmt: skip
+    closed.inside(True)
+    assert closed.run(packet).cause == "spoofed-source", "nobody of this node has the address"
+    peer = np.zeros(1, closed.peers.value_dtype)
+    peer["view"]["kind"] = kind
+    closed.peers.set(np.frombuffer(parse_address(client), np.uint8), peer[0])
+    assert closed.run(packet).cause == ""
+    assert closed.run(frame(client, OTHER6 if six else OTHER, TCP)).cause == "spoofed-source"
 
 
 # ---- Rates, lifetimes, counters, records ------------------------------------------------

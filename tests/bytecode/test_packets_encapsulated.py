@@ -432,6 +432,7 @@ def test_hostile_headers_are_dropped_by_name(world: World, family: int) -> None:
             (IP(**head) / (b"\x46" + raw[1:]), "no-frontend"),
             (IP(**head) / (b"\x65" + raw[1:]), "malformed"),
             (IP(**head) / (raw[:2] + b"\xff\xff" + raw[4:]), "malformed"),
+            (IP(**head, ttl=65) / raw, "malformed"),
             (IP(src=source, dst=to, proto=4, flags="MF") / raw, "malformed"),
             (IP(src=source, dst=to, proto=4, frag=3) / raw, "fragment-untracked"),
             (IP(**head, options=[b"\x01" * 4]) / raw, "malformed"),
@@ -442,6 +443,7 @@ def test_hostile_headers_are_dropped_by_name(world: World, family: int) -> None:
             (IPv6(src=source, dst=to, nh=41) / raw[:20], "malformed"),
             (IPv6(src=source, dst=to, nh=41) / raw[:50], "malformed"),
             (IPv6(src=source, dst=to, nh=41) / (b"\x45" + raw[1:]), "malformed"),
+            (IPv6(src=source, dst=to, nh=41, hlim=65) / raw, "malformed"),
             (IPv6(src=source, dst=to, nh=60) / IPv6ExtHdrDestOpt(nh=41) / raw, "malformed"),
             (IPv6(src=source, dst=to, nh=4) / bytes(inner(4, HERE)), None),
         ]

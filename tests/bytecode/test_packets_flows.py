@@ -115,6 +115,29 @@ def test_a_flow_of_another_service_is_another(world: World, family: int) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_connection_goes_on_when_its_frontend_is_another_by_now(
+    world: World, family: int
+) -> None:
+    """As when a node port is changed: its backend is the same service's."""
+    scene = frontends()
+    world.publish(scene)
+    send(world, family, "syn")
+    at = LB[family], PORTS[DSR], TCP
+    services = dict(scene.services)
+    services[LB[family], 8181, TCP] = services.pop(at)
+    world.publish(scene.but(services=services))
+    assert send(world, family, "ack") == "remote"
+    other = wire() / ip(family, "world", LB[family])
+    for packet in (syn(40000, PORTS[DSR]), tcp(40001, PORTS[DSR], "A")):
+        out = world.run("from_net", bytes(other / packet), OUTSIDE)
+        assert [event["cause"] for event in out.events] == ["unknown-service-port"]
+    del services[LB[family], 8181, TCP]  # nor with a service that is no more
+    world.publish(scene.but(services=services))
+    out = world.run("from_net", bytes(other / tcp(40000, PORTS[DSR], "A")), OUTSIDE)
+    assert [event["cause"] for event in out.events] == ["unknown-service-port"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_icmp_errors_learn_nothing(world: World, family: int) -> None:
     from tests.bytecode.balancing import OTHER
     from tests.bytecode.goldens import too_big

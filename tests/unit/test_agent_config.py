@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lockgate.agent.config import read
+from lockgate.agent.flows import Flows
 from lockgate.agent.limits import CAPTURE_MAX
 from lockgate.bpf.btf import Schema
 from lockgate.paths import bpf_object
@@ -33,7 +34,7 @@ def test_as_many_as_a_record_has_room_for() -> None:
 
 
 def test_what_flows_come_to_in_the_kernel(tmp_path: Path) -> None:
-    usual = read(write(tmp_path, {})).flows.constants()
+    usual = read(write(tmp_path, {})).flows.constants(1 << 20)
     assert usual == {
         "config_flows": 1,
         "config_flow_ns": 20_000,
@@ -41,9 +42,16 @@ def test_what_flows_come_to_in_the_kernel(tmp_path: Path) -> None:
         "config_outer6": [1, *[0] * 15],
     }
     flows = {"remember": False, "learn": 0, "outer6": "fd00:ab::/96"}
-    other = read(write(tmp_path, {"flows": flows})).flows.constants()
+    other = read(write(tmp_path, {"flows": flows})).flows.constants(1 << 20)
     assert (other["config_flows"], other["config_flow_ns"]) == (0, 0)
     assert other["config_outer6"][:4] == [0xFD, 0, 0, 0xAB]
+
+
+def test_a_flood_takes_four_seconds_at_least_to_fill_the_table_of_flows() -> None:
+    ways = Schema.from_object(str(bpf_object())).dtype("flow_set")["way"].shape[0]
+    for sets in (1 << 11, 1 << 15):  # of the smallest table, of 8 GB
+        every = Flows().constants(sets)["config_flow_ns"]
+        assert sets * ways * every >= 3.99e9
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lockgate.explain.frontends import with_forwarding
 from lockgate.explain.names import Names
 from lockgate.explain.question import Question
 from lockgate.objects.model import (
@@ -113,6 +114,14 @@ def test_a_node_port_is_asked_at_its_node() -> None:
 def test_other_ports_of_a_node_are_the_nodes() -> None:
     found = Names(cluster()).attempts(Question(OUTSIDE, "172.16.0.1", 22))
     assert [(one.backend, one.unserved) for one in found] == [(None, None)]
+
+
+def test_the_agents_setting_counts_where_the_service_does_not_say_it() -> None:
+    question = Question(OUTSIDE, "192.0.2.1", 80)
+    for says, usual, like in (("", "snat", "snat"), ("", "dsr", "dsr"), ("dsr", "snat", "dsr")):
+        found = Names(with_forwarding(cluster(says), usual)).attempts(question)
+        assert found == Names(cluster(like)).attempts(question)
+    assert Names(cluster("snat")).attempts(question) != Names(cluster("dsr")).attempts(question)
 
 
 def test_with_snat_another_node_may_be_who_comes() -> None:

@@ -200,6 +200,8 @@ def test_objects_for_other_nodes_do_not_count() -> None:
     assert objects(found) == [("deny", "a", 0), ("deny", "b", 0)] and found.drop
     found = wanted(items, {}, Facts(), Memory(), 0)
     assert objects(found) == [("deny", "b", 0)] and not found.drop
+    everywhere = firewall("c", DENY, default="Drop")
+    assert wanted([*items, everywhere], {}, Facts(), Memory(), 0).drop_by == "c"
 
 
 def test_what_can_not_be_read_is_named_and_the_rest_holds() -> None:

@@ -270,13 +270,18 @@ static __always_inline bool is_believed(struct __sk_buff *skb, struct packet *p)
 }
 
 /* The node port that another node's client asked there, as this node has it. All nodes have
- * the same ports, each at its own addresses, of which the others do not know all. */
+ * the same ports, each at its own addresses, of which the others do not know all; one may be
+ * an external IP as well. */
 static __always_inline struct service_view *node_port(struct packet *p)
 {
 	__u32 zero = 0;
 	struct node_state *node = bpf_map_lookup_elem(&state, &zero);
 
-	if (!p->outer_size || !node || is_pod(p, &p->asked.daddr) || service_find(p, &p->asked, true))
+	if (!p->outer_size || !node || is_pod(p, &p->asked.daddr))
+		return NULL;
+	struct service_view *address = service_find(p, &p->asked, true);
+
+	if (address && !(address->flags & SVC_OPEN))
 		return NULL;
 	p->tuple = p->asked;
 	p->tuple.daddr = p->family == 4 ? node->node4 : node->node6;

@@ -61,13 +61,14 @@ static __noinline int owner_of_flow(struct packet *p, struct service_view *view)
 static __noinline int owner_of_client(struct packet *p, struct service_view *view)
 {
 	struct affinity_key client = { .by_address = 1 };
+	__u8 live = begins(p) ? LIVE_OUTSIDE : LIVE_OUTSIDE | LIVE_ENDS;
 	struct affinity kept;
 
 	if (!view || !view->affinity)
 		return 0;
 	client.service = view->id;
 	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
-	if (!affinity_find(&client, view, p->epoch, p->asked.proto, begins(p), p->now_s, p->dry || p->quoted, &kept))
+	if (!affinity_find(&client, view, p->epoch, p->asked.proto, live, p->now_s, p->dry || p->quoted, &kept))
 		return 0;
 	set_owner(p, &kept.addr, kept.port);
 	return 1;

@@ -51,7 +51,7 @@ static __always_inline bool backend_for_packet(struct packet *p, struct service_
 		return false;
 	__builtin_memcpy(client.client, &p->wire.saddr, sizeof(client.client));
 	if (view->affinity &&
-	    affinity_find(&client, view, p->epoch, p->wire.proto, true, p->now_s, p->dry, &kept)) {
+	    affinity_find(&client, view, p->epoch, p->wire.proto, live_inside(view), p->now_s, p->dry, &kept)) {
 		p->now.daddr = kept.addr;
 		p->now.dport = kept.port;
 		return true;

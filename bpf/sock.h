@@ -111,8 +111,8 @@ static __always_inline bool choose_backend(struct bpf_sock_addr *ctx, const stru
 		return false;
 	if (service->affinity) {
 		client.client[0] = bpf_get_netns_cookie(ctx);
-		if (affinity_find(&client, service, epoch, (__u8)ctx->protocol, true, now_seconds(), false,
-				  &kept)) {
+		if (affinity_find(&client, service, epoch, (__u8)ctx->protocol, live_inside(service), now_seconds(),
+				  false, &kept)) {
 			chosen->addr = kept.addr;
 			chosen->port = kept.port;
 			return true;

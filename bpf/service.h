@@ -16,12 +16,6 @@ enum service_answer {
 	REFUSED       = 2,	/* p->cause says why */
 };
 
-enum port {
-	PORT_FREE   = 0,
-	PORT_CLOSED = 1,	/* a connection that is over had it lately */
-	PORT_TAKEN  = 2,
-};
-
 static __always_inline struct service_view *service_find(struct packet *p, const struct tuple *t, bool any_port)
 {
 	struct service_key key = { .addr = t->daddr };

@@ -61,7 +61,7 @@ static __noinline int owner_of_flow(struct packet *p, struct service_view *view)
 static __noinline int owner_of_client(struct packet *p, struct service_view *view)
 {
 	struct affinity_key client = { .by_address = 1 };
-	__u8 live = begins(p) ? LIVE_OUTSIDE : LIVE_OUTSIDE | LIVE_ENDS;
+	__u8 live = begins(p) ? LIVE_OUTSIDE : LIVE_OUTSIDE | LIVE_KEEPS;
 	struct affinity kept;
 
 	if (!view || !view->affinity)

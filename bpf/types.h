@@ -252,7 +252,7 @@ enum liveness {			/* bits: whose new connections it takes, by the lists that hav
 	LIVE_INSIDE  = 1,	/* of clients in the cluster */
 	LIVE_LOCAL   = 2,	/* of those who ask where SVC_INTERNAL_LOCAL is */
 	LIVE_OUTSIDE = 4,	/* of clients outside */
-	LIVE_ENDS    = 8,	/* an owner that ends: it keeps what it has */
+	LIVE_KEEPS   = 8,	/* nobody's: it has what it had. An owner that ends; of UDP any that serves */
 };
 
 struct backend_state {

@@ -12,8 +12,8 @@ from lockgate.compile.balance import Owner
 from lockgate.compile.choose import Candidate, Spot
 from lockgate.compile.frontends import Ask
 from lockgate.compile.tables import (
-    LIVE_ENDS,
     LIVE_INSIDE,
+    LIVE_KEEPS,
     LIVE_LOCAL,
     LIVE_OUTSIDE,
     NO_OWNER,
@@ -180,9 +180,13 @@ class _Reader:
         number, ipv4 = ask.port, is_ipv4(ask.key[0])
         port = self._service.spec.ports[number]
         chosen = self._chosen.get((number, ipv4))
+        identity = self._around.ids.service(*name, port.name, port.protocol, port.port)
         if chosen is None:
             chosen = self._chosen[number, ipv4] = self._choose(number, ipv4)
-        identity = self._around.ids.service(*name, port.name, port.protocol, port.port)
+            # What a client of UDP has does not move when it is another zone's or node's turn.
+            for one in chosen.every if port.protocol == "UDP" else ():
+                if one.serves:
+                    self._draft.live((one.spot[0], identity, one.spot[1], UDP), LIVE_KEEPS)
         seed = Seed(identity, SVC_PRESENT, self._affinity)
         if ask.kind == "cluster":
             if self._inside_local:
@@ -248,7 +252,7 @@ class _Reader:
                 self._limit(found)
                 found.sort()
             for (address, target), ends in found:
-                bits = LIVE_ENDS if ends else LIVE_OUTSIDE
+                bits = LIVE_KEEPS if ends else LIVE_OUTSIDE
                 self._draft.live((address, seed.id, target, protocol), bits)
             self._counts[key] = len(found) if takes else 0
             if takes:

@@ -7,8 +7,8 @@ import numpy as np
 from lockgate.agent.encode import Encoder
 from lockgate.bpf.btf import Schema
 from lockgate.compile.tables import (
-    LIVE_ENDS,
     LIVE_INSIDE,
+    LIVE_KEEPS,
     LIVE_LOCAL,
     LIVE_OUTSIDE,
     BackendKey,
@@ -28,7 +28,7 @@ def backend(last: int) -> BackendKey:
 def test_backends_that_end_are_told_apart() -> None:
     encoder = Encoder(SCHEMA, 16)
     tables = Tables(np.zeros(1, np.uint64))
-    tables.backends = {backend(1): LIVE_INSIDE | LIVE_OUTSIDE, backend(2): LIVE_ENDS}
+    tables.backends = {backend(1): LIVE_INSIDE | LIVE_OUTSIDE, backend(2): LIVE_KEEPS}
     keys, values = encoder.encode(tables).backends
     assert [key[15] for key in keys.tolist()] == [1, 2] and values.tolist() == [[5], [8]]
 
@@ -38,8 +38,8 @@ def test_a_patch_tells_what_ends_in_both_views() -> None:
     other view is behind by 3, which it does not have."""
     encoder = Encoder(SCHEMA, 16)
     tables = Tables(np.zeros(1, np.uint64))
-    tables.backends = {backend(1): LIVE_ENDS, backend(3): LIVE_LOCAL, backend(4): LIVE_OUTSIDE}
-    delta = Delta(1, backends={backend(1): LIVE_OUTSIDE, backend(2): LIVE_ENDS, backend(4): None})
+    tables.backends = {backend(1): LIVE_KEEPS, backend(3): LIVE_LOCAL, backend(4): LIVE_OUTSIDE}
+    delta = Delta(1, backends={backend(1): LIVE_OUTSIDE, backend(2): LIVE_KEEPS, backend(4): None})
     assert delta
     behind = Delta(0, backends={backend(3): None})
     patch = encoder.patches(tables, delta, behind)[2]

@@ -5,7 +5,7 @@
 
 #include "packet.h"
 
-/* Is this address a backend of this service, in the epoch's view? An enum liveness, or 0. */
+/* Is this address a backend of this service, in the epoch's view? enum liveness bits, or 0. */
 static __always_inline __u8 backend_live(__u32 epoch, __u32 service, const struct addr *addr,
 					 __be16 port, __u8 proto)
 {
@@ -20,10 +20,17 @@ static __always_inline __u8 backend_live(__u32 epoch, __u32 service, const struc
 	return backend ? backend->live[epoch & 1] : 0;
 }
 
-/* The backend that a client keeps, while it lives and the client comes back in time; for what
- * `begins`, while it takes new connections. False: it keeps none. */
+/* Which of a service's backends take the new connections of a client in the cluster? */
+static __always_inline __u8 live_inside(const struct service_view *view)
+{
+	return view->flags & SVC_INTERNAL_LOCAL ? LIVE_LOCAL : LIVE_INSIDE;
+}
+
+/* The backend that a client keeps, while it is `live` (enum liveness bits, one of which it must
+ * have) and the client comes back in time. False: it keeps none. A service has one such client
+ * wherever it is asked, but not the same backends there. */
 static __always_inline bool affinity_find(const struct affinity_key *key, const struct service_view *view,
-					  __u32 epoch, __u8 proto, bool begins, __u32 now, bool dry,
+					  __u32 epoch, __u8 proto, __u8 live, __u32 now, bool dry,
 					  struct affinity *found)
 {
 	struct affinity *kept = bpf_map_lookup_elem(&affinities, key);
@@ -33,9 +40,7 @@ static __always_inline bool affinity_find(const struct affinity_key *key, const 
 	*found = *kept;
 	if (is_later(now, found->seen, view->affinity))
 		return false;
-	__u8 live = backend_live(epoch, view->id, &found->addr, found->port, proto);
-
-	if (!live || (begins && live != LIVE_TAKES))
+	if (!(backend_live(epoch, view->id, &found->addr, found->port, proto) & live))
 		return false;
 	if (!dry && found->seen != now)
 		kept->seen = now;

@@ -62,13 +62,14 @@ static __noinline int owner_of_flow(struct packet *p, struct service_view *view)
 static __noinline int owner_of_client(struct packet *p, struct service_view *view)
 {
 	struct affinity_key client = { .by_address = 1 };
+	__u8 live = begins(p) ? LIVE_OUTSIDE : LIVE_OUTSIDE | LIVE_KEEPS;
 	struct affinity kept;
 
 	if (!view || !view->affinity)
 		return 0;
 	client.service = view->id;
 	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
-	if (!affinity_find(&client, view, p->epoch, p->asked.proto, begins(p), p->now_s, p->dry || p->quoted, &kept))
+	if (!affinity_find(&client, view, p->epoch, p->asked.proto, live, p->now_s, p->dry || p->quoted, &kept))
 		return 0;
 	set_owner(p, &kept.addr, kept.port);
 	return 1;
@@ -286,13 +287,18 @@ static __always_inline bool is_believed(struct __sk_buff *skb, struct packet *p)
 }
 
 /* The node port that another node's client asked there, as this node has it. All nodes have
- * the same ports, each at its own addresses, of which the others do not know all. */
+ * the same ports, each at its own addresses, of which the others do not know all; one may be
+ * an external IP as well. */
 static __always_inline struct service_view *node_port(struct packet *p)
 {
 	__u32 zero = 0;
 	struct node_state *node = bpf_map_lookup_elem(&state, &zero);
 
-	if (!p->outer_size || !node || is_pod(p, &p->asked.daddr) || service_find(p, &p->asked, true))
+	if (!p->outer_size || !node || is_pod(p, &p->asked.daddr))
+		return NULL;
+	struct service_view *address = service_find(p, &p->asked, true);
+
+	if (address && !(address->flags & SVC_OPEN))
 		return NULL;
 	p->tuple = p->asked;
 	p->tuple.daddr = p->family == 4 ? node->node4 : node->node6;

@@ -12,6 +12,12 @@
 
 #define MASQUERADE_TRIES 16
 
+enum port {
+	PORT_FREE   = 0,
+	PORT_CLOSED = 1,	/* a connection that is over had it lately */
+	PORT_TAKEN  = 2,
+};
+
 /* Source ports for a pod's connection whose own is taken: below those that the
  * kernel gives to sockets (net.ipv4.ip_local_port_range). */
 #define TWIN_TRIES    4
@@ -168,39 +174,44 @@ static __noinline int rewrite_error(struct __sk_buff *skb, struct packet *p)
 	return 1;
 }
 
-/* Is the connection of `t` over? */
-static __noinline int is_over(struct packet *p, const struct tuple *t)
+/* Does the connection of `t` need its port? */
+static __noinline enum port port_of(struct packet *p, const struct tuple *t)
 {
 	struct ct_key key;
 
 	if (!t)
-		return 0;
+		return PORT_TAKEN;
 	ct_key_of(&key, t);
 	struct ct *ct = bpf_map_lookup_elem(&connections, &key);
 
 	if (!ct)
 		ct = bpf_map_lookup_elem(&half_open, &key);
-	return !ct || is_past(p, ct->seen, ct_timeout(ct, t->proto));
+	if (!ct || is_past(p, ct->seen, ct_timeout(ct, t->proto)))
+		return PORT_FREE;
+	return ct->state == CT_CLOSED && t->proto == IPPROTO_TCP ? PORT_CLOSED : PORT_TAKEN;
 }
 
 /* Try to translate the connection p->asked to `out`, answers to which come back
- * as p->tuple. False when another connection has that port: one that is over has it no
- * more, whatever the sweep has got to. Those that leave for a backend are known by `out`,
- * the others by what they were. Global, so that the verifier walks it once and not at
- * every try. */
-__noinline int masquerade_as(struct packet *p, const struct tuple *out)
+ * as p->tuple. PORT_FREE: done; else another connection has that port, or had it until
+ * lately and is not `overridden`: one that is past has it no more, whatever the sweep has
+ * got to. Those that leave for a backend are known by `out`, the others by what they were.
+ * Global, so that the verifier walks it once and not at every try. */
+__noinline int masquerade_as(struct packet *p, const struct tuple *out, __u32 overridden)
 {
 	struct tuple back;
 
 	if (!p || !out)
-		return 0;
+		return PORT_TAKEN;
 	reverse_of(&back, out);
 	if (!nat_add(p, &back, &p->tuple, BPF_NOEXIST)) {
 		struct nat *taken = bpf_map_lookup_elem(&nat, &back);
 
 		if (taken && !same_ends(&taken->to, &p->tuple)) {
-			if (!is_over(p, &taken->to) || !is_over(p, &back))
-				return 0;
+			enum port was = port_of(p, &taken->to), is = port_of(p, &back);
+			enum port port = was > is ? was : is;
+
+			if (port == PORT_TAKEN || (port == PORT_CLOSED && !overridden))
+				return port;
 			/* Its own packets, should any come, need another port. */
 			reverse_of(&back, &taken->to);
 			bpf_map_delete_elem(&nat, &back);
@@ -210,12 +221,13 @@ __noinline int masquerade_as(struct packet *p, const struct tuple *out)
 	}
 	nat_add(p, &p->asked, out, BPF_ANY);
 	p->now = *out;
-	return 1;
+	return PORT_FREE;
 }
 
 /* Give the connection p->now a source address and port of the node's: a pod's to the
  * world (`from` is p->now itself), or a client's to a backend (`from` is what it asked).
- * Leaves p->now translated; false with a cause when none is free. */
+ * Leaves p->now translated; false with a cause when none is free. One of a connection that
+ * is closed is taken where no other is found: see remember_service(). */
 static __noinline int masquerade(struct packet *p, const struct tuple *from, const struct hop_view *hop)
 {
 	__u32 span = masquerade_port_max - masquerade_port_min + 1;
@@ -238,19 +250,30 @@ static __noinline int masquerade(struct packet *p, const struct tuple *from, con
 	if (kept && same_addr(&kept->to.saddr, source) && same_addr(&kept->to.daddr, &out->daddr) &&
 	    kept->to.dport == out->dport) {
 		out->sport = kept->to.sport;
-		if (masquerade_as(p, out))
+		if (masquerade_as(p, out, false) == PORT_FREE)
 			return 1;
 	}
 	__u32 first = bpf_get_prandom_u32();
+	bool closed = false;
+	__be16 sport = 0;
 
 	for (int i = 0; i < MASQUERADE_TRIES; i++) {
 		if (choose)
 			out->sport = bpf_htons(masquerade_port_min + (first + i * 7919) % span);
-		if (masquerade_as(p, out))
+		int port = masquerade_as(p, out, false);
+
+		if (port == PORT_FREE)
 			return 1;
+		if (port == PORT_CLOSED && !closed) {
+			closed = true;
+			sport = out->sport;
+		}
 		if (!choose)
 			break;
 	}
+	out->sport = sport;
+	if (closed && masquerade_as(p, out, true) == PORT_FREE)
+		return 1;
 	GIVE_UP(p, CAUSE_NAT_EXHAUSTED);
 	return 0;
 }

@@ -16,12 +16,6 @@ enum service_answer {
 	REFUSED       = 2,	/* p->cause says why */
 };
 
-enum port {
-	PORT_FREE   = 0,
-	PORT_CLOSED = 1,	/* a connection that is over had it lately */
-	PORT_TAKEN  = 2,
-};
-
 static __always_inline struct service_view *service_find(struct packet *p, const struct tuple *t, bool any_port)
 {
 	struct service_key key = { .addr = t->daddr };
@@ -51,7 +45,7 @@ static __always_inline bool backend_for_packet(struct packet *p, struct service_
 		return false;
 	__builtin_memcpy(client.client, &p->wire.saddr, sizeof(client.client));
 	if (view->affinity &&
-	    affinity_find(&client, view, p->epoch, p->wire.proto, true, p->now_s, p->dry, &kept)) {
+	    affinity_find(&client, view, p->epoch, p->wire.proto, live_inside(view), p->now_s, p->dry, &kept)) {
 		p->now.daddr = kept.addr;
 		p->now.dport = kept.port;
 		return true;

@@ -5,7 +5,7 @@
  * connect() and sendmsg() to a service become calls to one of its backends, so
  * no packet of such a socket ever carries the service's address. recvmsg() and
  * getpeername() turn the backend back into the service the program asked for.
- * What is left untouched here (SCTP, unknown ports of a service's address, what a
+ * What is left untouched here of pods (SCTP, unknown ports of a service's address, what a
  * service serves some sources only) reaches from_pod, which translates, rejects or drops
  * it per packet.
  *
@@ -111,8 +111,8 @@ static __always_inline bool choose_backend(struct bpf_sock_addr *ctx, const stru
 		return false;
 	if (service->affinity) {
 		client.client[0] = bpf_get_netns_cookie(ctx);
-		if (affinity_find(&client, service, epoch, (__u8)ctx->protocol, true, now_seconds(), false,
-				  &kept)) {
+		if (affinity_find(&client, service, epoch, (__u8)ctx->protocol, live_inside(service), now_seconds(),
+				  false, &kept)) {
 			chosen->addr = kept.addr;
 			chosen->port = kept.port;
 			return true;
@@ -168,6 +168,21 @@ static __always_inline enum sock_answer nobody_here(struct bpf_sock_addr *ctx)
 	return SOCK_REFUSE;
 }
 
+/* A process of the node asks at an address that is only services', and none has the port: its
+ * packets would leave by a card, and nobody would answer. A pod's are refused by from_pod. */
+static __always_inline enum sock_answer nobody_there(struct bpf_sock_addr *ctx, __u32 epoch,
+						     const struct sock_name *name)
+{
+	struct service_key wanted = { .addr = name->addr };
+	struct service *address = is_hosts(ctx) ? bpf_map_lookup_elem(&services, &wanted) : NULL;
+
+	if (!address ||
+	    (address->view[epoch & 1].flags & (SVC_PRESENT | SVC_OPEN | SVC_HOST_ONLY)) != SVC_PRESENT)
+		return SOCK_PROCEED;
+	bpf_set_retval(-ECONNREFUSED);
+	return SOCK_REFUSE;
+}
+
 /*
  * Where a socket that wants to talk to `name` shall go: `name` becomes a
  * backend when it is a service, and stays as it is when it is not.
@@ -193,12 +208,12 @@ static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
 	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
 		return SOCK_PROCEED;
 	epoch = node_epoch();
-	service = epoch ? bpf_map_lookup_elem(&services, &wanted) : NULL;
-	if (!service)
+	if (!epoch)
 		return SOCK_PROCEED;
-	view = &service->view[epoch & 1];
-	if (!(view->flags & SVC_PRESENT))
-		return SOCK_PROCEED;
+	service = bpf_map_lookup_elem(&services, &wanted);
+	view = service ? &service->view[epoch & 1] : NULL;
+	if (!view || !(view->flags & SVC_PRESENT))
+		return nobody_there(ctx, epoch, name);
 	if (view->flags & (SVC_RANGES | SVC_HOST_ONLY) && !is_hosts(ctx))
 		return SOCK_PROCEED;
 	if (view->flags & SVC_INTERNAL_LOCAL && !view->count)

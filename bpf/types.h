@@ -248,13 +248,15 @@ struct backend_key {
 	__u8   pad;
 };
 
-enum liveness {
-	LIVE_TAKES = 1,
-	LIVE_ENDS  = 2,
+enum liveness {			/* bits: whose new connections it takes, by the lists that have it */
+	LIVE_INSIDE  = 1,	/* of clients in the cluster */
+	LIVE_LOCAL   = 2,	/* of those who ask where SVC_INTERNAL_LOCAL is */
+	LIVE_OUTSIDE = 4,	/* of clients outside */
+	LIVE_KEEPS   = 8,	/* nobody's: it has what it had. An owner that ends; of UDP any that serves */
 };
 
 struct backend_state {
-	__u8 live[2];		/* per view; LIVE_ENDS: keeps what it has, takes nothing new */
+	__u8 live[2];		/* per view: enum liveness bits; 0: no backend */
 	__u8 pad[2];
 	struct bpf_spin_lock lock;
 };

@@ -108,7 +108,7 @@ class Encoder:
 
     def encode(self, tables: Tables) -> Wanted:
         """All but image and endpoints, whole."""
-        peers, services, backends = tables.peers, tables.services, list(tables.backends)
+        peers, services, backends = tables.peers, tables.services, tables.backends
         keys = self._peer_keys(peers)
         if isinstance(peers, Peers) and _plain(self._peer_view):
             values = rows(peers.records().astype(_U32, copy=False), self._peer_view.itemsize)
@@ -117,7 +117,7 @@ class Encoder:
         return Wanted(
             sort(keys, values),
             sort(self._service_keys(services), self._service_values(services.values())),
-            sort(self._backend_keys(backends), _live(tables.ending, backends)),
+            sort(self._backend_keys(backends), _bits(backends.values(), len(backends))),
         )
 
     def patches(self, tables: Tables, delta: Delta, behind: Delta) -> tuple[Patch, Patch, Patch]:
@@ -126,13 +126,7 @@ class Encoder:
         peers, services, backends = tables.peers, tables.services, tables.backends
         p = list({**behind.peers, **delta.peers})
         s = list({**behind.services, **delta.services})
-        b = list({**behind.backends, **behind.ending, **delta.backends, **delta.ending})
-        have = (int(one in backends) + (one in tables.ending) for one in b)
-        had = (
-            int(delta.backends.get(one, one in backends))
-            + delta.ending.get(one, one in tables.ending)
-            for one in b
-        )
+        b = list({**behind.backends, **delta.backends})
         return (
             self._peers_patch(p, peers, delta.peers),
             Patch(
@@ -144,7 +138,8 @@ class Encoder:
             ),
             Patch(
                 self._backend_keys(b),
-                *(np.fromiter(one, np.uint8, len(b)).reshape(-1, 1) for one in (have, had)),
+                _bits((backends.get(one, 0) for one in b), len(b)),
+                _bits((_before(one, delta.backends, backends) or 0 for one in b), len(b)),
             ),
         )
 
@@ -276,10 +271,9 @@ def _own_peers(
     return record.id, classes[0], classes[1]
 
 
-def _live(ending: Collection[BackendKey], backends: Collection[BackendKey]) -> Bytes:
-    """`backend_state.live`: 1 of those that take new connections, 2 of those that end."""
-    found = np.fromiter((1 + (one in ending) for one in backends), np.uint8, len(backends))
-    return found.reshape(-1, 1)
+def _bits(of: Iterable[int], count: int) -> Bytes:
+    """`backend_state.live` of each."""
+    return np.fromiter(of, np.uint8, count).reshape(-1, 1)
 
 
 def _before(key: K, changed: Mapping[K, V | None], now: Mapping[K, V]) -> V | None:

@@ -12,6 +12,10 @@ from lockgate.compile.balance import Owner
 from lockgate.compile.choose import Candidate, Spot
 from lockgate.compile.frontends import Ask
 from lockgate.compile.tables import (
+    LIVE_INSIDE,
+    LIVE_KEEPS,
+    LIVE_LOCAL,
+    LIVE_OUTSIDE,
     NO_OWNER,
     OWNER_ENDS,
     PROTOCOL_NUMBER,
@@ -77,16 +81,20 @@ class Seed:
 
 @dataclass(slots=True)
 class Draft:
-    """`backends`: those that are live, and whether they end. `hosting`: processes of the node
+    """`backends`: those that are live, with their LIVE_ bits. `hosting`: processes of the node
     serve clients outside. `hinted`: it looks otherwise from another zone."""
 
     entries: dict[ServiceKey, Seed] = field(default_factory=dict)
     lists: dict[ListKey, bytes] = field(default_factory=dict)
     tables: dict[ListKey, tuple[Owner, ...]] = field(default_factory=dict)
-    backends: dict[BackendKey, bool] = field(default_factory=dict)
+    backends: dict[BackendKey, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     hosting: bool = False
     hinted: bool = False
+
+    def live(self, backend: BackendKey, bits: int) -> None:
+        """One list more has it."""
+        self.backends[backend] = self.backends.get(backend, 0) | bits
 
 
 def of_service(
@@ -124,7 +132,8 @@ def of_pod(
         seed = Seed(number, SVC_PRESENT | (SVC_HOST_ONLY if ask.kind == "loopback" else 0))
         seed.backends, seed.count = _key(ask.port, ipv4, _NEAR), 1
         draft.lists[seed.backends] = _backends([spot], around)
-        draft.backends[backend, number, port.container_port, protocol] = False
+        bits = LIVE_INSIDE if ask.kind == "loopback" else LIVE_INSIDE | LIVE_OUTSIDE
+        draft.live((backend, number, port.container_port, protocol), bits)
         if ask.kind != "loopback":
             seed.flags |= SVC_FRONTEND
             owners = _key(ask.port, ipv4, _OWNERS)
@@ -171,9 +180,13 @@ class _Reader:
         number, ipv4 = ask.port, is_ipv4(ask.key[0])
         port = self._service.spec.ports[number]
         chosen = self._chosen.get((number, ipv4))
+        identity = self._around.ids.service(*name, port.name, port.protocol, port.port)
         if chosen is None:
             chosen = self._chosen[number, ipv4] = self._choose(number, ipv4)
-        identity = self._around.ids.service(*name, port.name, port.protocol, port.port)
+            # What a client of UDP has does not move when it is another zone's or node's turn.
+            for one in chosen.every if port.protocol == "UDP" else ():
+                if one.serves:
+                    self._draft.live((one.spot[0], identity, one.spot[1], UDP), LIVE_KEEPS)
         seed = Seed(identity, SVC_PRESENT, self._affinity)
         if ask.kind == "cluster":
             if self._inside_local:
@@ -219,8 +232,9 @@ class _Reader:
             if chosen:
                 draft.lists[key] = _backends(chosen, self._around)
             protocol = PROTOCOL_NUMBER[self._service.spec.ports[number].protocol]
+            bits = LIVE_LOCAL if kind == _INSIDE else LIVE_INSIDE
             for address, target in chosen:
-                draft.backends[address, seed.id, target, protocol] = False
+                draft.live((address, seed.id, target, protocol), bits)
         seed.count = self._counts[key]
         seed.backends = key if seed.count else 0
 
@@ -238,8 +252,8 @@ class _Reader:
                 self._limit(found)
                 found.sort()
             for (address, target), ends in found:
-                backend = address, seed.id, target, protocol
-                self._draft.backends[backend] = self._draft.backends.get(backend, ends) and ends
+                bits = LIVE_KEEPS if ends else LIVE_OUTSIDE
+                self._draft.live((address, seed.id, target, protocol), bits)
             self._counts[key] = len(found) if takes else 0
             if takes:
                 _balance(self._draft, key, found, self._around)

@@ -82,9 +82,8 @@ def compile_node(
             base,
             state.peers.delta(),
             state.services.views.delta(),
-            state.services.live.backends_delta(),
+            state.services.live.backends.delta(),
             state.image.changed,
-            state.services.live.ending_delta(),
         )
     state.serial = tables.serial
     return tables
@@ -197,7 +196,6 @@ class _State:
             self.services.live.backends,
             errors,
             cache=self,
-            ending=self.services.live.ending,
             host_backends=self.services.hosting,
         )
 

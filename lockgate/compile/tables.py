@@ -65,6 +65,11 @@ SVC_INTERNAL_LOCAL = 128
 
 OWNER_ENDS = 1
 
+LIVE_INSIDE = 1
+LIVE_LOCAL = 2
+LIVE_OUTSIDE = 4
+LIVE_KEEPS = 8
+
 TO_NOWHERE = 0
 TO_LOCAL = 1
 TO_HOP = 2
@@ -165,24 +170,18 @@ BackendKey = tuple[bytes, int, int, int]
 
 @dataclass(slots=True)
 class Delta:
-    """What differs from the tables with the serial `base`: keys, and what they had there (None or
-    False: nothing); ranges of the image's words (first, behind the last), None for all."""
+    """What differs from the tables with the serial `base`: keys, and what they had there (None:
+    nothing); ranges of the image's words (first, behind the last), None for all."""
 
     base: int
     peers: dict[bytes, PeerView | None] = field(default_factory=dict)
     services: dict[ServiceKey, ServiceView | None] = field(default_factory=dict)
-    backends: dict[BackendKey, bool] = field(default_factory=dict)
+    backends: dict[BackendKey, int | None] = field(default_factory=dict)
     words: list[tuple[int, int]] | None = field(default_factory=list)
-    ending: dict[BackendKey, bool] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(
-            self.peers
-            or self.services
-            or self.backends
-            or self.ending
-            or self.words is None
-            or self.words
+            self.peers or self.services or self.backends or self.words is None or self.words
         )
 
 
@@ -196,13 +195,12 @@ class Tables:
     peers: Mapping[bytes, PeerView] = field(default_factory=dict)
     endpoints: dict[int, EndpointView] = field(default_factory=dict)
     services: dict[ServiceKey, ServiceView] = field(default_factory=dict)
-    backends: set[BackendKey] = field(default_factory=set)
+    #: LIVE_ bits of each.
+    backends: dict[BackendKey, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     delta: Delta | None = None
     serial: int = field(default_factory=itertools.count(1).__next__)
     cache: Any = field(default=None, repr=False)
-    #: Of `backends` those that keep what they have and take nothing new.
-    ending: set[BackendKey] = field(default_factory=set)
     #: Do processes of the node serve clients outside? See bpf/to_net.h.
     host_backends: bool = False
 

@@ -40,7 +40,6 @@ from tests.bytecode.world import (
     UNDERLAY,
     Peer,
     Service,
-    set_seen,
 )
 
 NEW, ESTABLISHED, CLOSING, CLOSED = 1, 2, 3, 4  # enum ct_state
@@ -342,61 +341,6 @@ def test_udp_moves_to_another_backend_when_its_own_goes(world, family):
     world.publish(base().but(services={**services, (svc, 53, UDP): Service(22)}))
     outcome = pass_(world, question, A)
     assert [e["cause"] for e in outcome.events] == ["no-backend"]
-
-
-# ---- Affinity ------------------------------------------------------------------------
-
-
-def sticky(family, *names, affinity=10):
-    """The service with backends of these names; its clients keep theirs for 10 s."""
-    backends = tuple((ADDRESSES[family][name], 8080) for name in names)
-    services = {**base().services}
-    services[ADDRESSES[family]["svc"], 80, TCP] = Service(21, backends, affinity)
-    return base().but(services=services)
-
-
-def chosen(world, family, sport: int) -> bytes:
-    """The backend of a connection that A begins from this port."""
-    outcome = pass_(world, bytes(from_pod(A) / ip(family, "a", "svc") / syn(sport)), A)
-    return outcome.packet[30:34] if family == 4 else outcome.packet[38:54]
-
-
-def many(world, family, first: int) -> set[bytes]:
-    return {chosen(world, family, first + n) for n in range(40)}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_client_keeps_its_backend_while_it_comes_back_in_time(world, family):
-    world.publish(sticky(family, "b", "c"))
-    (kept,) = many(world, family, 40000)
-    found = set()
-    for sport in range(41000, 41040):
-        set_seen(world.affinities, -9)
-        assert chosen(world, family, sport) == kept
-        set_seen(world.affinities, -11)
-        kept = chosen(world, family, sport + 1000)
-        found.add(kept)
-    assert len(found) == 2, "too late, it is given any"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_client_is_given_another_when_its_backend_goes(world, family):
-    world.publish(sticky(family, "b"))
-    first = chosen(world, family, 40000)
-    world.publish(sticky(family, "b", "c"))
-    assert many(world, family, 41000) == {first}
-    world.publish(sticky(family, "c"))
-    (second,) = many(world, family, 42000)
-    assert second != first
-    world.publish(sticky(family, "b", "c"))
-    assert many(world, family, 43000) == {second}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_without_affinity_nothing_is_kept(world, family):
-    world.publish(sticky(family, "b", "c", affinity=0))
-    assert len(many(world, family, 40000)) == 2
-    assert len(world.affinities.keys()) == 0
 
 
 def test_a_hairpin_of_a_reused_address_goes_to_the_new_pod(world):

@@ -56,6 +56,8 @@ from tests.bytecode.world import (
     NEXT,
     OUTSIDE,
     REDIRECT,
+    SVC_FRONTEND,
+    SVC_OPEN,
     TCP,
     UDP,
     UNDERLAY,
@@ -285,14 +287,19 @@ def test_the_client_may_be_a_pod_or_node_that_asked_another_node(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("asked", ["node", "unpublished"])
+@pytest.mark.parametrize("asked", ["node", "external", "unpublished"])
 def test_a_node_port_of_another_node(world: World, family: int, asked: str) -> None:
-    """At an address of it that this node does not know as its, too; but not as a pod's."""
-    world.publish(frontends())
-    known = ADDRESSES[family]
+    """At an address of it that this node does not know as its, too, or that is an external IP of
+    another service; but not as a pod's."""
+    scene, known = frontends(), ADDRESSES[family]
+    if asked == "external":
+        services = {**scene.services, (known["node"], 80, TCP): scene.services[LB[family], 80, TCP]}
+        addresses = {**scene.addresses, known["node"]: SVC_FRONTEND | SVC_OPEN}
+        scene = scene.but(services=services, addresses=addresses)
+    world.publish(scene)
     own = world.state.view[f"node{family}"][0]
     own[:] = np.frombuffer(parse_address(known["host"]), np.uint8)
-    address = known["node"] if asked == "node" else OTHER[family]
+    address = OTHER[family] if asked == "unpublished" else known["node"]
     packet = ip(family, "world", address, ttl=63) / syn(SPORT, NODE_PORT)
     out = arrives(world, packet)
     same_frame(out.packet, to_pod(B) / ip(family, "world", "b", ttl=63) / syn(SPORT, 8080))

@@ -21,6 +21,7 @@ from tests.bytecode.goldens import (
     echo,
     from_pod,
     ip,
+    layers,
     syn,
     table,
     tcp,
@@ -31,8 +32,10 @@ from tests.bytecode.world import (
     DROP,
     DRY_MARK,
     LOCAL,
+    OUTSIDE,
     REDIRECT,
     UNDERLAY,
+    Outcome,
     Peer,
     Scene,
     World,
@@ -168,6 +171,40 @@ def test_when_all_ports_are_in_use_none_is_taken_away(two_ports, kind, family):
         # One that is over is free.
         set_seen(world.half_open, -61)
         assert world.run("from_pod", frames[2], at_pod(A)).verdict == REDIRECT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_no_port_is_free_one_of_a_closed_connection_is_taken(two_ports, family):
+    """Who begins many short connections needs them sooner than closed ones are forgotten."""
+    world = two_ports
+    answers = ADDRESSES[family]["masq"]
+
+    def begins(number: int) -> Outcome:
+        frame = from_pod(A) / ip(family, "a", "world") / syn(40000 + number)
+        return world.run("from_pod", bytes(frame), at_pod(A))
+
+    def answered(port: int, flags: str) -> int:
+        """The port of the pod that hears it."""
+        frame = wire() / ip(family, "world", answers) / tcp(80, port, flags)
+        outcome = world.run("from_net", bytes(frame), OUTSIDE)
+        return layers(outcome.packet)[2].dport if outcome.verdict == REDIRECT else 0
+
+    with world.inside():
+        world.clear()
+        world.publish(base())
+        ports = [layers(begins(number).packet)[2].sport for number in (0, 1)]
+        assert answered(ports[0], "SA") == 40000 and answered(ports[1], "SA") == 40001
+        assert begins(2).events[-1]["cause"] == "nat-exhausted"
+        assert answered(ports[1], "R") == 40001  # the second is closed now
+        outcome = begins(2)
+        assert layers(outcome.packet)[2].sport == ports[1]
+        assert answered(ports[0], "A") == 40000, "who lives keeps its port"
+        assert answered(ports[1], "SA") == 40002
+        assert begins(3).events[-1]["cause"] == "nat-exhausted"
+        # What else comes of the closed one finds no port, and takes none away.
+        late = from_pod(A) / ip(family, "a", "world") / tcp(40001, 80, "R")
+        assert world.run("from_pod", bytes(late), at_pod(A)).verdict == DROP
+        assert answered(ports[1], "A") == 40002
 
 
 @pytest.mark.parametrize("family", FAMILIES)

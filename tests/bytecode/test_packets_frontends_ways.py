@@ -335,6 +335,25 @@ def test_a_port_whose_connection_is_over_is_given_out_again(configured, family: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_port_of_a_closed_connection_is_given_out_where_none_is_free(
+    configured, family: int
+) -> None:
+    world = configured("oneport", masquerade_port_min=20000, masquerade_port_max=20000)
+    with world.inside():
+        world.publish(frontends())
+        run(world, "from_net", wire() / ask(family, SNAT), OUTSIDE)
+        for flags in ("SA", "R"):
+            answer = wire() / ip(family, "remote", "host") / tcp(8080, 20000, flags)
+            out = run(world, "from_net", answer, UNDERLAY)
+            assert Ether(out.packet)[2].dport == SPORT
+        second = ip(family, "world", LB[family]) / syn(SPORT + 1, PORTS[SNAT])
+        out = run(world, "from_net", wire() / second, OUTSIDE)
+        assert out.verdict == REDIRECT and Ether(out.packet)[2].sport == 20000
+        answer = wire() / ip(family, "remote", "host") / tcp(8080, 20000, "SA")
+        assert Ether(run(world, "from_net", answer, UNDERLAY).packet)[2].dport == SPORT + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_known_connection_goes_on_whatever_the_owners(world: World, family: int) -> None:
     scene = frontends()
     world.publish(scene)

@@ -34,6 +34,7 @@ from tests.bytecode.world import (
     DROP,
     HOP_MAC,
     INGRESS,
+    LIVE_INSIDE,
     LOCAL,
     REDIRECT,
     TCP,
@@ -269,7 +270,7 @@ def test_backends_that_are_live_in_the_other_state_would_show(world, family, ver
     world.publish(scenes[1])
     keys, values = world.backends.items()
     values = values.copy()
-    values["live"][:] = 1
+    values["live"][:] = LIVE_INSIDE
     world.backends.update_many(keys, values)
     assert of_service(new_connection(world, frame, 2))[0] != verdict
     world.publisher.read_back()

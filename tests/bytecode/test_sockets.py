@@ -19,6 +19,7 @@ from tests.bytecode.goldens import base
 from tests.bytecode.world import (
     SVC_HOST_ONLY,
     SVC_INTERNAL_LOCAL,
+    SVC_OPEN,
     SVC_RANGES,
     TCP,
     UDP,
@@ -29,6 +30,7 @@ from tests.bytecode.world import (
 BACKEND = {4: "127.0.0.5", 6: "::1"}
 RANGED = {4: "203.0.113.1", 6: "2001:db8:113::1"}
 LOCAL = {4: "10.96.0.9", 6: "fd00:96::9"}
+OPEN = {4: "192.0.2.2", 6: "fd00:ff::2"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
 # Says what came of asking, and who the peer is.
@@ -122,10 +124,12 @@ def sockets() -> Iterator[Sockets]:
             (100, RANGED[family], SVC_RANGES, ((BACKEND[family], 8080),)),
             (200, LOCAL[family], SVC_INTERNAL_LOCAL, ()),
             (300, LOOPBACK[family], SVC_HOST_ONLY, ((BACKEND[family], 8080),)),
+            (400, OPEN[family], 0, ((BACKEND[family], 8080),)),
         )
         for proto in (TCP, UDP)
     }
-    made.world.publish(scene.but(services=services))
+    addresses = dict.fromkeys((*OPEN.values(), *LOOPBACK.values()), SVC_OPEN)
+    made.world.publish(scene.but(services=services, addresses=addresses))
     yield made
     made.close()
     for pin in folder.iterdir():
@@ -151,6 +155,19 @@ def test_whom_a_service_serves_is_asked_of_pods_by_packet(
     assert sockets.ask("node", kind, family, address, 80) == f"{address} 80"
     # It kept the service's address, where this pod has no route to.
     assert sockets.ask("pod", kind, family, address, 80) == str(errno.ENETUNREACH)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+def test_a_port_that_no_service_has_at_its_address(
+    sockets: Sockets, kind: str, family: int
+) -> None:
+    address = LOCAL[family]
+    assert sockets.ask("node", kind, family, address, 81) == str(errno.ECONNREFUSED)
+    assert sockets.ask("pod", kind, family, address, 81) == str(errno.ENETUNREACH)
+    # A host's own address: what is there is its stack's business.
+    found = sockets.ask("node", kind, family, OPEN[family], 81)
+    assert found == str(errno.ENETUNREACH)
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -53,6 +53,8 @@ HOP_MAC, HOP_MASQ, HOP_DROP, HOP_TUNNEL, HOP_XDP = 1, 2, 4, 8, 16
 SVC_PRESENT, SVC_FRONTEND, SVC_SNAT, SVC_LOCAL, SVC_RANGES, SVC_HOST_ONLY = 1, 2, 4, 8, 16, 64
 SVC_OPEN, SVC_INTERNAL_LOCAL = 32, 128
 TO_NOWHERE, TO_LOCAL, TO_HOP, TO_HOST = 0, 1, 2, 3  # enum target_kind
+OWNER_ENDS = 1
+LIVE_INSIDE, LIVE_LOCAL, LIVE_OUTSIDE, LIVE_KEEPS = 1, 2, 4, 8  # enum liveness
 LINK_UNDERLAY, LINK_OUTSIDE = 1, 2
 INGRESS, EGRESS = 1, 2  # enum isolation; the order of Scene.cells
 TCP, UDP, SCTP = 6, 17, 132
@@ -228,10 +230,15 @@ class Scene:
                 len(service.owners),
                 ranged,
             )
-            behind = {(one.address, one.port) for one in service.owners} | {*service.backends}
-            tables.backends.update(
-                (parse_address(backend), service.id, number, proto) for backend, number in behind
-            )
+            inside = LIVE_LOCAL if service.flags & SVC_INTERNAL_LOCAL else LIVE_INSIDE
+            live = [(*backend, inside) for backend in service.backends]
+            live += [
+                (one.address, one.port, LIVE_KEEPS if one.flags & OWNER_ENDS else LIVE_OUTSIDE)
+                for one in service.owners
+            ]
+            for backend, number, bits in live:
+                key = parse_address(backend), service.id, number, proto
+                tables.backends[key] = tables.backends.get(key, 0) | bits
         tables.image = np.concatenate((ports.view("<u8"), cidrs, np.array(words, "<u8")))
         return tables
 

@@ -60,7 +60,7 @@ def tables(pods: int = 3, words: int = 60000) -> Tables:
     made.endpoints[4] = EndpointView(100, 200, 3)
     service = parse_address("10.96.0.1")
     made.services[service, 80, 6] = ServiceView(5, 1000, 1, 1)
-    made.backends.add((parse_address("10.0.0.1"), 5, 8080, 6))
+    made.backends[parse_address("10.0.0.1"), 5, 8080, 6] = 1
     return made
 
 
@@ -242,7 +242,7 @@ def in_force(dp: Datapath, publisher: Publisher) -> Tables:
     for key, value in zip(*dp.backends.items(), strict=True):
         if value["live"][view]:
             where = bytes(key["addr"]), int(key["service"]), int(key["port"]), int(key["proto"])
-            found.backends.add(where)
+            found.backends[where] = int(value["live"][view])
     return found
 
 

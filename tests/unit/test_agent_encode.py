@@ -6,7 +6,15 @@ import numpy as np
 
 from lockgate.agent.encode import Encoder
 from lockgate.bpf.btf import Schema
-from lockgate.compile.tables import BackendKey, Delta, Tables
+from lockgate.compile.tables import (
+    LIVE_INSIDE,
+    LIVE_KEEPS,
+    LIVE_LOCAL,
+    LIVE_OUTSIDE,
+    BackendKey,
+    Delta,
+    Tables,
+)
 from lockgate.objects.address import parse_address
 from lockgate.paths import bpf_object
 
@@ -20,10 +28,9 @@ def backend(last: int) -> BackendKey:
 def test_backends_that_end_are_told_apart() -> None:
     encoder = Encoder(SCHEMA, 16)
     tables = Tables(np.zeros(1, np.uint64))
-    tables.backends = {backend(1), backend(2)}
-    tables.ending = {backend(2)}
+    tables.backends = {backend(1): LIVE_INSIDE | LIVE_OUTSIDE, backend(2): LIVE_KEEPS}
     keys, values = encoder.encode(tables).backends
-    assert [key[15] for key in keys.tolist()] == [1, 2] and values.tolist() == [[1], [2]]
+    assert [key[15] for key in keys.tolist()] == [1, 2] and values.tolist() == [[5], [8]]
 
 
 def test_a_patch_tells_what_ends_in_both_views() -> None:
@@ -31,15 +38,10 @@ def test_a_patch_tells_what_ends_in_both_views() -> None:
     other view is behind by 3, which it does not have."""
     encoder = Encoder(SCHEMA, 16)
     tables = Tables(np.zeros(1, np.uint64))
-    tables.backends = {backend(1), backend(3), backend(4)}
-    tables.ending = {backend(1)}
-    delta = Delta(
-        1,
-        backends={backend(2): True, backend(4): False},
-        ending={backend(1): False, backend(2): True},
-    )
+    tables.backends = {backend(1): LIVE_KEEPS, backend(3): LIVE_LOCAL, backend(4): LIVE_OUTSIDE}
+    delta = Delta(1, backends={backend(1): LIVE_OUTSIDE, backend(2): LIVE_KEEPS, backend(4): None})
     assert delta
-    behind = Delta(0, backends={backend(3): False})
+    behind = Delta(0, backends={backend(3): None})
     patch = encoder.patches(tables, delta, behind)[2]
     found = {
         key[15]: (wanted[0], other[0])
@@ -47,4 +49,4 @@ def test_a_patch_tells_what_ends_in_both_views() -> None:
             patch.keys.tolist(), patch.wanted.tolist(), patch.others.tolist(), strict=True
         )
     }
-    assert found == {1: (2, 1), 2: (0, 2), 3: (1, 1), 4: (1, 0)}
+    assert found == {1: (8, 4), 2: (0, 8), 3: (2, 2), 4: (4, 0)}

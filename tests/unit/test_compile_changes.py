@@ -55,7 +55,7 @@ class Mirror:
     def __init__(self, tables: Tables) -> None:
         self.serial = tables.serial
         self.peers, self.services = dict(tables.peers), dict(tables.services)
-        self.backends, self.image = set(tables.backends), tables.image.copy()
+        self.backends, self.image = dict(tables.backends), tables.image.copy()
 
     def follow(self, tables: Tables) -> None:
         delta = tables.delta
@@ -64,16 +64,13 @@ class Mirror:
         for mine, theirs, changes in (
             (self.peers, tables.peers, delta.peers),
             (self.services, tables.services, delta.services),
+            (self.backends, tables.backends, delta.backends),
         ):
             for key, was in changes.items():
                 assert mine.pop(key, None) == was != theirs.get(key)
                 if key in theirs:
                     mine[key] = theirs[key]
             assert mine == dict(theirs)
-        for one, was in delta.backends.items():
-            assert (one in self.backends) == was != (one in tables.backends)
-        self.backends ^= delta.backends.keys()
-        assert self.backends == tables.backends
         if delta.words is None:
             self.image = tables.image.copy()
         else:

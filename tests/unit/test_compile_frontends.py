@@ -11,6 +11,8 @@ import pytest
 from lockgate.compile import Host, Tables, compile_node
 from lockgate.compile.evaluate import owners_of, slots_of
 from lockgate.compile.tables import (
+    LIVE_KEEPS,
+    LIVE_LOCAL,
     ON_HOST,
     SVC_FRONTEND,
     SVC_HOST_ONLY,
@@ -44,6 +46,8 @@ from tests.unit.test_spec_services import (
     EXTERNAL,
     NODE_A,
     NODE_B,
+    READY,
+    UNREADY,
     cluster,
     pod,
     service,
@@ -276,6 +280,18 @@ def test_a_node_that_moves_to_another_zone_chooses_anew() -> None:
     )
     tables = compile_node(of, "a", ids(), tables, Changed(nodes={"a"}), HOST)
     assert tables.services[parse_address(CLUSTER_IP), 80, 6].count == 1
+
+
+def test_who_serves_elsewhere_keeps_its_flows_of_udp() -> None:
+    """Of TCP no packet asks for that."""
+    local = {"type": "ClusterIP", "internal_traffic_policy": "Local", "external_ips": []}
+    tables = compiled(cluster(service(**local), (READY, READY, UNREADY)))
+    here, there = parse_address("10.0.1.1"), parse_address("10.0.2.1")
+    assert {(key[0], key[3]): bits for key, bits in tables.backends.items()} == {
+        (here, 6): LIVE_LOCAL,
+        (here, 17): LIVE_LOCAL | LIVE_KEEPS,
+        (there, 17): LIVE_KEEPS,
+    }
 
 
 def test_addresses_that_come_and_go_on_cards() -> None:

@@ -54,8 +54,9 @@ class Place:
 
     mode: XdpMode | None
     why: str = ""
-    #: Clients come by it; else it is only there so that others can send by it.
-    faces_clients: bool = True
+    #: Of what it can do, what it does here.
+    balance: bool = True
+    firewall: bool = True
 
 
 def places(
@@ -75,8 +76,10 @@ def places(
             place = Place(None, f"another program is there: {_title(card.xdp.program)}")
         elif outside and card not in outside:
             place = _sender(card, setting, balance)
+        elif setting == "auto" and _is_veth(card):
+            place = _veth(firewall, card in underlay)
         else:
-            place = _place(card, setting, card in underlay)
+            place = _place(card, setting)
         found[card.name] = place
     return found
 
@@ -85,17 +88,26 @@ def _sender(card: Card, setting: Setting, balance: bool) -> Place:
     """At a card that leads to other nodes only. Many drivers send what other cards' programs
     redirect only while they have a program of their own."""
     if balance and setting != "generic" and _native(card) and not _is_veth(card):
-        return Place("native", "what comes by other cards leaves by it", faces_clients=False)
+        return Place("native", "what comes by other cards leaves by it", firewall=False)
     return Place(None, "clients come by another card")
 
 
-def _place(card: Card, setting: Setting, underlay: bool) -> Place:
+def _veth(firewall: bool, underlay: bool) -> Place:
+    """Frames may come from a socket of the same machine, their checksums left to a card that never
+    was on their way: the stack knows and fills them in, XDP does not see it. So it sends none."""
+    if not firewall:
+        return Place(None, "what comes by a veth may lack its checksum: the stack sends it on")
+    if underlay:
+        why = "native, the other end would have to cut what it sends"
+        return Place("generic", why, balance=False)
+    return Place("native", "for the firewall alone", balance=False)
+
+
+def _place(card: Card, setting: Setting) -> Place:
     if setting == "generic":
         return Place("generic", "as the settings say")
     if setting == "auto" and not _native(card):
         return Place("generic", "the driver has no XDP")
-    if setting == "auto" and _is_veth(card) and underlay:
-        return Place("generic", "native, the other end would have to cut what it sends")
     return Place("native")
 
 
@@ -195,7 +207,7 @@ class Edge:
         pinned, and no card uses them before `settle`. LoadError."""
         sizes = tuple(self.sizes.items())
         have = (one for kind, one in self._objects.items() if kind.firewall and kind.sizes == sizes)
-        return next(have, None) or self._load(self._kind("native"))
+        return next(have, None) or self._load(self._kind(Place("native")))
 
     def pinned_size(self, name: str) -> int:
         """Elements of a map of XDP's own as it is pinned, of this layout; 0 if it is not."""
@@ -251,7 +263,7 @@ class Edge:
                 del self._refused[card.name]
         mode = place.mode
         assert mode is not None
-        kind = self._kind(mode, place.faces_clients)
+        kind = self._kind(place)
         if ours and self._attached.get(card.name) == (card.index, mode, kind):
             return place
         try:
@@ -274,10 +286,11 @@ class Edge:
         self._attached[card.name] = card.index, mode, kind
         return place
 
-    def _kind(self, mode: XdpMode, faces_clients: bool = True) -> _Kind:
-        firewall = self.firewall and faces_clients
+    def _kind(self, place: Place) -> _Kind:
+        firewall = self.firewall and place.firewall
         sizes = tuple(self.sizes.items()) if firewall else ()
-        return _Kind(self.balance, firewall, mode == "generic", sizes, self._macs)
+        balance = self.balance and place.balance
+        return _Kind(balance, firewall, place.mode == "generic", sizes, self._macs)
 
     def _load(self, kind: _Kind) -> Object:
         made = Object(self._path)

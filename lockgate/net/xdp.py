@@ -13,7 +13,7 @@ from typing import Literal
 
 from lockgate.net.dumps import ATTRIBUTE, ask, attributes
 
-__all__ = ["BASIC", "NDO_XMIT", "State", "state", "use_gro"]
+__all__ = ["BASIC", "NDO_XMIT", "State", "fill_checksums", "state", "use_gro"]
 
 Mode = Literal["", "native", "generic", "offloaded", "several"]
 
@@ -30,7 +30,7 @@ _MODES: tuple[Mode, ...] = ("", "native", "generic", "offloaded", "several")  # 
 _GENERIC = struct.Struct("=BBH")  # command, version
 _CTRL, _GETFAMILY, _FAMILY_ID, _FAMILY_NAME = 16, 3, 1, 2  # linux/genetlink.h
 _DEV_GET, _DEV_IFINDEX, _DEV_XDP_FEATURES = 1, 1, 3
-_SIOCETHTOOL, _GGRO, _SGRO = 0x8946, 0x2B, 0x2C
+_SIOCETHTOOL, _GGRO, _SGRO, _STXCSUM = 0x8946, 0x2B, 0x2C, 0x17
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +69,21 @@ def use_gro(name: str) -> None:
             _ethtool(sock, name, _SGRO, 1)
 
 
+def fill_checksums(name: str) -> None:
+    """Have the stack fill in the checksums of what it sends by an interface, as a card does (no
+    transmit offload): who is behind a veth sees otherwise frames without. OSError if there is no
+    such interface."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        _ethtool(sock, name, _STXCSUM, 0)
+
+
 def _ethtool(sock: socket.socket, name: str, command: int, value: int) -> int:
     data = create_string_buffer(struct.pack("II", command, value), 8)
     request = struct.pack("16sQ16x", name.encode(), addressof(data))
     try:
         fcntl.ioctl(sock, _SIOCETHTOOL, request)
     except OSError as error:
-        raise OSError(error.errno, f"receive offload of {name}: {error.strerror}") from error
+        raise OSError(error.errno, f"offloads of {name}: {error.strerror}") from error
     found: int = struct.unpack("II", data.raw)[1]
     return found
 

@@ -58,7 +58,8 @@ def write_config(state: State, node: str, role: str, settings: Settings, nodes: 
             "outside": "outside0",
             "routing": settings.routing,
             "forwarding": settings.forwarding,
-            "xdp": settings.xdp,
+            # The nodes' links to the world are veths, but made fit for it (underlay.py).
+            "xdp": "native" if settings.xdp == "auto" else settings.xdp,
             "flows": {"remember": settings.flows},
             "capture": settings.capture,
             "limits": settings.limits,

@@ -71,10 +71,13 @@ def build(state: State, nodes: Sequence[tuple[str, int]]) -> None:
         with namespaces.inside(namespaces.path_of(hub)):
             _no_bridge_filter()
             _batch([f"link set n{number} master br0 up" for _, number in nodes])
-            if hub == state.underlay_netns:
-                for _, number in nodes:
-                    # A veth takes what XDP redirects to a node's end only so.
+            for _, number in nodes:
+                # What nodes' XDP needs of the other ends: to take what it sends between nodes, and
+                # to send from the world what is as complete as on a wire.
+                if hub == state.underlay_netns:
                     xdp.use_gro(f"n{number}")
+                else:
+                    xdp.fill_checksums(f"n{number}")
     for name, number in nodes:
         with namespaces.inside(state.netns_path(name)):
             _node_sysctls()

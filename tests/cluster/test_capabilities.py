@@ -44,6 +44,7 @@ class Machine:
                 "control": "/control/control.sock",
                 "cgroup": str(self.node.cgroup),
                 "outside": "outside",
+                "xdp": "native",
             }
         (folder / f"{role}.json").write_text(json.dumps(config))
         empty = self.node.folder / "empty"

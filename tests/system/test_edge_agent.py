@@ -27,7 +27,7 @@ WEB = frontend("web", "203.0.113.80", "10.77.2.9")
 
 @pytest.fixture
 async def bed(tmp_path: Path) -> AsyncIterator[Bed]:
-    async with make_bed(tmp_path, "one") as made:
+    async with make_bed(tmp_path, "one", xdp="native") as made:
         made.supervisor.put(with_ips(pod("far", "two"), ["10.77.2.9"]))
         yield made
 

@@ -29,7 +29,9 @@ def one(**xdp: Any) -> Cards:
 VETH: dict[str, Any] = {"kind": "veth"}
 NATIVE = Place("native")
 ELSEWHERE = Place(None, "clients come by another card")
-SENDS = Place("native", "what comes by other cards leaves by it", faces_clients=False)
+SENDS = Place("native", "what comes by other cards leaves by it", firewall=False)
+UNFIT = Place(None, "what comes by a veth may lack its checksum: the stack sends it on")
+FILTERS = Place("native", "for the firewall alone", balance=False)
 CASES: dict[str, tuple[Cards, dict[str, Any], dict[str, Place]]] = {
     "hardware": (one(), {}, {"eth0": NATIVE}),
     "the firewall needs it as well": (one(), {"needs": (False, True)}, {"eth0": NATIVE}),
@@ -50,13 +52,23 @@ CASES: dict[str, tuple[Cards, dict[str, Any], dict[str, Place]]] = {
         {"setting": "generic"},
         {"eth0": Place("generic", "as the settings say")},
     ),
-    "the only card is a veth": (
+    "the only card is a veth": (one(**VETH), {}, {"eth0": UNFIT}),
+    "the only card is a veth, and there is a firewall": (
         one(**VETH),
-        {},
-        {"eth0": Place("generic", "native, the other end would have to cut what it sends")},
+        {"needs": (True, True)},
+        {
+            "eth0": Place(
+                "generic", "native, the other end would have to cut what it sends", balance=False
+            )
+        },
     ),
-    "that it costs is accepted": (one(**VETH), {"setting": "native"}, {"eth0": NATIVE}),
-    "a veth to the world": (two(VETH, VETH), {}, {"eth0": NATIVE, "eth1": ELSEWHERE}),
+    "whoever knows his veths may say so": (one(**VETH), {"setting": "native"}, {"eth0": NATIVE}),
+    "a veth to the world": (two(VETH, VETH), {}, {"eth0": UNFIT, "eth1": ELSEWHERE}),
+    "a veth to the world, and a firewall": (
+        two(VETH, VETH),
+        {"needs": (True, True)},
+        {"eth0": FILTERS, "eth1": ELSEWHERE},
+    ),
     "hardware to the other nodes may need a program to send": (
         two({}, {}),
         {},

@@ -86,6 +86,11 @@ int from_net(struct __sk_buff *skb)
 	case CAUSE_FRAGMENT_UNTRACKED:
 		if (for_a_pod(p) || is_frontends(p))
 			return drop(skb, p);
+		/* The first of what is for the node itself leaves nothing: see connection(). */
+		if (p->role == LINK_TUNNEL && p->to_host && !spoofed(skb, p) && !p->third) {
+			bpf_skb_change_type(skb, PACKET_HOST);
+			return TCX_NEXT;
+		}
 		return pass(skb, p);
 	case CAUSE_EXTENSION_HEADER:
 		/* The stack may follow it, and find that it is for our VXLAN device. */

@@ -41,7 +41,9 @@ __all__ = ["Edge", "Place", "Setting", "places"]
 log = logging.getLogger(__name__)
 
 Setting = Literal["auto", "native", "generic", "off"]
-_PROGRAM = "xdp_net"
+#: As which a card's link is pinned.
+_PIN = "xdp_net"
+_PROGRAMS: dict[XdpMode, str] = {"native": "xdp_net", "generic": "xdp_generic"}
 #: What drivers say when they can't as things are: no XDP, or not with this MTU, these queues, …
 _REFUSALS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOMEM, errno.ERANGE, errno.ENOSPC)
 #: Another program is there: of the same mode, or of another.
@@ -259,7 +261,7 @@ class Edge:
         if ours and self._attached.get(card.name) == (card.index, mode, kind):
             return place
         try:
-            fd = (self._objects.get(kind) or self._load(kind)).prog_fd(_PROGRAM)
+            fd = (self._objects.get(kind) or self._load(kind)).prog_fd(_PROGRAMS[mode])
             anew = ours and card.xdp.mode != mode
             attach_xdp(fd, card.index, mode, str(self._pin(card.name)), anew=anew).close()
         except LoadError as error:
@@ -303,6 +305,7 @@ class Edge:
             known = made.schema.variables(".rodata")
             made.set_rodata({k: v for k, v in self._dp.constants.items() if k in known})
             made.set_rodata(kind.constants())
+            made.skip_program(_PROGRAMS["native" if kind.generic else "generic"])
             made.load()
             if names:
                 self._pins.mkdir(exist_ok=True)
@@ -340,7 +343,7 @@ class Edge:
         return found
 
     def _pinned(self) -> set[str]:
-        prefix = f"{_PROGRAM}-"
+        prefix = f"{_PIN}-"
         return {
             name.removeprefix(prefix)
             for name in os.listdir(self._dp.links)
@@ -348,7 +351,7 @@ class Edge:
         }
 
     def _pin(self, card: str) -> Path:
-        return self._dp.links / f"{_PROGRAM}-{card}"
+        return self._dp.links / f"{_PIN}-{card}"
 
 
 def _wants(view: ServiceView) -> bool:

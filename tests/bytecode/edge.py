@@ -31,7 +31,8 @@ class Edge:
         self.object = Object(path)
         self.object.share_maps(world.object)
         own = {"config_macs": [int.from_bytes(mac_bytes(CARD_MAC), "little"), 0, 0, 0]}
-        self.object.set_rodata({**(own if program == "xdp_net" else {}), **(constants or {})})
+        ours = program in ("xdp_net", "xdp_generic")
+        self.object.set_rodata({**(own if ours else {}), **(constants or {})})
         self.object.load()
 
     def close(self) -> None:

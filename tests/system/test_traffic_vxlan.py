@@ -77,6 +77,20 @@ def test_each_way_through_the_tunnel(tunnels: Cluster, way: str, family: int) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_fragments_reach_a_process_of_the_other_node(tunnels: Cluster, family: int) -> None:
+    a, far = tunnels.pod("traffic/a"), tunnels.node(FAR)
+    address = tunnels.node_ip(FAR, family)
+    with far.socket(_family(family), socket.SOCK_DGRAM) as there:
+        there.bind((address, 0))
+        with a.socket(_family(family), socket.SOCK_DGRAM) as here:
+            here.sendto(b"x" * 4000, (address, there.getsockname()[1]))
+            got, sender = there.recvfrom(65536)
+            assert len(got) == 4000 and sender[0] == a.ip(family)
+            there.sendto(got, sender)
+            assert len(here.recv(65536)) == 4000
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ten_megabytes_arrive_whole_in_large_segments(tunnels: Cluster, family: int) -> None:
     a, c = tunnels.pod("traffic/a"), tunnels.pod("traffic/c")
     data = bytes(range(256)) * 40960

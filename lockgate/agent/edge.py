@@ -291,25 +291,17 @@ class Edge:
             made.share_maps(self._dp.object)
             # Without a firewall its maps are one element each, and nobody's.
             names = {name: f"{name}-{map_version(made.schema, name)}" for name, _ in kind.sizes}
-            there = []
             for name, size in kind.sizes:
                 made.set_max_entries(name, size)
-                with contextlib.suppress(FileNotFoundError):
-                    fd = syscall.obj_get(str(self._pins / names[name]))
-                    try:
-                        if syscall.map_info(fd).max_entries == size:
-                            made.reuse_map(name, fd)
-                            there.append(name)
-                    finally:
-                        os.close(fd)
+            taken = self._take_firewall(made, kind, names)
             known = made.schema.variables(".rodata")
             made.set_rodata({k: v for k, v in self._dp.constants.items() if k in known})
             made.set_rodata(kind.constants())
             made.skip_program(_PROGRAMS["native" if kind.generic else "generic"])
             made.load()
-            if names:
+            if names and not taken:
                 self._pins.mkdir(exist_ok=True)
-                for name in names.keys() - there:
+                for name in names:
                     # One of another size is that of programs that have it as long as they run.
                     (self._pins / names[name]).unlink(missing_ok=True)
                     syscall.obj_pin(made.map_fd(name), str(self._pins / names[name]))
@@ -321,6 +313,28 @@ class Edge:
             raise
         self._objects[kind] = made
         return made
+
+    def _take_firewall(self, made: Object, kind: _Kind, names: Mapping[str, str]) -> bool:
+        """Have it use the firewall's maps that another program of these sizes has, or that are
+        pinned: all of them, for what one says leads into another. Are there any?"""
+        have = (one for k, one in self._objects.items() if k.firewall and k.sizes == kind.sizes)
+        if other := next(have, None):
+            for name in names:
+                made.reuse_map(name, other.map_fd(name))
+            return True
+        with contextlib.ExitStack() as stack:
+            found = {}
+            for name, size in kind.sizes:
+                try:
+                    found[name] = syscall.obj_get(str(self._pins / names[name]))
+                except FileNotFoundError:
+                    return False
+                stack.callback(os.close, found[name])
+                if syscall.map_info(found[name]).max_entries != size:
+                    return False
+            for name, fd in found.items():
+                made.reuse_map(name, fd)
+        return bool(found)
 
     def _release(self) -> None:
         """Close what no card needs. While there is a firewall its maps stay, by their pins."""

@@ -196,7 +196,9 @@ def trace_text(trace: Trace, names: Names) -> str:
         lines += [f"{label if not i else ' ' * len(label)}{line}" for i, line in enumerate(told)]
     last = trace.steps[-1]
     lines.append("")
-    if trace.reaches:
+    if last.verdict == "none":
+        lines.append(paint("none", "yellow", bold=True) + f"  {_arrives(last)}")
+    elif trace.reaches:
         by = f": by {last.direction}, {policies_text(last.policies)}" if last.policies else ""
         lines.append(paint("allow", "green", bold=True) + f"  {_arrives(last)}{by}")
     else:
@@ -207,6 +209,8 @@ def trace_text(trace: Trace, names: Names) -> str:
 def _step_lines(step: Step, trace: Trace, names: Names) -> list[str]:
     lines = []
     view = step.view
+    if step.firewall and step.firewall["rule"] and not step.firewall["cause"]:
+        lines += _firewall_lines(step.firewall)
     if step.program == "from_pod":
         if view is not None:
             lines.append(f"one of {len(view['backends'])} backends at random, for its pod")
@@ -251,13 +255,31 @@ def _arrives(step: Step) -> str:
     if step.to == "pod":
         return f"pod {step.name} answers"
     if step.to != "stack":
-        return f"it leaves for {step.name}"
-    if step.went == step.came:
+        asks = ": no frontend of a service" if step.verdict == "none" else ""
+        return f"it leaves for {step.name}{asks}"
+    if step.verdict == "none":
         return f"left to the stack of {step.node}: no frontend of a service"
     return f"the stack of {step.node} answers"
 
 
+def _firewall_lines(told: Row) -> list[str]:
+    rule = told["rule"]
+    if rule["source"] == "builtin":
+        return []
+    rate = f", up to {rate} packets a second" if (rate := rule["rate"]) else ""
+    return [f"firewall: {told['prefix']} is allowed by {_rule_text(rule)}{rate}"]
+
+
+def _rule_text(rule: Row) -> str:
+    return "a command" if rule["source"] == "command" else f"{rule['name']} rules[{rule['rule']}]"
+
+
 def _why(step: Step) -> str:
+    if step.firewall and step.firewall["cause"] == step.cause == "firewall":
+        rule = step.firewall["rule"]
+        if rule is None:
+            return "firewall: no entry allows it, and the default is Drop"
+        return f"firewall: {step.firewall['prefix']} is denied by {_rule_text(rule)}"
     if step.cause is not None:
         return REFUSALS.get(step.cause, step.cause)
     return f"{step.direction}: isolated by {policies_text(step.policies)}"

@@ -17,11 +17,13 @@ __all__ = [
     "Frontends",
     "forwarding",
     "frontends_of",
+    "node_addresses",
     "parse_frontend",
     "with_forwarding",
 ]
 
 Kind = Literal["cluster", "balancer", "external", "node"]
+_PROTOCOLS = ("TCP", "UDP", "SCTP")
 #: Services with one of these labels are for others.
 _OTHERS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
 
@@ -97,7 +99,7 @@ def frontends_of(cluster: Cluster, service: Service) -> list[Frontend]:
     if service.spec.type in ("NodePort", "LoadBalancer"):
         found += [
             Frontend("node", ip, port.node_port, port.protocol, port, node)
-            for node, ip in _of_nodes(cluster)
+            for node, ip in node_addresses(cluster)
             if (":" in ip) in families
             for port in service.spec.ports
             if port.node_port
@@ -130,8 +132,8 @@ class Frontends:
             there = self._of_service(name)
         else:
             there = [one for _, one in self._at.values() if one.address == address]
-            if port and protocol:
-                return address, port, protocol  # of a service or not: the kernel is asked
+            if port and (protocol or not any(one.port == port for one in there)):
+                return address, port, protocol or "TCP"  # a service's or not: the kernel is asked
         fitting = [
             one
             for one in there
@@ -165,9 +167,14 @@ class Frontends:
 
 def parse_frontend(text: str) -> tuple[str, int, str]:
     """`NAME[:PORT][/PROTO]`: name or address, port or 0, protocol or "". QuestionError."""
-    protocol = ""
+    protocol, whole = "", text
     head, slash, tail = text.rpartition("/")
-    if slash and tail.upper() in ("TCP", "UDP", "SCTP"):
+    known = tail.upper() in _PROTOCOLS
+    if slash and not known and ":" in head:
+        raise QuestionError(f"{whole}: expected one of {', '.join(_PROTOCOLS)} after '/'")
+    # A service may have a protocol's name: it is the last of two parts.
+    bare = head.removeprefix("svc/").removeprefix("service/")
+    if known and any(mark in bare for mark in ":./"):
         text, protocol = head, tail.upper()
     if text.startswith("["):
         name, _, port = text[1:].partition("]")
@@ -177,11 +184,12 @@ def parse_frontend(text: str) -> tuple[str, int, str]:
     else:
         name, port = text, ""
     if port and not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        raise QuestionError(f"{text}: expected a port from 1 to 65535 after ':'")
+        raise QuestionError(f"{whole}: expected a port from 1 to 65535 after ':'")
     return name, int(port or 0), protocol
 
 
-def _of_nodes(cluster: Cluster) -> Iterator[tuple[str, str]]:
+def node_addresses(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """Name and address of each node, for all of its addresses that others reach it by."""
     for name, node in sorted(cluster.nodes.items()):
         addresses = (a for a in node.status.addresses if a.type in ("InternalIP", "ExternalIP"))
         for ip in dict.fromkeys(_plain(one.address) for one in addresses):

@@ -159,6 +159,18 @@ def test_a_packet_by_way_of_another_node() -> None:
     ]
 
 
+def said(cause: str | None = None, action: str = "allow") -> dict[str, Any]:
+    rule = {
+        "action": action,
+        "ports": [],
+        "rate": 50,
+        "source": "object",
+        "name": "edge",
+        "rule": 2,
+    }
+    return {"cause": cause, "prefix": "198.51.100.0/24", "rule": rule}
+
+
 @pytest.mark.parametrize(
     ("step", "last"),
     [
@@ -177,11 +189,32 @@ def test_a_packet_by_way_of_another_node() -> None:
             "deny  at n1: ingress: isolated by shop/closed",
         ),
         (
-            Step("n1", "from_net", came(), "allow", to="stack", went=came()),
-            "allow  left to the stack of n1: no frontend of a service",
+            Step("n1", "from_net", came(), "none", to="stack", went=came()),
+            "none  left to the stack of n1: no frontend of a service",
+        ),
+        (
+            Step("n1", "from_net", came(), cause="firewall", firewall=said("firewall", "deny")),
+            "deny  at n1: firewall: 198.51.100.0/24 is denied by edge rules[2]",
+        ),
+        (
+            Step(
+                "n1",
+                "from_net",
+                came(),
+                cause="firewall",
+                firewall={"cause": "firewall", "prefix": None, "rule": None},
+            ),
+            "deny  at n1: firewall: no entry allows it, and the default is Drop",
+        ),
+        (
+            Step("n1", "from_net", came(), "allow", to="pod", went=came(), firewall=said()),
+            "allow  pod  answers",
         ),
     ],
-    ids=["no backend", "a policy", "no frontend"],
+    ids=["no backend", "a policy", "no frontend", "denied", "by default", "let in"],
 )
 def test_how_it_ends(step: Step, last: str) -> None:
-    assert trace(step).splitlines()[-1] == last
+    lines = trace(step).splitlines()
+    assert lines[-1] == last
+    allowed = "firewall: 198.51.100.0/24 is allowed by edge rules[2], up to 50 packets a second"
+    assert any(allowed in line for line in lines) == (step.firewall == said())

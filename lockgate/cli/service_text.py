@@ -60,10 +60,9 @@ def frontend_texts(frontends: Sequence[Row]) -> list[str]:
     """One of each; node ports once for all nodes."""
     found = []
     for one in frontends:
-        if one["kind"] == "node":
-            found.append(f"node:{one['port']}/{one['protocol']}")
-        else:
-            found.append(f"{join(one['address'], one['port'])}/{one['protocol']}")
+        host = f"node:{one['port']}" if one["kind"] == "node" else join(one["address"], one["port"])
+        taken = f" ({one['takenBy']} has it)" if one["takenBy"] else ""
+        found.append(f"{host}/{one['protocol']}{taken}")
     return list(dict.fromkeys(found))
 
 
@@ -74,6 +73,8 @@ def show_text(row: Row, names: Names) -> str:
     title = f"{row['namespace']}/{row['name']}"
     lines = [f"{heading(title)}  {row['type']}, {endpoints_text(row['endpoints'])}", ""]
     lines += [f"  {label:<16} {text}" for label, text in _facts(row)]
+    if not row["frontends"]:
+        lines += ["", f"  not served: {row['unserved']}"]
     for one in row["inForce"]:
         groups = _alike(one["nodes"])
         named = f" {one['name']}" if one["name"] else ""
@@ -85,7 +86,11 @@ def show_text(row: Row, names: Names) -> str:
         ]
         for nodes, view in groups:
             where = "" if len(groups) == 1 else f"on {', '.join(nodes)}: "
-            lines += _view_lines(one["clients"], view, where, names)
+            other = view and _another(view["of"], title)
+            if other:
+                lines.append(f"  {where}{other} has it")
+            else:
+                lines += _view_lines(one["clients"], view, where, names)
         if not groups:
             lines.append("  no node was asked")
     lines += ["", *(f"node {node}: {told}" for node, told in row["unanswered"].items())]
@@ -118,6 +123,13 @@ def _facts(row: Row) -> list[tuple[str, str]]:
         if there:
             found.append((label, wrapped(frontend_texts(there), 78).replace("\n", below)))
     return found
+
+
+def _another(of: Row | None, title: str) -> str | None:
+    """Who has it, if it is not the service of that name."""
+    if of is None or (of["kind"] == "Service" and f"{of['namespace']}/{of['name']}" == title):
+        return None
+    return f"{of['kind']} {of['namespace']}/{of['name']}"
 
 
 def _alike(nodes: dict[str, Row | None]) -> list[tuple[list[str], Row | None]]:

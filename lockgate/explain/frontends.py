@@ -19,6 +19,7 @@ __all__ = [
     "frontends_of",
     "node_addresses",
     "parse_frontend",
+    "unserved",
     "with_forwarding",
 ]
 
@@ -107,15 +108,28 @@ def frontends_of(cluster: Cluster, service: Service) -> list[Frontend]:
     return found
 
 
+def unserved(service: Service) -> str:
+    """Why a service has no frontend."""
+    label = next((one for one in _OTHERS if one in service.metadata.labels), "")
+    if label:
+        return f"its label {label} says that it is for others"
+    return "it has no cluster IP" if not service.cluster_ips else "it has no ports"
+
+
 class Frontends:
     """Those of a whole cluster, to be found by what people write."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._at: dict[tuple[str, int, str], tuple[Service, Frontend]] = {}
-        for _, service in sorted(cluster.services.items()):
-            for one in frontends_of(cluster, service):
-                self._at.setdefault((one.address, one.port, one.protocol), (service, one))
+        found = [
+            (one.kind not in ("cluster", "balancer"), key, service, one)
+            for key, service in cluster.services.items()
+            for one in frontends_of(cluster, service)
+        ]
+        # Of two that ask for the same the first has it (lockgate/compile/claims.py).
+        for _, _, service, one in sorted(found, key=lambda row: row[:2]):
+            self._at.setdefault((one.address, one.port, one.protocol), (service, one))
 
     def at(self, address: str, port: int, protocol: str) -> tuple[Service, Frontend] | None:
         """What is asked there; None if it is no service's."""
@@ -160,7 +174,7 @@ class Frontends:
             )
         there = frontends_of(self._cluster, service)
         if not there:
-            raise QuestionError(f"service {'/'.join(parts)} has no address")
+            raise QuestionError(f"service {'/'.join(parts)} is not served: {unserved(service)}")
         order = ("balancer", "external", "node", "cluster")
         return sorted(there, key=lambda one: order.index(one.kind))
 

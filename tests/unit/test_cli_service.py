@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from lockgate.cli.service_rows import overview, places
@@ -23,6 +24,7 @@ OWNERS = [
 def view(**more: Any) -> dict[str, Any]:
     return {
         "service": 1,
+        "of": {"kind": "Service", "namespace": "shop", "name": "web"},
         "frontend": True,
         "forwarding": "dsr",
         "localOutside": False,
@@ -100,6 +102,40 @@ def test_what_differs_is_shown_by_node() -> None:
     assert "on n1: dsr, 1 slot, only backends of the node" in text
     assert "on n2: no backend: dropped" in text
     assert "on n3: nothing is in force" in text
+
+
+def test_what_another_has_is_not_shown_as_its_own() -> None:
+    other = {"kind": "Service", "namespace": "a", "name": "first"}
+    text = shown({"n1": view(of=other), "n2": view(), "n3": view(of=None)})
+    assert "on n1: Service a/first has it" in text
+    assert text.count("512 slots") == 2
+    text = shown({"n1": view(of=other | {"kind": "Pod"})})
+    assert "Pod a/first has it" in text and "10.0.1.1" not in text
+
+
+def test_frontends_that_another_has_are_named() -> None:
+    known = cluster()
+    (web,) = known.services.values()
+    metadata = msgspec.structs.replace(web.metadata, name="zzz")
+    last = msgspec.structs.replace(web, metadata=metadata)
+    known = msgspec.structs.replace(known, services={**known.services, ("shop", "zzz"): last})
+    rows = {row["name"]: row for row in overview(known)}
+    assert {one["takenBy"] for one in rows["web"]["frontends"]} == {None}
+    assert {one["takenBy"] for one in rows["zzz"]["frontends"]} == {"shop/web"}
+    assert "node:30080/TCP (shop/web has it)" in list_text(list(rows.values()))
+
+
+def test_why_a_service_is_not_served_is_told() -> None:
+    known = cluster()
+    (web,) = known.services.values()
+    label = "service.kubernetes.io/service-proxy-name"
+    metadata = msgspec.structs.replace(web.metadata, labels={label: "other"})
+    other = msgspec.structs.replace(web, metadata=metadata)
+    known = msgspec.structs.replace(known, services={("shop", "web"): other})
+    row = next(overview(known, other)) | {"unanswered": {}, "inForce": []}
+    assert f"not served: its label {label} says that it is for others" in show_text(
+        row, Names(known)
+    )
 
 
 def test_a_node_that_does_not_answer_is_named() -> None:

@@ -36,6 +36,7 @@ def sizes_of(room: int) -> dict[str, int]:
         "fw_rules": RULES,
         "fw_ports": PORT_SETS,
         "fw_sources": _SOURCES,
+        "fw_state": 1,
     }
 
 

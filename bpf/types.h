@@ -280,9 +280,9 @@ struct socket_peer {
 
 /* A client of a service with affinity and the backend that it keeps. Who asks
  * by a socket is known by its network namespace, for its address may not be
- * chosen yet; else by address. A pod has one of each. */
+ * chosen yet; else by address. Either has one for each family. */
 struct affinity_key {
-	__u64 client[2];	/* cookie of the namespace and 0; or the address */
+	__u64 client[2];	/* cookie of the namespace, and 4 or 6; or the address */
 	__u32 service;
 	__u32 by_address;
 };

@@ -192,7 +192,7 @@ struct service_view {
 	__u32 table;		/* image word of the first slot */
 	__u32 owners;		/* image word of the first owner */
 	__u16 slot_bits;	/* the table has 1 << slot_bits slots */
-	__u16 owner_count;	/* 0 = there is no table: refuse, or drop (SVC_LOCAL) */
+	__u16 owner_count;	/* 0 = there is no table. All end, or none: refuse, or drop (SVC_LOCAL) */
 	__u32 ranges;		/* SVC_RANGES: image word of the roots */
 };
 
@@ -206,7 +206,7 @@ struct owner {
 } __attribute__((aligned(8)));
 
 enum owner_flag {
-	OWNER_ENDS = 1,		/* takes no new connections but of the last resort */
+	OWNER_ENDS = 1,		/* takes no new connections: none does, where such a one is first */
 };
 
 #define FLOW_STRANGER 0x80000000u	/* of a target: the client is no peer in that epoch */

@@ -53,8 +53,9 @@ class Backend:
 
 @dataclass(frozen=True)
 class Choice:
-    """`none`: what was asked is no frontend for this client. A refusal is told to the client, a
-    drop is silent: another node may serve it, or nobody should know."""
+    """Of who begins a connection. `none`: what was asked is no frontend for this client. A refusal
+    is told to the client, a drop is silent: another node may serve it, or nobody should know.
+    Whatever the verdict, backends that end keep what they have."""
 
     verdict: Literal["serve", "refuse", "drop", "none"]
     cause: Cause = ""
@@ -240,19 +241,18 @@ def _of_service(
         local = kind == "cluster" and spec.internal_traffic_policy == "Local"
     here = [one for one in candidates if one[0].node_name == node] if local else candidates
     taking = _taking(here, everyone)
-    if not taking:
-        if local and _taking(candidates, everyone):
-            return Choice("drop", "no-local-backend", holder=holder)
-        return Choice("refuse", "no-backend", holder=holder)
+    backends = {Backend(*_address(one)) for one in taking}
     if outside:
         # Every balancer must come to the same, so where it is does not count.
-        found = {_address(one) for one in taking}
         kept = {_address(one) for one in here if port.protocol != "UDP" or _serves(one[0])}
-        backends = {Backend(*one, ends=one not in found) for one in found | kept}
-    else:
-        near = taking if local else _near(cluster, node, taking, everyone)
-        backends = {Backend(*_address(one)) for one in near}
-    return Choice("serve", "", frozenset(backends), holder)
+        backends |= {Backend(*one, ends=True) for one in kept - {_address(one) for one in taking}}
+    elif not local:
+        backends = {Backend(*_address(one)) for one in _near(cluster, node, taking, everyone)}
+    if taking:
+        return Choice("serve", "", frozenset(backends), holder)
+    if local and _taking(candidates, everyone):
+        return Choice("drop", "no-local-backend", frozenset(backends), holder)
+    return Choice("refuse", "no-backend", frozenset(backends), holder)
 
 
 #: An endpoint and the number that the service's port has there.

@@ -22,7 +22,7 @@ from typing import Literal
 from lockgate.objects.address import contains, format_address, is_ipv4, is_special, parse_address
 from lockgate.objects.model import Cluster, Endpoint, ObjectMeta, Pod, Service, ServicePort
 
-__all__ = ["Backend", "Choice", "Client", "Frontend", "choose", "own_addresses"]
+__all__ = ["Backend", "Choice", "Client", "Frontend", "choose", "own_addresses", "serving"]
 
 LOOPBACK = ("127.0.0.1", "::1")
 #: Services and slices with one of these labels are for others, whatever the value.
@@ -253,6 +253,15 @@ def _of_service(
     if local and _taking(candidates, everyone):
         return Choice("drop", "no-local-backend", frozenset(backends), holder)
     return Choice("refuse", "no-backend", frozenset(backends), holder)
+
+
+def serving(
+    cluster: Cluster, service: Service, port: ServicePort, ipv4: bool
+) -> frozenset[tuple[str, int]]:
+    """The endpoints that serve, wherever they are: who has a flow of UDP to one of them keeps it,
+    whomever new clients get now (kube-proxy, pkg/proxy/conntrack/cleanup.go)."""
+    found = _endpoints(cluster, service, port, ipv4)
+    return frozenset(_address(one) for one in found if _serves(one[0]))
 
 
 #: An endpoint and the number that the service's port has there.

@@ -16,6 +16,11 @@ import sys
 __all__ = ["main"]
 
 _PIECE = 1 << 16
+_ATOM = select.PIPE_BUF  # bytes that a pipe with room takes without waiting (pipe(7))
+
+
+class _Gone(Exception):
+    """Who asked: standard input is at its end."""
 
 
 def main() -> int:
@@ -28,7 +33,7 @@ def main() -> int:
     try:
         wire.connect(os.environ.get("LOCKGATE_RUN", "/run/lockgate") + f"/{role}.sock")
         return _ask(wire, method, path, length)
-    except BrokenPipeError:
+    except (BrokenPipeError, _Gone):
         return 2
     except OSError as error:
         sys.stderr.write(f"the {role} does not answer: {error.strerror}\n")
@@ -46,28 +51,21 @@ def _ask(wire: "_socket.socket", method: str, path: str, length: int | None) -> 
             return 2
         wire.sendall(piece)
         left -= len(piece)
-    ready = select.poll()
-    ready.register(wire.fileno(), select.POLLIN)
-    if length is not None:
-        ready.register(0, select.POLLIN)
+    out = _Out(listens=length is not None)
     answer, status = b"", 0
     while True:
-        for fd, _ in ready.poll():
-            if fd == 0:
-                if not os.read(0, _PIECE):
-                    return 2  # nobody is there to read the answer
-                continue
-            piece = wire.recv(_PIECE)
-            if not piece:
-                return _end(status, answer)
-            if status:
-                _write(1 if status < 400 else 2, piece)
-                continue
-            answer += piece
-            head_, found, rest = answer.partition(b"\r\n\r\n")
-            if found:
-                status = int(head_.split(b" ", 2)[1])
-                _write(1 if status < 400 else 2, rest)
+        out.wait(wire.fileno(), select.POLLIN)
+        piece = wire.recv(_PIECE)
+        if not piece:
+            return _end(status, answer)
+        if status:
+            out.write(1 if status < 400 else 2, piece)
+            continue
+        answer += piece
+        head_, found, rest = answer.partition(b"\r\n\r\n")
+        if found:
+            status = int(head_.split(b" ", 2)[1])
+            out.write(1 if status < 400 else 2, rest)
 
 
 def _end(status: int, answer: bytes) -> int:
@@ -77,9 +75,29 @@ def _end(status: int, answer: bytes) -> int:
     return 0 if status < 400 else 1
 
 
-def _write(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
+class _Out:
+    def __init__(self, *, listens: bool) -> None:
+        """`listens`: whether the end of standard input ends the call."""
+        self._listens = listens
+
+    def wait(self, fd: int, event: int) -> None:
+        """Until `fd` is ready. Raises `_Gone`, also while nobody takes what is written: a runtime
+        whose reader has gone may leave the pipe open and full."""
+        ready = select.poll()
+        ready.register(fd, event)
+        if self._listens:
+            ready.register(0, select.POLLIN)
+        while True:
+            found = dict(ready.poll())
+            if 0 in found and not os.read(0, _PIECE):
+                raise _Gone
+            if fd in found:
+                return
+
+    def write(self, fd: int, data: bytes) -> None:
+        while data:
+            self.wait(fd, select.POLLOUT)
+            data = data[os.write(fd, data[:_ATOM]) :]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Pins: the links in `links/`, as all links; what maps XDP has beside those of the
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -290,51 +289,57 @@ class Edge:
         try:
             made.share_maps(self._dp.object)
             # Without a firewall its maps are one element each, and nobody's.
-            names = {name: f"{name}-{map_version(made.schema, name)}" for name, _ in kind.sizes}
+            pins = {
+                name: self._pins / f"{name}-{map_version(made.schema, name)}"
+                for name, _ in kind.sizes
+            }
             for name, size in kind.sizes:
                 made.set_max_entries(name, size)
-            taken = self._take_firewall(made, kind, names)
+            pinned = self._share_firewall(made, kind, pins)
             known = made.schema.variables(".rodata")
             made.set_rodata({k: v for k, v in self._dp.constants.items() if k in known})
             made.set_rodata(kind.constants())
             made.skip_program(_PROGRAMS["native" if kind.generic else "generic"])
             made.load()
-            if names and not taken:
-                self._pins.mkdir(exist_ok=True)
-                for name in names:
-                    # One of another size is that of programs that have it as long as they run.
-                    (self._pins / names[name]).unlink(missing_ok=True)
-                    syscall.obj_pin(made.map_fd(name), str(self._pins / names[name]))
-                for path in self._pins.iterdir():  # of other layouts
-                    if path.name not in names.values():
-                        path.unlink()
+            if pins and not pinned:
+                self._pin_firewall(made, pins)
         except BaseException:
             made.close()
             raise
         self._objects[kind] = made
         return made
 
-    def _take_firewall(self, made: Object, kind: _Kind, names: Mapping[str, str]) -> bool:
-        """Have it use the firewall's maps that another program of these sizes has, or that are
-        pinned: all of them, for what one says leads into another. Are there any?"""
-        have = (one for k, one in self._objects.items() if k.firewall and k.sizes == kind.sizes)
-        if other := next(have, None):
-            for name in names:
-                made.reuse_map(name, other.map_fd(name))
-            return True
-        with contextlib.ExitStack() as stack:
-            found = {}
+    def _share_firewall(self, made: Object, kind: _Kind, pins: Mapping[str, Path]) -> bool:
+        """Have it use the firewall's maps of another program, else those that are pinned: all of
+        them or none, for what one says is of the others. Whether they are pinned."""
+        for other, have in self._objects.items():
+            if kind.firewall and other.firewall and other.sizes == kind.sizes:
+                for name in pins:
+                    made.reuse_map(name, have.map_fd(name))
+                return False
+        fds: dict[str, int] = {}
+        try:
             for name, size in kind.sizes:
                 try:
-                    found[name] = syscall.obj_get(str(self._pins / names[name]))
+                    fds[name] = syscall.obj_get(str(pins[name]))
                 except FileNotFoundError:
                     return False
-                stack.callback(os.close, found[name])
-                if syscall.map_info(found[name]).max_entries != size:
+                if syscall.map_info(fds[name]).max_entries != size:
                     return False
-            for name, fd in found.items():
+            for name, fd in fds.items():
                 made.reuse_map(name, fd)
-        return bool(found)
+            return True
+        finally:
+            for fd in fds.values():
+                os.close(fd)
+
+    def _pin_firewall(self, made: Object, pins: Mapping[str, Path]) -> None:
+        """Instead of what is pinned there: of other sizes or layouts."""
+        self._pins.mkdir(exist_ok=True)
+        for path in self._pins.iterdir():
+            path.unlink()
+        for name, path in pins.items():
+            syscall.obj_pin(made.map_fd(name), str(path))
 
     def _release(self) -> None:
         """Close what no card needs. While there is a firewall its maps stay, by their pins."""

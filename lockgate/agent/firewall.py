@@ -215,11 +215,11 @@ class Firewall:
             if abs(clock - self._clock) > 1:
                 self._clock = clock
                 self.tables.set_clock()
+            if not self._edge.due:
+                self._loaded.leave()
             if self.tables.expire(now):
                 self._tidy_log()
             self.tables.settle()
-            if not self._edge.due:
-                self._loaded.leave()
         if 0 < self._rule_expiry <= now and self._cluster is not None:
             self._look()
         if self.tables is not None and not self._wanted.needed and not self._has_commands():

@@ -67,6 +67,8 @@ class Loaded:
         """In larger tables if these are too small; programs get them when XDP is settled next.
         FirewallFull when there are none so large, or LoadError or OSError."""
         assert self.tables is not None
+        if not self._edge.due:  # before entries get other numbers
+            self.leave()
         try:
             self.tables.apply(change)
         except FirewallFull:
@@ -101,9 +103,7 @@ class Loaded:
         drops = old.rules.drops
         try:
             tables = self.open(len(old) + more, ())
-            theirs, mine = tables.copy(old)
-            at = old.counters(theirs)
-            tables.apply(change)
+            theirs, mine, at = tables.copy(old, change)
             tables.rules.set_default(drops)
         except BaseException:
             if self.tables is not old and self.tables is not None:

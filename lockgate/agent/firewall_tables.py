@@ -72,16 +72,15 @@ class FirewallTables(Entries):
     def apply(self, change: Change) -> None:
         """Bring it in force. FirewallFull, and nothing is changed, if there is no room. What is
         there already of what comes gets its expiry, and is no other entry."""
-        added = [(rule, self._without_known(rule, new, at), at) for rule, new, at in change.added]
-        removed = np.unique(np.concatenate([self.places(None), *change.removed]))
-        count = len(removed) + sum(len(new) for _, new, _ in added)
+        removed, new = self._of(change)
+        count = len(removed) + sum(len(prefixes) for _, prefixes, _ in new)
         if not count:
             return
-        known = [(self.rules.number(rule), new, at) for rule, new, at in added if len(new)]
-        if count > _FEW or self._hides_others(removed, known):
-            self._replace(removed, known)
+        added = [(self.rules.number(rule), one, at) for rule, one, at in new if len(one)]
+        if count > _FEW or self._hides_others(removed, added):
+            self._replace(removed, added)
         else:
-            self._patch(removed, known)
+            self._patch(removed, added)
         for _, _, expires in change.added:
             self._expect(expires)
 
@@ -105,26 +104,32 @@ class FirewallTables(Entries):
 
     def _replace(self, removed: U32, added: Sequence[tuple[int, Prefixes, float]]) -> None:
         """Lay all out anew, beside what is in force, and lead to it."""
-        stay = self.live.copy()
-        stay[removed] = False
-        old = self.places(stay)
-        parts = [self.prefixes(old), *(new for _, new, _ in added)]
-        prefixes = Prefixes.joined(parts)
-        sizes = [len(new) for _, new, _ in added]
-        rule = np.concatenate(
-            (self.own_rule[old], np.repeat(np.array([r for r, _, _ in added], np.int32), sizes))
-        )
-        expires = np.concatenate(
-            (self.ends[old], np.repeat(np.array([e for _, _, e in added], np.float64), sizes))
-        )
-        self.make_room(len(prefixes))
-        # After _make_room(), which may have counted up what is kept.
-        totals = np.zeros((len(prefixes), 2), np.uint64)
-        totals[: len(old)] = self.counters(old)
-        order, numbers = self._lay(prefixes, rule, expires, totals)
-        kept = order < len(old)
-        self.retire(old[order[kept]], numbers[kept])
+        stay = self._but(removed)
+        self.make_room(len(stay) + sum(len(new) for _, new, _ in added))
+        # After make_room(), which may have counted up what is kept.
+        old, numbers, _ = self._join(self, stay, self.own_rule[stay], added)
+        self.retire(old, numbers)
         self.retire(removed, np.zeros(len(removed), np.uint32))
+
+    def _join(
+        self,
+        other: FirewallTables,
+        stay: U32,
+        rule: NDArray[np.int32],
+        added: Sequence[tuple[int, Prefixes, float]],
+    ) -> tuple[U32, U32, NDArray[np.uint64]]:
+        """These entries of `other`, whose rules here are `rule`, and what is added, and no others.
+        As which numbers they are here, and what they had counted. There is room."""
+        sizes = [len(new) for _, new, _ in added]
+        rules, ends = [r for r, _, _ in added], [e for _, _, e in added]
+        prefixes = Prefixes.joined([other.prefixes(stay), *(new for _, new, _ in added)])
+        rule = np.concatenate((rule, np.repeat(np.array(rules, np.int32), sizes)))
+        expires = np.concatenate((other.ends[stay], np.repeat(np.array(ends, np.float64), sizes)))
+        totals = np.zeros((len(prefixes), 2), np.uint64)
+        totals[: len(stay)] = counted = other.counters(stay)
+        order, numbers = self._lay(prefixes, rule, expires, totals)
+        kept = order < len(stay)
+        return stay[order[kept]], numbers[kept], counted[order[kept]]
 
     def _lay(
         self,
@@ -147,23 +152,22 @@ class FirewallTables(Entries):
         self._lead_to(layout)
         return order, numbers
 
-    def copy(self, other: FirewallTables) -> tuple[U32, U32]:
-        """All of other tables into these, which are empty; its numbers and ours of the same
-        entries. FirewallFull."""
-        theirs = other.all()
-        number = np.zeros(len(other.rules.count), np.int32)
-        for rule, old in other.rules.numbers.items():
+    def copy(self, other: FirewallTables, change: Change) -> tuple[U32, U32, NDArray[np.uint64]]:
+        """All of other tables, as a change of theirs leaves it, into these, which are empty. The
+        numbers there and here of the same entries, and what they had counted. FirewallFull."""
+        removed, new = other._of(change)
+        stay = other._but(removed)
+        self.make_room(len(stay) + sum(len(prefixes) for _, prefixes, _ in new))
+        rule = np.zeros(len(other.rules.count), np.int32)
+        for one, old in other.rules.numbers.items():
             if other.rules.count[old]:
-                number[old] = self.rules.number(rule)
-        self.make_room(len(theirs))
-        order, mine = self._lay(
-            other.prefixes(theirs),
-            number[other.own_rule[theirs]],
-            other.ends[theirs],
-            other.counters(theirs),
-        )
+                rule[old] = self.rules.number(one)
+        added = [(self.rules.number(one), prefixes, at) for one, prefixes, at in new]
+        told = self._join(other, stay, rule[other.own_rule[stay]], added)
         self.next_expiry = other.next_expiry
-        return theirs[order], mine
+        for _, _, expires in new:
+            self._expect(expires)
+        return told
 
     def count_up(self, numbers: U32, late: NDArray[np.uint64]) -> None:
         """Add what was counted elsewhere, to those that there still are."""
@@ -303,6 +307,19 @@ class FirewallTables(Entries):
             rank[number] = place
             builtin[number] = self.rules.rules[number].source == "builtin"
         return rank, builtin
+
+    def _of(self, change: Change) -> tuple[U32, list[tuple[Rule, Prefixes, float]]]:
+        """The numbers of what it takes away, and what it adds that is not there yet."""
+        removed = np.unique(np.concatenate([self.places(None), *change.removed]))
+        return removed, [
+            (rule, self._without_known(rule, n, at), at) for rule, n, at in change.added
+        ]
+
+    def _but(self, removed: U32) -> U32:
+        """The numbers of all others."""
+        stay = self.live.copy()
+        stay[removed] = False
+        return self.places(stay)
 
     def _without_known(self, rule: Rule, new: Prefixes, expires: float) -> Prefixes:
         """What is not there yet; what is gets its expiry."""

@@ -31,6 +31,8 @@ _FILES = (
     "observer.sock",
     "journal.jsonl",
     "journal.jsonl.new",
+    "firewall.jsonl",
+    "firewall.jsonl.new",
     "ipam.json",
     "ipam.new",
     "ipam.json.damaged-*",

@@ -295,7 +295,7 @@ async def serve(
     stack: contextlib.AsyncExitStack, app: web.Application, place: str | tuple[str, int]
 ) -> None:
     """On a unix socket, for root only, or on a port, until `stack` ends."""
-    # A follower that went is not looked for on behalf of for ever: its request is cancelled.
+    # Without cancellation, a follower that went and whose filter nothing fits is served for ever.
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1, handler_cancellation=True)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)

@@ -55,9 +55,9 @@ async def test_it_is_there_while_a_frontend_needs_it(bed: Bed) -> None:
     assert await told(node) == dict.fromkeys(("outside", "underlay"), ("none", "nothing needs it"))
     for _ in range(2):
         await serve(bed, *WEB)
-        assert there(node)[0] == "native"
+        assert there(node)[0] == "generic"
         assert await told(node) == {
-            "outside": ("native", ""),
+            "outside": ("generic", "native, what it sends on would lack checksums"),
             "underlay": ("none", "clients come by another card"),
         }
         await serve(bed, *WEB, verb="DELETED")
@@ -75,7 +75,7 @@ async def test_it_works_on_when_the_agent_is_killed_and_is_taken_over(bed: Bed) 
         await node.start()
         await bed.supervisor.wait(bed.supervisor.revision, "one")
         mode, second = there(node)
-        assert mode == "native" and second != first
+        assert mode == "generic" and second != first
         first = second
     await node.kill()
     bed.supervisor.put(*WEB, verb="DELETED")
@@ -101,12 +101,12 @@ async def test_a_program_of_others_stays_and_is_told_of(bed: Bed) -> None:
     os.close(program)
 
     async def ours() -> bool:
-        return (await told(node))["outside"][0] == "native"
+        return (await told(node))["outside"][0] == "generic"
 
     await until(ours)  # it looks every ten seconds
     _, found = await node.call("GET", "/v1/doctor")
     (finding,) = [one for one in found["findings"] if one["check"] == "xdp"]
-    assert (finding["severity"], finding["text"]) == ("ok", "XDP runs native at outside")
+    assert (finding["severity"], finding["text"]) == ("ok", "XDP runs generic at outside")
 
 
 async def test_it_is_gone_when_lockgate_leaves_the_node(bed: Bed) -> None:
@@ -115,6 +115,6 @@ async def test_it_is_gone_when_lockgate_leaves_the_node(bed: Bed) -> None:
     await node.kill()
     config = read(node.state / "config.json")
     with namespaces.inside(namespaces.path_of(node.netns)):
-        assert there(node)[0] == "native"
+        assert there(node)[0] == "generic"
         uninstall(config, force=True)
     assert there(node) == ("", 0)

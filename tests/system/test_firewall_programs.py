@@ -16,8 +16,8 @@ from lockgate.compile.tables import SVC_FRONTEND
 from lockgate.net import namespaces
 from lockgate.paths import xdp_object
 from tests.system.harness import Cluster, manifest, unique_name, until
+from tests.system.test_cluster_firewall import FAMILIES, HERE, NODE, command
 from tests.system.test_edge import Agent, Node
-from tests.system.test_firewall import FAMILIES, HERE, NODE, command
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

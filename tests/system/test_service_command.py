@@ -24,7 +24,7 @@ from lockgate.objects.address import parse_address
 from lockgate.objects.model import Cluster as Objects
 from lockgate.paths import bpf_object
 from tests.system.harness import Cluster, family_of, manifest, need_root, unique_name, until
-from tests.system.test_firewall import command
+from tests.system.test_cluster_firewall import command
 
 pytestmark = pytest.mark.skipif(need_root(), reason="needs root")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import termios
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -34,11 +37,20 @@ async def agent(tmp_path: Path) -> AsyncIterator[dict[str, str]]:
         await request.app[OVER].wait()
         return response
 
+    async def flood(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(b'{"n": 1}\n' * 1000)
+        return response
+
     app = web.Application(client_max_size=1 << 24)
     app[OVER] = asyncio.Event()
     app.router.add_route("*", "/v1/echo", echo)
     app.router.add_get("/v1/refuse", refuse)
     app.router.add_get("/v1/follow", follow)
+    app.router.add_get("/v1/flood", flood)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "agent.sock")).start()
@@ -91,6 +103,25 @@ async def test_who_follows_ends_when_nobody_reads_any_more(agent: dict[str, str]
     assert await follower.stdout.readline() == b'{"n": 1}\n'
     follower.stdin.close()
     assert await asyncio.wait_for(follower.wait(), 10) == 2
+
+
+async def test_who_follows_ends_though_nobody_empties_its_pipe(agent: dict[str, str]) -> None:
+    out, into = os.pipe()
+    with subprocess.Popen(
+        [*COMMAND, "agent", "GET", "/v1/flood", "0"], stdin=-1, stdout=into, env=agent
+    ) as follower:
+        assert follower.stdin
+        os.close(into)
+        held, before = b"", None
+        while not any(held) or held != before:
+            await asyncio.sleep(0.2)
+            held, before = fcntl.ioctl(out, termios.FIONREAD, b"\0" * 4), held
+        follower.stdin.close()
+        try:
+            assert await asyncio.to_thread(follower.wait, 10) == 2
+        finally:
+            follower.kill()
+    os.close(out)
 
 
 def test_it_imports_only_what_starts_at_once() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 PORT, OTHER_PORT = 8053, 8054
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+@pytest.fixture(scope="module", params=["auto", "generic"], ids=["native", "generic"])
+def cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("firewall")
     pod = manifest("Pod", "default", "client", {"containers": [{"name": "c", "image": "i"}]})
     (folder / "pods.yaml").write_text(pod)
-    with Cluster(folder, unique_name("fw"), nodes=1) as made:
+    with Cluster(folder, unique_name("fw"), nodes=1, options=("--xdp", request.param)) as made:
         yield made
 
 
@@ -245,6 +248,29 @@ def test_a_long_list_from_a_file_takes_room_and_gives_it_back(
         gone = command(cluster, "del", "--file", str(path))
         assert gone[NODE]["deleted"] == 100_001
         assert echo.arrives(5)
+
+
+def test_what_is_denied_stays_so_while_the_tables_become_larger(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(f"45.77.{n >> 8}.{n & 255}" for n in range(40_000)))
+    command(cluster, "add", "deny", f"{THERE[4]}/32")
+    command(cluster, "add", "deny", "172.31.0.0/28", "--port", "tcp")
+    small = cluster.agent_status(NODE)["firewall"]["room"]
+    with Echo(cluster) as echo, ThreadPoolExecutor(1) as worker:
+        growing = worker.submit(command, cluster, "add", "deny", "--file", str(path))
+        sent = 0
+        while not growing.done():
+            echo.client.sendto(b"hello", echo.target)
+            sent += 1
+            time.sleep(0.0002)
+        growing.result()
+        assert not echo.arrives(0.2)
+    assert cluster.agent_status(NODE)["firewall"]["room"] > small
+    by_commands = command(cluster, "list", "--top", "2")["top"]
+    counted = {one["cidr"]: one["packets"] for one in by_commands}
+    assert counted[f"{THERE[4]}/32"] == sent + 1, "counters go along"
 
 
 def test_what_is_wrong_is_named(cluster: Cluster) -> None:

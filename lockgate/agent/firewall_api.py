@@ -16,7 +16,7 @@ from lockgate.bpf.object import LoadError
 from lockgate.compile.firewall import Rule
 from lockgate.compile.prefixes import Prefixes, parse
 from lockgate.objects.errors import FieldError
-from lockgate.objects.firewall import RATE_MAX, Range, read_ranges
+from lockgate.objects.firewall import LIFETIME_MAX, RATE_MAX, Range, read_ranges
 
 __all__ = ["FirewallError", "add", "delete", "show"]
 
@@ -50,8 +50,8 @@ async def add(agent: Agent, body: bytes) -> dict[str, Any]:
         raise ValueError(f"action: expected allow or deny, got {asked.action!r}")
     if not 0 <= asked.rate <= RATE_MAX or (asked.rate and asked.action == "deny"):
         raise ValueError(f"rate: expected 1 to {RATE_MAX} packets a second, with allow")
-    if not 0 <= asked.seconds < 1e10:
-        raise ValueError(f"seconds: expected a lifetime, got {asked.seconds}")
+    if not 0 <= asked.seconds <= LIFETIME_MAX:
+        raise ValueError(f"seconds: expected 0 to {LIFETIME_MAX}, got {asked.seconds}")
     rule = Rule("command", asked.action, _ranges(asked.ports), asked.rate)  # type: ignore[arg-type]
 
     def work() -> int:

@@ -27,6 +27,11 @@ static __always_inline bool begins(const struct packet *p)
 	return !p->quoted && (!is_ordered(p->asked.proto) || (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN);
 }
 
+static __always_inline bool is_backend(const struct owner *owner, const struct addr *addr, __be16 port)
+{
+	return same_addr(&owner->addr, addr) && owner->port == port;
+}
+
 /* Which slot is a flow's? All of a client's, where it shall keep its backend: so that it
  * does whichever node it comes by. */
 static __always_inline __u32 slot_hash(struct packet *p, const struct service_view *view)
@@ -75,6 +80,34 @@ static __noinline int owner_of_client(struct packet *p, struct service_view *vie
 	return 1;
 }
 
+/* Whose time with its backend is over, begins with the next owner of its slot that takes new
+ * connections, in p->owner: by the hash alone it would keep one for ever. Any node finds that
+ * one along the chain. False: the first it is. */
+static __noinline int owner_after(struct packet *p, struct service_view *view, __u64 owners)
+{
+	struct affinity_key client = { .by_address = 1 };
+	void *image = image_of(p->epoch);
+	bool behind = false;
+
+	if (!view || !image || !view->affinity || !begins(p))
+		return 0;
+	client.service = view->id;
+	__builtin_memcpy(client.client, &p->asked.saddr, sizeof(client.client));
+	struct affinity *was = bpf_map_lookup_elem(&affinities, &client);
+
+	if (!was || !is_past(p, was->seen, view->affinity))
+		return 0;
+	for (int i = 0; i < OWNERS; i++) {
+		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
+			break;
+		if (behind && backend_live(p->epoch, view->id, &p->owner.addr, p->owner.port, p->asked.proto) &
+				      LIVE_OUTSIDE)
+			return 1;
+		behind |= is_backend(&p->owner, &was->addr, was->port);
+	}
+	return 0;
+}
+
 /* From now on the client of p->asked has p->owner. Calls of their own, this and those above: the
  * stack of all calls in a row is short. */
 static __noinline int keep_owner(struct packet *p, __u32 service)
@@ -121,6 +154,29 @@ static __noinline int is_with_owner(struct packet *p)
 	return asks;
 }
 
+/* Is p->owner, which the client keeps, an owner of its slot other than the first? That one, in
+ * p->owner, begins the chain on which all of the client's connections are: the kept one may
+ * have come after some of them. */
+static __noinline int is_on_chain(struct packet *p, struct service_view *view, __u64 owners)
+{
+	struct owner *kept = (struct owner *)p->bytes;
+	void *image = image_of(p->epoch);
+	bool found = false;
+
+	if (!view || !image || view->flags & SVC_SNAT)
+		return 0;
+	*kept = p->owner;
+	for (int i = 1; i < OWNERS; i++) {
+		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
+			break;
+		found |= is_backend(&p->owner, &kept->addr, kept->port);
+	}
+	if (found && owner_at(image, view, owners & NO_OWNER, &p->owner))
+		return 1;
+	p->owner = *kept;
+	return 0;
+}
+
 /* The backend of a packet as a client sent it, in p->owner. False: there is none. */
 static __noinline int choose(struct packet *p, struct service_view *view)
 {
@@ -130,11 +186,16 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 	if (!view || !image)
 		return 0;
 	__u64 owners = owners_of(image, view, slot_hash(p, view));
-	bool kept = owner_of_flow(p, view) || owner_of_client(p, view);
+	bool known = owner_of_flow(p, view);
+	bool kept = known || owner_of_client(p, view);
 
-	if (!kept && !owner_at(image, view, owners & NO_OWNER, &p->owner))
+	if (!kept && !owner_after(p, view, owners) && !owner_at(image, view, owners & NO_OWNER, &p->owner))
 		return 0;
 	if (!begins(p)) {
+		if (kept && !known && is_on_chain(p, view, owners)) {
+			p->hint = 0;
+			kept = false;
+		}
 		/* Not known here, or it would not be asked for. */
 		if (is_ours(p->owner.target) && !(view->flags & SVC_SNAT) && !is_with_owner(p) &&
 		    next_elsewhere(p, image, view, owners, kept ? -1 : 0))
@@ -398,7 +459,7 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 		return serve(p);
 	}
 	if (!p->dry && !p->outer_size && begins(p) && (is_ordered(p->asked.proto) || !p->hint)) {
-		if (config_flows && !p->hint)
+		if (config_flows && (is_ordered(p->asked.proto) || !p->hint))
 			flow_learn(&p->asked, flow_look(&p->asked, p->hash), p->hash, &p->owner,
 				   p->epoch | (__u64)view->id << 32);
 		/* Served here before, with the same ends: what comes next shall not go there. */

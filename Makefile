@@ -60,8 +60,8 @@ build: setup-build artifacts ## build/*.bpf.o, build/lockgate-pod and build/lock
 bench: setup-bench artifacts bench-artifacts ## the figures (BENCH='net verdict' for some, BENCH=--help for all)
 	@$(PYTHON) -m bench.run $(BENCH)
 
-fuzz: setup-test artifacts ## compare the kernel with the specification for SECONDS=n (SEED=s repeats a run)
-	@$(PYTHON) -m tests.fuzz --seconds $(SECONDS_TO_FUZZ) $(if $(SEED),--seed $(SEED))
+fuzz: setup-test artifacts ## compare the kernel with the specifications for SECONDS=n (SEED=s repeats a run; ONLY=policies or services)
+	@$(PYTHON) -m tests.fuzz --seconds $(SECONDS_TO_FUZZ) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 wheel: setup-build artifacts ## dist/*.whl, with the kernel programs inside
 	@$(PYTHON) -m hatchling build -t wheel

@@ -202,7 +202,11 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 			p->hint = 0;
 		return 1;
 	}
-	if (view->affinity && !kept && !p->dry)
+	if (kept)
+		return 1;
+	if (p->owner.flags & OWNER_ENDS)	/* so do all others */
+		return 0;
+	if (view->affinity && !p->dry)
 		keep_owner(p, view->id);
 	return 1;
 }
@@ -235,7 +239,8 @@ static __noinline int choose_inside(struct packet *p, struct service_view *view)
 		mine = true;
 	}
 	if (!mine) {
-		if (!owner_at(image, view, owners & NO_OWNER, &p->owner))
+		if (!owner_at(image, view, owners & NO_OWNER, &p->owner) ||
+		    (begins(p) && p->owner.flags & OWNER_ENDS))
 			return 0;
 		mine = is_ours(p->owner.target);
 		place = mine ? 0 : -1;

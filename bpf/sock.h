@@ -95,10 +95,10 @@ static __always_inline struct socket_key socket_key(struct bpf_sock_addr *ctx,
 	return key;
 }
 
-/* One of the service's backends: the one that the client keeps, or one at
- * random. False when the image has none. */
+/* One of the service's backends in the family of `asked`: the one that the client keeps
+ * there, or one at random. False when the image has none. */
 static __always_inline bool choose_backend(struct bpf_sock_addr *ctx, const struct service_view *service,
-					   __u32 epoch, struct sock_name *chosen)
+					   __u32 epoch, const struct addr *asked, struct sock_name *chosen)
 {
 	struct affinity_key client = { .service = service->id };
 	struct image_backend backend;
@@ -111,6 +111,7 @@ static __always_inline bool choose_backend(struct bpf_sock_addr *ctx, const stru
 		return false;
 	if (service->affinity) {
 		client.client[0] = bpf_get_netns_cookie(ctx);
+		client.client[1] = is_v4(asked) ? 4 : 6;
 		if (affinity_find(&client, service, epoch, (__u8)ctx->protocol, live_inside(service), now_seconds(),
 				  false, &kept)) {
 			chosen->addr = kept.addr;
@@ -226,7 +227,7 @@ static __always_inline enum sock_answer translate(struct bpf_sock_addr *ctx,
 	    backend_live(epoch, view->id, &kept->addr, kept->port, IPPROTO_UDP)) {
 		chosen.addr = kept->addr;
 		chosen.port = kept->port;
-	} else if (choose_backend(ctx, view, epoch, &chosen)) {
+	} else if (choose_backend(ctx, view, epoch, &name->addr, &chosen)) {
 		remember(&by_service, &chosen, view->id);
 	} else {
 		bpf_set_retval(-ECONNREFUSED);

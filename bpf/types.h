@@ -192,7 +192,7 @@ struct service_view {
 	__u32 table;		/* image word of the first slot */
 	__u32 owners;		/* image word of the first owner */
 	__u16 slot_bits;	/* the table has 1 << slot_bits slots */
-	__u16 owner_count;	/* 0 = there is no table: refuse, or drop (SVC_LOCAL) */
+	__u16 owner_count;	/* 0 = there is no table. All end, or none: refuse, or drop (SVC_LOCAL) */
 	__u32 ranges;		/* SVC_RANGES: image word of the roots */
 };
 
@@ -206,7 +206,7 @@ struct owner {
 } __attribute__((aligned(8)));
 
 enum owner_flag {
-	OWNER_ENDS = 1,		/* takes no new connections but of the last resort */
+	OWNER_ENDS = 1,		/* takes no new connections: none does, where such a one is first */
 };
 
 #define FLOW_STRANGER 0x80000000u	/* of a target: the client is no peer in that epoch */
@@ -280,9 +280,9 @@ struct socket_peer {
 
 /* A client of a service with affinity and the backend that it keeps. Who asks
  * by a socket is known by its network namespace, for its address may not be
- * chosen yet; else by address. A pod has one of each. */
+ * chosen yet; else by address. Either has one for each family. */
 struct affinity_key {
-	__u64 client[2];	/* cookie of the namespace and 0; or the address */
+	__u64 client[2];	/* cookie of the namespace, and 4 or 6; or the address */
 	__u32 service;
 	__u32 by_address;
 };

@@ -153,7 +153,10 @@ def _view_lines(clients: str, view: Row | None, where: str, names: Names) -> lis
     if not view["owners"]:
         dropped = view["localOutside"]
         return [f"  {where}no backend: {'dropped' if dropped else 'refused'}"]
-    notes = [view["forwarding"], f"{view['slots']} slot{'s' * (view['slots'] != 1)}"]
+    notes = []
+    if all(one["ends"] for one in view["owners"]):
+        notes.append(f"new connections {'dropped' if view['localOutside'] else 'refused'}")
+    notes += [view["forwarding"], f"{view['slots']} slot{'s' * (view['slots'] != 1)}"]
     if view["localOutside"]:
         notes.append("only backends of the node")
     if view["ranges"]:
@@ -163,7 +166,7 @@ def _view_lines(clients: str, view: Row | None, where: str, names: Names) -> lis
     for one in view["owners"]:
         bar = "█" * round(_BAR * one["slots"] / most)
         share = f"{100 * one['slots'] / view['slots']:5.1f} %"
-        ends = "ends: no new connections" if one["ends"] and not one["slots"] else ""
+        ends = "ends: no new connections" if one["ends"] else ""
         rows.append([*_end(one, names), f"{one['slots']:>5}", share, ends or bar])
     return [f"  {where}{', '.join(notes)}", *_rows(rows)]
 

@@ -239,8 +239,8 @@ class _Reader:
         seed.backends = key if seed.count else 0
 
     def _outside(self, seed: Seed, number: int, ipv4: bool, chosen: _Port) -> None:
-        """The table for clients outside. Where nobody takes new connections there is none, but
-        whoever has some is live."""
+        """The table for clients outside. Where nobody takes new connections it is of those who
+        have some."""
         key = _key(number, ipv4, _OWNERS)
         if key not in self._counts:
             protocol = PROTOCOL_NUMBER[self._service.spec.ports[number].protocol]
@@ -254,8 +254,8 @@ class _Reader:
             for (address, target), ends in found:
                 bits = LIVE_KEEPS if ends else LIVE_OUTSIDE
                 self._draft.live((address, seed.id, target, protocol), bits)
-            self._counts[key] = len(found) if takes else 0
-            if takes:
+            self._counts[key] = len(found)
+            if found:
                 _balance(self._draft, key, found, self._around)
         _with_table(seed, key, self._counts[key])
 

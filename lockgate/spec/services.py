@@ -22,7 +22,7 @@ from typing import Literal
 from lockgate.objects.address import contains, format_address, is_ipv4, is_special, parse_address
 from lockgate.objects.model import Cluster, Endpoint, ObjectMeta, Pod, Service, ServicePort
 
-__all__ = ["Backend", "Choice", "Client", "Frontend", "choose", "own_addresses"]
+__all__ = ["Backend", "Choice", "Client", "Frontend", "choose", "own_addresses", "serving"]
 
 LOOPBACK = ("127.0.0.1", "::1")
 #: Services and slices with one of these labels are for others, whatever the value.
@@ -53,8 +53,9 @@ class Backend:
 
 @dataclass(frozen=True)
 class Choice:
-    """`none`: what was asked is no frontend for this client. A refusal is told to the client, a
-    drop is silent: another node may serve it, or nobody should know."""
+    """Of who begins a connection. `none`: what was asked is no frontend for this client. A refusal
+    is told to the client, a drop is silent: another node may serve it, or nobody should know.
+    Whatever the verdict, backends that end keep what they have."""
 
     verdict: Literal["serve", "refuse", "drop", "none"]
     cause: Cause = ""
@@ -240,19 +241,27 @@ def _of_service(
         local = kind == "cluster" and spec.internal_traffic_policy == "Local"
     here = [one for one in candidates if one[0].node_name == node] if local else candidates
     taking = _taking(here, everyone)
-    if not taking:
-        if local and _taking(candidates, everyone):
-            return Choice("drop", "no-local-backend", holder=holder)
-        return Choice("refuse", "no-backend", holder=holder)
+    backends = {Backend(*_address(one)) for one in taking}
     if outside:
         # Every balancer must come to the same, so where it is does not count.
-        found = {_address(one) for one in taking}
         kept = {_address(one) for one in here if port.protocol != "UDP" or _serves(one[0])}
-        backends = {Backend(*one, ends=one not in found) for one in found | kept}
-    else:
-        near = taking if local else _near(cluster, node, taking, everyone)
-        backends = {Backend(*_address(one)) for one in near}
-    return Choice("serve", "", frozenset(backends), holder)
+        backends |= {Backend(*one, ends=True) for one in kept - {_address(one) for one in taking}}
+    elif not local:
+        backends = {Backend(*_address(one)) for one in _near(cluster, node, taking, everyone)}
+    if taking:
+        return Choice("serve", "", frozenset(backends), holder)
+    if local and _taking(candidates, everyone):
+        return Choice("drop", "no-local-backend", frozenset(backends), holder)
+    return Choice("refuse", "no-backend", frozenset(backends), holder)
+
+
+def serving(
+    cluster: Cluster, service: Service, port: ServicePort, ipv4: bool
+) -> frozenset[tuple[str, int]]:
+    """The endpoints that serve, wherever they are: who has a flow of UDP to one of them keeps it,
+    whomever new clients get now (kube-proxy, pkg/proxy/conntrack/cleanup.go)."""
+    found = _endpoints(cluster, service, port, ipv4)
+    return frozenset(_address(one) for one in found if _serves(one[0]))
 
 
 #: An endpoint and the number that the service's port has there.

@@ -30,6 +30,7 @@ from tests.bytecode.world import (
 BACKEND = {4: "127.0.0.5", 6: "::1"}
 RANGED = {4: "203.0.113.1", 6: "2001:db8:113::1"}
 LOCAL = {4: "10.96.0.9", 6: "fd00:96::9"}
+STICKY = {4: "10.96.0.8", 6: "fd00:96::8"}
 OPEN = {4: "192.0.2.2", 6: "fd00:ff::2"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
@@ -128,6 +129,11 @@ def sockets() -> Iterator[Sockets]:
         )
         for proto in (TCP, UDP)
     }
+    services |= {
+        (STICKY[family], 80, proto): Service(500 + proto, ((BACKEND[family], 8080),), 60)
+        for family in (4, 6)
+        for proto in (TCP, UDP)
+    }
     addresses = dict.fromkeys((*OPEN.values(), *LOOPBACK.values()), SVC_OPEN)
     made.world.publish(scene.but(services=services, addresses=addresses))
     yield made
@@ -168,6 +174,18 @@ def test_a_port_that_no_service_has_at_its_address(
     # A host's own address: what is there is its stack's business.
     found = sockets.ask("node", kind, family, OPEN[family], 81)
     assert found == str(errno.ENETUNREACH)
+
+
+@pytest.mark.parametrize("families", [(4, 6), (6, 4)], ids=["IPv4 first", "IPv6 first"])
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+def test_a_client_keeps_a_backend_in_each_family(
+    sockets: Sockets, kind: str, families: tuple[int, int]
+) -> None:
+    """A service of both has backends of both."""
+    sockets.world.clear()
+    for family in (*families, *families):
+        address = STICKY[family]
+        assert sockets.ask("node", kind, family, address, 80) == f"{address} 80"
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -41,6 +41,7 @@ from tests.bytecode.world import (
     HOP_XDP,
     HOST,
     OUTSIDE,
+    OWNER_ENDS,
     SVC_HOST_ONLY,
     SVC_RANGES,
     SVC_SNAT,
@@ -228,6 +229,10 @@ def owned(kind: int, index: int = 0) -> Callable[[], Scene]:
     return lambda: scene(owners=lambda f: (Owner(ADDRESSES[f]["b"], 8080, kind, index),))
 
 
+def ended(family: int) -> Owner:
+    return replace(remote(family), flags=OWNER_ENDS)
+
+
 def crossed() -> Scene:
     """Backends of the other family."""
     return scene(owners=lambda f: (remote(4 if f == 6 else 6),))
@@ -266,6 +271,7 @@ LEFT = [
     Left("for another machine", lambda f: Ether(dst="02:00:00:00:00:cc") / asked(f, syn())[1]),
     Left("loopback only", syns, lambda: scene(flags=SVC_HOST_ONLY)),
     Left("session affinity", syns, lambda: scene(affinity=60)),
+    Left("none takes new ones", syns, lambda: scene(owners=lambda f: (ended(f),))),
     Left("no owner in the slot", syns, lambda: scene(slots=((),))),
     Left("a pod of this node", syns, owned(TO_LOCAL, B)),
     Left("a process of this node", syns, owned(TO_HOST)),

@@ -102,6 +102,12 @@ def test_what_differs_is_shown_by_node() -> None:
     assert "on n3: nothing is in force" in text
 
 
+def test_where_all_end_new_connections_are_refused() -> None:
+    text = shown({"n1": view(owners=[one | {"ends": True} for one in OWNERS])})
+    assert "new connections refused, dsr, 512 slots" in text
+    assert "10.0.1.1:8080  shop/a  n1    300   58.6 %  ends: no new connections" in text
+
+
 def test_a_node_that_does_not_answer_is_named() -> None:
     assert "node n2: no answer" in shown({}, unanswered={"n2": "no answer"})
 

@@ -66,18 +66,16 @@ def walk(tables: Tables, client: Client, asked: Frontend) -> Choice:
     ranged = view.flags & SVC_RANGES and client.place != "node"
     if ranged and not in_ranges(tables, view, parse_address(client.address)):
         return Choice("drop", "source-range")
-    count = view.owner_count if outside else view.count
-    if not count:
-        local = SVC_LOCAL if outside else SVC_INTERNAL_LOCAL
-        if view.flags & local:
-            return Choice("drop", "no-local-backend")
-        return Choice("refuse", "no-backend")
     if outside:
         found = {
             Backend(format_address(o.address), o.port, o.ends) for o in owners_of(tables, view)
         }
     else:
         found = {Backend(format_address(a), p) for a, p, _ in backends_of(tables, view)}
+    if all(one.ends for one in found):
+        if view.flags & (SVC_LOCAL if outside else SVC_INTERNAL_LOCAL):
+            return Choice("drop", "no-local-backend", frozenset(found))
+        return Choice("refuse", "no-backend", frozenset(found))
     return Choice("serve", "", frozenset(found))
 
 
@@ -94,7 +92,7 @@ def sound(tables: Tables) -> None:
         owners = owners_of(tables, view)
         for numbers in slots_of(tables, view):
             assert len(set(numbers)) == len(numbers) == min(4, len(owners))
-            assert not owners[numbers[0]].ends
+            assert owners[numbers[0]].ends == all(one.ends for one in owners)
         assert len({one[:2] for one in owners}) == len(owners)
         inside = LIVE_LOCAL if view.flags & SVC_INTERNAL_LOCAL else LIVE_INSIDE
         for backend, number, _ in backends_of(tables, view):
@@ -104,8 +102,7 @@ def sound(tables: Tables) -> None:
             live((one.address, view.id, one.port, protocol), bits)
         assert bool(view.owner_count) <= bool(view.flags & SVC_FRONTEND)
         assert (address, 0, 0) in tables.services
-    # Where nobody takes new connections there is no table, but whoever has some keeps them; and
-    # of UDP whoever serves, though it may not be this node's turn.
+    # Of UDP whoever serves keeps its flows, though it may not be this node's turn.
     for key, bits in tables.backends.items():
         assert wanted.pop(key, LIVE_KEEPS) | LIVE_KEEPS == bits | LIVE_KEEPS
     assert not wanted

@@ -570,3 +570,31 @@ def test_whose_the_backends_are_is_told() -> None:
     at = Frontend(CLUSTER_IP, 80, "TCP")
     found = choose(cluster(), "a", Client("pod", CLIENTS[POD]), at)
     assert found.holder == ("Service", "shop", "web")
+
+
+@pytest.mark.parametrize(
+    ("of", "who", "where", "kept"),
+    [
+        pytest.param(cluster(conditions=(UNREADY, ENDED)), OUT, EXT, {A, B}, id="outside"),
+        pytest.param(
+            cluster(LOCAL_OUT, (UNREADY, READY)), OUT, LB, {A}, id="outside, of this node only"
+        ),
+        pytest.param(
+            cluster(conditions=({"ready": False, "serving": True}, ENDED)),
+            OUT,
+            f"{EXTERNAL}:53/UDP",
+            {A},
+            id="UDP, if it serves",
+        ),
+        pytest.param(cluster(conditions=(UNREADY, ENDED)), POD, WEB, set(), id="not inside"),
+    ],
+)
+def test_where_none_takes_new_connections_those_that_end_are_told(
+    of: Cluster, who: str, where: str, kept: set[str]
+) -> None:
+    place, _, protocol = where.partition("/")
+    address, _, port = place.rpartition(":")
+    asked = Frontend(address, int(port), protocol or "TCP")
+    found = choose(of, "a", Client(who, CLIENTS[who]), asked)
+    assert found.verdict != "serve" and all(one.ends for one in found.backends)
+    assert {f"{one.address}:{one.port}" for one in found.backends} == kept

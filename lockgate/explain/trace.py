@@ -298,7 +298,7 @@ class Tracer:
         }
         view = self._views(node, [asked])[0]
         if view and view["affinity"]:
-            # All of a client's connections have one slot (bpf/frontend.h, slot_hash).
+            # All of a client's connections have one slot (bpf/choose.h, slot_hash).
             number = PROTOCOL_NUMBER[one.protocol]
             whole = flow_hash(one.client.address, one.frontend, 0, one.port, number)
             view = self._views(node, [asked | {"hash": whole}])[0]

@@ -140,11 +140,72 @@ def test_a_client_outside_keeps_a_backend_that_ends_for_what_it_has_and_no_more(
     world.publish(scene.but(services={**scene.services, key: one}))
     if flows == "no flows":
         world.flows.delete_many(world.flows.keys())
-    assert by_card(world, family, SPORT, "A") == known["remote"]
+    # The first owner's node passes it on to the second.
+    by = {"flows": "remote", "no flows": "far"}[flows]
+    assert by_card(world, family, SPORT, "A") == known[by]
     for sport in range(41000, 41010):
         assert by_card(world, family, sport, "S") == known["far"]
     if flows == "flows":
         assert by_card(world, family, SPORT, "A") == known["remote"]
+
+
+# ---- Clients outside that come back too late ---------------------------------------------
+
+
+def by_one_slot(family: int, *slot: int) -> Scene:
+    """STICKY, whose owners are `remote` and `far`, with this order in its one slot."""
+    scene = frontends()
+    key = LB[family], PORTS[STICKY], TCP
+    one = replace(scene.services[key], slots=(slot,))
+    return scene.but(services={**scene.services, key: one})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_client_outside_is_given_the_next_backend_after_its_time(world, family: int) -> None:
+    """And in turn: what its address is made into by the hash stays the same for ever."""
+    world.publish(by_one_slot(family, 0, 1))
+    found = []
+    for sport in range(41000, 41008):
+        found.append(by_card(world, family, sport, "S"))
+        set_seen(world.affinities, -59)
+        assert by_card(world, family, sport + 1000, "S") == found[-1]
+        set_seen(world.affinities, -61)
+    known = ADDRESSES[family]
+    assert found == [known["remote"], known["far"]] * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_client_outside_is_not_given_a_backend_that_ends_after_its_time(
+    world, family: int
+) -> None:
+    scene = by_one_slot(family, 0, 1)
+    key = LB[family], PORTS[STICKY], TCP
+    one = scene.services[key]
+    one = replace(one, owners=(one.owners[0], replace(one.owners[1], flags=OWNER_ENDS)))
+    world.publish(scene.but(services={**scene.services, key: one}))
+    for sport in range(41000, 41004):
+        assert by_card(world, family, sport, "S") == ADDRESSES[family]["remote"]
+        set_seen(world.affinities, -61)
+
+
+@pytest.mark.parametrize("flows", ["flows", "no flows"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_connections_of_before_a_clients_time_was_over_go_on(
+    world, family: int, flows: str
+) -> None:
+    """As what is remembered of their flows says, or along the chain, which has both backends."""
+    world.publish(by_one_slot(family, 0, 1))
+    known = ADDRESSES[family]
+    assert by_card(world, family, 41000, "S") == known["remote"]
+    set_seen(world.affinities, -61)
+    assert by_card(world, family, 41001, "S") == known["far"]
+    assert by_card(world, family, 41002, "S") == known["far"]
+    if flows == "no flows":
+        world.flows.delete_many(world.flows.keys())
+    later = known["far" if flows == "flows" else "remote"]
+    assert by_card(world, family, 41000, "A") == known["remote"]
+    assert by_card(world, family, 41001, "A") == later
+    assert by_card(world, family, 41002, "A") == later
 
 
 @pytest.mark.parametrize("family", FAMILIES)

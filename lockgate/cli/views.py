@@ -34,6 +34,7 @@ def pod_rows(cluster: Cluster) -> list[Row]:
             "ips": pod.ips,
             "labels": pod.metadata.labels,
             "phase": pod.status.phase,
+            "deletionTimestamp": pod.metadata.deletion_timestamp,
             "ready": pod.ready,
             "reason": pod.status.reason or pod.status.message or None,
         }
@@ -200,7 +201,7 @@ def as_table(kind: str, rows: list[Row], *, wide: bool = False) -> str:
         rest = [
             [
                 r["node"] or "-",
-                r["phase"] or "Pending",
+                "Terminating" if r["deletionTimestamp"] else r["phase"] or "Pending",
                 "yes" if r["ready"] else "no",
                 ", ".join(r["ips"]) or "-",
                 *([",".join(f"{k}={v}" for k, v in r["labels"].items()) or "-"] if wide else []),

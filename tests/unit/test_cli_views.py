@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lockgate.cli.views import as_table, endpoint_rows, service_rows
+from lockgate.cli.views import as_table, endpoint_rows, pod_rows, service_rows
 from lockgate.objects.model import (
     Cluster,
     Endpoint,
@@ -15,6 +15,8 @@ from lockgate.objects.model import (
     LoadBalancerStatus,
     ObjectMeta,
     ObjectReference,
+    Pod,
+    PodStatus,
     Service,
     ServicePort,
     ServiceSpec,
@@ -115,3 +117,19 @@ def test_addresses_and_ports_of_a_service_are_shown_as_by_kubectl(spec, status, 
     line = as_table("services", rows).splitlines()[-1]
     address = "10.96.0.1" if rows[0]["clusterIPs"] else "-"
     assert line.split() == ["shop", "web", service.spec.type, address, *shown.split(), "none"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "deleted", "word"),
+    [
+        ("", None, "Pending"),
+        ("Running", None, "Running"),
+        ("Running", "2026-01-01T00:00:00Z", "Terminating"),
+    ],
+)
+def test_the_status_of_a_pod(phase: str, deleted: str | None, word: str) -> None:
+    meta = ObjectMeta("web-0", "shop", deletion_timestamp=deleted)
+    cluster = Cluster(pods={("shop", "web-0"): Pod(meta, status=PodStatus(phase))})
+    (row,) = rows = pod_rows(cluster)
+    assert (row["phase"], row["deletionTimestamp"]) == (phase, deleted)
+    assert as_table("pods", rows).splitlines()[1].split()[3] == word

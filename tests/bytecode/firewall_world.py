@@ -12,6 +12,7 @@ from socket import AF_INET, AF_INET6, inet_pton
 
 import numpy as np
 
+from cluster.commands import run, until
 from lockgate.agent.firewall_maps import FirewallMaps, sizes
 from lockgate.agent.firewall_tables import Change, FirewallTables
 from lockgate.bpf import syscall
@@ -118,6 +119,9 @@ class FirewallWorld:
                     length = ["128", "nodad"] if ":" in address else ["32"]
                     block, *more = f"{address}/{length[0]}", *length[1:]
                     subprocess.run(["ip", "addr", "add", block, "dev", "lo", *more], check=True)
+                # The kernel makes routes to IPv6 addresses afterwards, in work of its own.
+                for address in addresses:
+                    until("a route", lambda a=address: run("ip", "route", "get", a), 10)
                 yield
         finally:
             namespaces.delete(name)

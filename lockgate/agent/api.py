@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from lockgate.agent import firewall_api, frontends, probe
+from lockgate.agent import firewall_api, firewall_asked, frontends, probe
 from lockgate.agent.agent import Agent
 from lockgate.agent.endpoints import Attachment
 from lockgate.agent.ipam import PoolExhausted
@@ -41,6 +41,7 @@ def application(agent: Agent) -> web.Application:
             web.get("/v1/firewall", _firewall),
             web.post("/v1/firewall", _firewall_add),
             web.post("/v1/firewall/delete", _firewall_delete),
+            web.post("/v1/firewall/ask", _firewall_ask),
             web.get("/healthz", _health),
         ]
     )
@@ -136,6 +137,12 @@ async def _firewall_add(request: web.Request) -> web.Response:
 async def _firewall_delete(request: web.Request) -> web.Response:
     body = await request.read()
     return await firewall_api.respond(firewall_api.delete, request.app[_AGENT], body)
+
+
+async def _firewall_ask(request: web.Request) -> web.Response:
+    asked = msgspec.json.decode(await request.read(), type=firewall_asked.Asked)
+    answer = await request.app[_AGENT].work(firewall_asked.ask, request.app[_AGENT], asked)
+    return web.json_response({"answer": answer})
 
 
 async def _dry_run(request: web.Request) -> web.Response:

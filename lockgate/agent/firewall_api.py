@@ -11,11 +11,12 @@ from aiohttp import web
 
 from lockgate.agent.agent import Agent
 from lockgate.agent.firewall import FirewallFull
+from lockgate.agent.firewall_asked import rule_row
 from lockgate.bpf.object import LoadError
 from lockgate.compile.firewall import Rule
 from lockgate.compile.prefixes import Prefixes, parse
 from lockgate.objects.errors import FieldError
-from lockgate.objects.firewall import RATE_MAX, Range, ranges_text, read_ranges
+from lockgate.objects.firewall import LIFETIME_MAX, RATE_MAX, Range, read_ranges
 
 __all__ = ["FirewallError", "add", "delete", "show"]
 
@@ -49,8 +50,8 @@ async def add(agent: Agent, body: bytes) -> dict[str, Any]:
         raise ValueError(f"action: expected allow or deny, got {asked.action!r}")
     if not 0 <= asked.rate <= RATE_MAX or (asked.rate and asked.action == "deny"):
         raise ValueError(f"rate: expected 1 to {RATE_MAX} packets a second, with allow")
-    if not 0 <= asked.seconds < 1e10:
-        raise ValueError(f"seconds: expected a lifetime, got {asked.seconds}")
+    if not 0 <= asked.seconds <= LIFETIME_MAX:
+        raise ValueError(f"seconds: expected 0 to {LIFETIME_MAX}, got {asked.seconds}")
     rule = Rule("command", asked.action, _ranges(asked.ports), asked.rate)  # type: ignore[arg-type]
 
     def work() -> int:
@@ -124,7 +125,7 @@ def _show(agent: Agent, top: int) -> dict[str, Any]:
         mine = own == number
         packets, bytes_ = counters[mine].sum(axis=0).tolist()
         found["rules"].append(
-            {**_rule(rule), "entries": int(mine.sum()), "packets": packets, "bytes": bytes_}
+            {**rule_row(rule), "entries": int(mine.sum()), "packets": packets, "bytes": bytes_}
         )
     most = np.argsort(counters[:, 0], kind="stable")[::-1][:top]
     prefixes, ends = tables.prefixes(numbers[most]), tables.expires(numbers[most])
@@ -132,24 +133,13 @@ def _show(agent: Agent, top: int) -> dict[str, Any]:
         found["top"].append(
             {
                 "cidr": prefixes.text(place),
-                **_rule(tables.rules.rules[int(own[at])]),
+                **rule_row(tables.rules.rules[int(own[at])]),
                 "packets": int(counters[at, 0]),
                 "bytes": int(counters[at, 1]),
                 "expires": float(ends[place]) or None,
             }
         )
     return found
-
-
-def _rule(rule: Rule) -> dict[str, Any]:
-    return {
-        "action": rule.action,
-        "ports": ranges_text(rule.ports),
-        "rate": rule.rate,
-        "source": rule.source,
-        "name": rule.name,
-        "rule": rule.index if rule.source == "object" else None,
-    }
 
 
 def _prefixes(texts: list[str]) -> Prefixes:

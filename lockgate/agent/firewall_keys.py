@@ -71,9 +71,11 @@ def filter_place(high: int) -> int:
 
 
 def monotonic_of(expires: NDArray[np.float64]) -> U32:
-    """Seconds of the kernel's clock, rounded up; 0 stays 0."""
+    """Seconds of the kernel's clock, rounded up; 0 stays 0. What is more than 136 years after the
+    boot is that."""
     offset = time.time() - time.monotonic()
-    return np.where(expires > 0, np.maximum(np.ceil(expires - offset), 1), 0).astype(np.uint32)
+    seconds = np.clip(np.ceil(expires - offset), 1, 0xFFFF_FFFF)
+    return np.where(expires > 0, seconds, 0).astype(np.uint32)
 
 
 def wall_of(expires: U32) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from lockgate.bpf.btf import Schema
+from lockgate.compile.drafts import HOST_PORT
 from lockgate.compile.tables import BACKEND_WORDS, NO_OWNER, OWNERS, PROTOCOL_NUMBER, Words
 from lockgate.objects.address import format_address, parse_address
 
@@ -40,6 +41,7 @@ def frontends(agent: Agent, asked: list[Asked]) -> list[dict[str, Any] | None]:
     image = agent.dp.images.inner(number)
     if image is None:
         return [None] * len(asked)
+    served = agent.journal.served()
     targets = {agent.hops.numbers[node]: node for node in agent.hops.numbers}
     answers: list[dict[str, Any] | None] = []
     with image:
@@ -54,10 +56,19 @@ def frontends(agent: Agent, asked: list[Asked]) -> list[dict[str, Any] | None]:
             if found is not None:
                 view = view_of(schema, found["view"][number], image.view, one.hash)
             if view is not None:
+                view["of"] = _holder(served.get(view["service"]))
                 for owner in view["owners"]:
                     owner["node"] = targets.get(owner["hop"], agent.config.node)
             answers.append(view)
     return answers
+
+
+def _holder(key: tuple[str, str, str, str, int] | None) -> dict[str, str] | None:
+    """Whose it is: a Service, or the Pod that has a hostPort there."""
+    if key is None:
+        return None
+    kind = "Pod" if key[2] == HOST_PORT else "Service"
+    return {"kind": kind, "namespace": key[0], "name": key[1]}
 
 
 def view_of(schema: Schema, view: Any, image: Words, flow: int) -> dict[str, Any] | None:

@@ -152,6 +152,10 @@ class Journal:
             self._asked.add(("service", number))
         return number
 
+    def served(self) -> dict[int, tuple[str, str, str, str, int]]:
+        """By id: namespace, name, name of the port, protocol and port."""
+        return {number: key for key, (number, _) in self._services.items()}
+
     def commit(self) -> int:
         """Write what is new; returns the number of lines. On OSError nothing is lost:
         the lines stay for the next commit."""

@@ -52,6 +52,7 @@ REFUSALS = {
     "source-range": "the client is not in the service's loadBalancerSourceRanges",
     "unknown-service-port": "the service has no such port: the connection is refused",
     "sctp-port-rewrite": "the service changes the port, which SCTP does not survive",
+    "spoofed-source": "nobody can have that source there",
     "no-route": "there is no way to the destination",
 }
 

@@ -19,7 +19,7 @@ from lockgate.cli.common import access_options, fail, fail_unanswered, json_opti
 from lockgate.cli.render import table
 from lockgate.objects.blocks import pack_cidrs
 from lockgate.objects.errors import FieldError
-from lockgate.objects.firewall import RATE_MAX, ranges_text, read_ranges
+from lockgate.objects.firewall import LIFETIME_MAX, RATE_MAX, ranges_text, read_ranges
 
 __all__ = ["firewall", "merge", "read_list", "seconds_of"]
 
@@ -221,7 +221,10 @@ def seconds_of(text: str) -> float:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
     if not match or not float(match[1]):
         fail(f"--for: expected a time such as 90s, 10m, 2h or 1d, got {text!r}")
-    return float(match[1]) * _UNITS[match[2]]
+    seconds = float(match[1]) * _UNITS[match[2]]
+    if seconds > LIFETIME_MAX:
+        fail(f"--for: expected {LIFETIME_MAX // 86400}d at most, got {text!r}")
+    return seconds
 
 
 def _sources(cidrs: Sequence[str], path: str | None) -> list[str]:
@@ -244,7 +247,7 @@ def _ports(texts: Sequence[str]) -> list[str]:
     try:
         return ranges_text(read_ranges(texts))
     except FieldError as error:
-        fail(str(error).replace("ports: ", "--port: ", 1))
+        fail(re.sub(r"^ports[^:]*", "--port", str(error)))
 
 
 def _ask(

@@ -125,8 +125,8 @@ def trace(
 
     CLIENT is an address outside the cluster, NAMESPACE/POD, or a node's address; FRONTEND an
     address of a service, a node's address with a node port, or NAMESPACE/NAME. Node by node: the
-    flow's slot and its owners, how the packet goes on, and what the policies at the backend say.
-    Nothing is sent and nothing is recorded.
+    flow's slot and its owners, how the packet goes on, and what the firewall at the card and the
+    policies at the backend say. Nothing is sent and nothing is recorded.
 
     \b
     lockgate service trace 198.51.100.7 192.0.2.10:80
@@ -165,11 +165,22 @@ def views_of(access: Access, node: str, questions: list[Row]) -> list[Row | None
     return found
 
 
+def firewall_of(access: Access, node: str, packet: Row) -> Row | None:
+    """What a node's firewall says of a packet; None if none looks at it. QuestionError."""
+    try:
+        answer = access.call(node, "agent", "POST", "/v1/firewall/ask", packet)
+    except (OSError, Refused) as error:
+        raise QuestionError(f"node {node}: its agent does not answer: {error}") from error
+    found: Row | None = answer["answer"]
+    return found
+
+
 def _named(cluster: Cluster, name: str) -> Service:
     parts = name.removeprefix("svc/").removeprefix("service/").split("/")
     found = cluster.services.get((parts[0], parts[-1])) if len(parts) == 2 else None
     if found is None:
-        raise QuestionError(f"no service {name}: expected NAMESPACE/NAME")
+        wanted = "" if len(parts) == 2 and all(parts) else ": expected NAMESPACE/NAME"
+        raise QuestionError(f"no service {name}{wanted}")
     return found
 
 
@@ -183,6 +194,7 @@ def _by_the_kernel(access: Access, cluster: Cluster, one: Asked, via: str) -> Tr
             cluster,
             lambda node: kernel_of(access, node, schema),
             lambda node, questions: views_of(access, node, questions),
+            lambda node, packet: firewall_of(access, node, packet),
             schema,
         )
     ) as tracer:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lockgate.explain.frontends import Frontend, forwarding, frontends_of
+from lockgate.explain.frontends import Frontend, Frontends, forwarding, frontends_of, unserved
 from lockgate.objects.model import Cluster, EndpointSlice, Service, ServicePort
 
 __all__ = ["Place", "Row", "counts", "overview", "places"]
@@ -19,6 +19,7 @@ def overview(cluster: Cluster, only: Service | None = None) -> Iterator[Row]:
     slices: dict[tuple[str, str], list[EndpointSlice]] = {}
     for (namespace, _), one in sorted(cluster.slices.items()):
         slices.setdefault((namespace, one.service), []).append(one)
+    everywhere = Frontends(cluster)
     for key, service in sorted(cluster.services.items()):
         if only not in (None, service):
             continue
@@ -31,7 +32,10 @@ def overview(cluster: Cluster, only: Service | None = None) -> Iterator[Row]:
             "namespace": key[0],
             "name": key[1],
             "type": spec.type,
-            "frontends": [one.json() for one in frontends],
+            "frontends": [
+                one.json() | {"takenBy": _other(everywhere, service, one)} for one in frontends
+            ],
+            "unserved": None if frontends else unserved(service),
             "forwarding": forwarding(service) or None,
             "externalTrafficPolicy": (spec.external_traffic_policy or "Cluster")
             if outside
@@ -46,6 +50,14 @@ def overview(cluster: Cluster, only: Service | None = None) -> Iterator[Row]:
                 for family in dict.fromkeys(_family(ip) for ip in service.cluster_ips)
             },
         }
+
+
+def _other(everywhere: Frontends, service: Service, one: Frontend) -> str | None:
+    """The service that has it before this one."""
+    found = everywhere.at(one.address, one.port, one.protocol)
+    if found is None or found[0] is service:
+        return None
+    return f"{found[0].metadata.namespace}/{found[0].metadata.name}"
 
 
 def counts(slices: list[EndpointSlice], family: str) -> Row:

@@ -60,10 +60,9 @@ def frontend_texts(frontends: Sequence[Row]) -> list[str]:
     """One of each; node ports once for all nodes."""
     found = []
     for one in frontends:
-        if one["kind"] == "node":
-            found.append(f"node:{one['port']}/{one['protocol']}")
-        else:
-            found.append(f"{join(one['address'], one['port'])}/{one['protocol']}")
+        host = f"node:{one['port']}" if one["kind"] == "node" else join(one["address"], one["port"])
+        taken = f" ({one['takenBy']} has it)" if one["takenBy"] else ""
+        found.append(f"{host}/{one['protocol']}{taken}")
     return list(dict.fromkeys(found))
 
 
@@ -74,6 +73,8 @@ def show_text(row: Row, names: Names) -> str:
     title = f"{row['namespace']}/{row['name']}"
     lines = [f"{heading(title)}  {row['type']}, {endpoints_text(row['endpoints'])}", ""]
     lines += [f"  {label:<16} {text}" for label, text in _facts(row)]
+    if not row["frontends"]:
+        lines += ["", f"  not served: {row['unserved']}"]
     for one in row["inForce"]:
         groups = _alike(one["nodes"])
         named = f" {one['name']}" if one["name"] else ""
@@ -85,7 +86,11 @@ def show_text(row: Row, names: Names) -> str:
         ]
         for nodes, view in groups:
             where = "" if len(groups) == 1 else f"on {', '.join(nodes)}: "
-            lines += _view_lines(one["clients"], view, where, names)
+            other = view and _another(view["of"], title)
+            if other:
+                lines.append(f"  {where}{other} has it")
+            else:
+                lines += _view_lines(one["clients"], view, where, names)
         if not groups:
             lines.append("  no node was asked")
     lines += ["", *(f"node {node}: {told}" for node, told in row["unanswered"].items())]
@@ -118,6 +123,13 @@ def _facts(row: Row) -> list[tuple[str, str]]:
         if there:
             found.append((label, wrapped(frontend_texts(there), 78).replace("\n", below)))
     return found
+
+
+def _another(of: Row | None, title: str) -> str | None:
+    """Who has it, if it is not the service of that name."""
+    if of is None or (of["kind"] == "Service" and f"{of['namespace']}/{of['name']}" == title):
+        return None
+    return f"{of['kind']} {of['namespace']}/{of['name']}"
 
 
 def _alike(nodes: dict[str, Row | None]) -> list[tuple[list[str], Row | None]]:
@@ -199,7 +211,9 @@ def trace_text(trace: Trace, names: Names) -> str:
         lines += [f"{label if not i else ' ' * len(label)}{line}" for i, line in enumerate(told)]
     last = trace.steps[-1]
     lines.append("")
-    if trace.reaches:
+    if last.verdict == "none":
+        lines.append(paint("none", "yellow", bold=True) + f"  {_arrives(last)}")
+    elif trace.reaches:
         by = f": by {last.direction}, {policies_text(last.policies)}" if last.policies else ""
         lines.append(paint("allow", "green", bold=True) + f"  {_arrives(last)}{by}")
     else:
@@ -210,6 +224,8 @@ def trace_text(trace: Trace, names: Names) -> str:
 def _step_lines(step: Step, trace: Trace, names: Names) -> list[str]:
     lines = []
     view = step.view
+    if step.firewall and step.firewall["rule"] and not step.firewall["cause"]:
+        lines += _firewall_lines(step.firewall)
     if step.program == "from_pod":
         if view is not None:
             lines.append(f"one of {len(view['backends'])} backends at random, for its pod")
@@ -254,13 +270,31 @@ def _arrives(step: Step) -> str:
     if step.to == "pod":
         return f"pod {step.name} answers"
     if step.to != "stack":
-        return f"it leaves for {step.name}"
-    if step.went == step.came:
+        asks = ": no frontend of a service" if step.verdict == "none" else ""
+        return f"it leaves for {step.name}{asks}"
+    if step.verdict == "none":
         return f"left to the stack of {step.node}: no frontend of a service"
     return f"the stack of {step.node} answers"
 
 
+def _firewall_lines(told: Row) -> list[str]:
+    rule = told["rule"]
+    if rule["source"] == "builtin":
+        return []
+    rate = f", up to {rate} packets a second" if (rate := rule["rate"]) else ""
+    return [f"firewall: {told['prefix']} is allowed by {_rule_text(rule)}{rate}"]
+
+
+def _rule_text(rule: Row) -> str:
+    return "a command" if rule["source"] == "command" else f"{rule['name']} rules[{rule['rule']}]"
+
+
 def _why(step: Step) -> str:
+    if step.firewall and step.firewall["cause"] == step.cause == "firewall":
+        rule = step.firewall["rule"]
+        if rule is None:
+            return "firewall: no entry allows it, and the default is Drop"
+        return f"firewall: {step.firewall['prefix']} is denied by {_rule_text(rule)}"
     if step.cause is not None:
         return REFUSALS.get(step.cause, step.cause)
     return f"{step.direction}: isolated by {policies_text(step.policies)}"

@@ -235,7 +235,8 @@ def firewall_lines(nodes: list[Row]) -> list[str]:
     for node in nodes:
         one = node["agentStatus"].get("firewall")
         if one:
-            text = f"{one['entries']} entries by {one['rules']} rules, default {one['default']}"
+            rules = f"{one['rules']} rule{'s' * (one['rules'] != 1)}"
+            text = f"{one['entries']} entries by {rules}, default {one['default']}"
             alike.setdefault(text, []).append(node["name"])
     return [
         f"firewall on {', '.join(names) if len(names) < len(nodes) else 'all nodes'}: {text}"

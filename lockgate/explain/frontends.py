@@ -17,11 +17,14 @@ __all__ = [
     "Frontends",
     "forwarding",
     "frontends_of",
+    "node_addresses",
     "parse_frontend",
+    "unserved",
     "with_forwarding",
 ]
 
 Kind = Literal["cluster", "balancer", "external", "node"]
+_PROTOCOLS = ("TCP", "UDP", "SCTP")
 #: Services with one of these labels are for others.
 _OTHERS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
 
@@ -97,12 +100,20 @@ def frontends_of(cluster: Cluster, service: Service) -> list[Frontend]:
     if service.spec.type in ("NodePort", "LoadBalancer"):
         found += [
             Frontend("node", ip, port.node_port, port.protocol, port, node)
-            for node, ip in _of_nodes(cluster)
+            for node, ip in node_addresses(cluster)
             if (":" in ip) in families
             for port in service.spec.ports
             if port.node_port
         ]
     return found
+
+
+def unserved(service: Service) -> str:
+    """Why a service has no frontend."""
+    label = next((one for one in _OTHERS if one in service.metadata.labels), "")
+    if label:
+        return f"its label {label} says that it is for others"
+    return "it has no cluster IP" if not service.cluster_ips else "it has no ports"
 
 
 class Frontends:
@@ -111,9 +122,14 @@ class Frontends:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._at: dict[tuple[str, int, str], tuple[Service, Frontend]] = {}
-        for _, service in sorted(cluster.services.items()):
-            for one in frontends_of(cluster, service):
-                self._at.setdefault((one.address, one.port, one.protocol), (service, one))
+        found = [
+            (one.kind not in ("cluster", "balancer"), key, service, one)
+            for key, service in cluster.services.items()
+            for one in frontends_of(cluster, service)
+        ]
+        # Of two that ask for the same the first has it (lockgate/compile/claims.py).
+        for _, _, service, one in sorted(found, key=lambda row: row[:2]):
+            self._at.setdefault((one.address, one.port, one.protocol), (service, one))
 
     def at(self, address: str, port: int, protocol: str) -> tuple[Service, Frontend] | None:
         """What is asked there; None if it is no service's."""
@@ -130,8 +146,8 @@ class Frontends:
             there = self._of_service(name)
         else:
             there = [one for _, one in self._at.values() if one.address == address]
-            if port and protocol:
-                return address, port, protocol  # of a service or not: the kernel is asked
+            if port and (protocol or not any(one.port == port for one in there)):
+                return address, port, protocol or "TCP"  # a service's or not: the kernel is asked
         fitting = [
             one
             for one in there
@@ -158,16 +174,21 @@ class Frontends:
             )
         there = frontends_of(self._cluster, service)
         if not there:
-            raise QuestionError(f"service {'/'.join(parts)} has no address")
+            raise QuestionError(f"service {'/'.join(parts)} is not served: {unserved(service)}")
         order = ("balancer", "external", "node", "cluster")
         return sorted(there, key=lambda one: order.index(one.kind))
 
 
 def parse_frontend(text: str) -> tuple[str, int, str]:
     """`NAME[:PORT][/PROTO]`: name or address, port or 0, protocol or "". QuestionError."""
-    protocol = ""
+    protocol, whole = "", text
     head, slash, tail = text.rpartition("/")
-    if slash and tail.upper() in ("TCP", "UDP", "SCTP"):
+    known = tail.upper() in _PROTOCOLS
+    if slash and not known and ":" in head:
+        raise QuestionError(f"{whole}: expected one of {', '.join(_PROTOCOLS)} after '/'")
+    # A service may have a protocol's name: it is the last of two parts.
+    bare = head.removeprefix("svc/").removeprefix("service/")
+    if known and any(mark in bare for mark in ":./"):
         text, protocol = head, tail.upper()
     if text.startswith("["):
         name, _, port = text[1:].partition("]")
@@ -177,11 +198,12 @@ def parse_frontend(text: str) -> tuple[str, int, str]:
     else:
         name, port = text, ""
     if port and not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        raise QuestionError(f"{text}: expected a port from 1 to 65535 after ':'")
+        raise QuestionError(f"{whole}: expected a port from 1 to 65535 after ':'")
     return name, int(port or 0), protocol
 
 
-def _of_nodes(cluster: Cluster) -> Iterator[tuple[str, str]]:
+def node_addresses(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """Name and address of each node, for all of its addresses that others reach it by."""
     for name, node in sorted(cluster.nodes.items()):
         addresses = (a for a in node.status.addresses if a.type in ("InternalIP", "ExternalIP"))
         for ip in dict.fromkeys(_plain(one.address) for one in addresses):

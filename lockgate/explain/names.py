@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from lockgate.explain.frontends import Frontend, Frontends
+from lockgate.explain.frontends import Frontend, Frontends, node_addresses
 from lockgate.explain.question import Family, Question, QuestionError
 from lockgate.explain.served import Served
 from lockgate.objects.address import format_address, is_ipv4, parse_address
@@ -70,6 +70,10 @@ class Names:
             for name, node in cluster.nodes.items()
             for address in node.status.addresses
             if address.type == "InternalIP"
+        }
+        #: Whose an address is that clients outside know as well.
+        self.hosts: dict[bytes, str] = {
+            parse_address(address): name for name, address in node_addresses(cluster)
         }
         self.pods: dict[bytes, Pod] = {}
         # The last one stands: pods that are not being deleted, then the first by name.

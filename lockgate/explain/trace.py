@@ -37,7 +37,7 @@ from lockgate.explain.kernel import (
 from lockgate.explain.names import End, Names
 from lockgate.explain.packet import SOURCE_PORT, Ends, ends_of, first_packet
 from lockgate.explain.question import QuestionError
-from lockgate.objects.address import format_address, is_ipv4, parse_address
+from lockgate.objects.address import format_address, is_ipv4, is_special, parse_address
 from lockgate.objects.model import Cluster, Service
 
 __all__ = ["Asked", "Step", "Trace", "Tracer", "asked", "entry", "join"]
@@ -48,6 +48,8 @@ _MOST_NODES = 8
 Row = dict[str, Any]
 #: Of a node: what is in force at frontends (`POST /v1/frontends`).
 Views = Callable[[str, list[Row]], list[Row | None]]
+#: Of a node: what its firewall says of a packet (`POST /v1/firewall/ask`); None: nothing.
+Firewall = Callable[[str, Row], Row | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Step:
     node: str
     program: str
     came: Ends
+    #: allow · deny; none: it goes on as it came, and no service is asked.
     verdict: str = "deny"
     cause: str | None = None
     direction: str | None = None
@@ -86,6 +89,8 @@ class Step:
     name: str = ""
     mode: str | None = None  # dsr · snat: how it leaves for another node's backend
     went: Ends | None = None
+    #: What the firewall at the card says; None where none looks.
+    firewall: Row | None = None
 
     def json(self) -> Row:
         went = self.went
@@ -96,6 +101,7 @@ class Step:
             "cause": self.cause,
             "direction": self.direction,
             "policies": self.policies,
+            "firewall": self.firewall,
             "slot": self.view
             and self.view["slot"]
             and self.view["slot"] | {"of": self.view["slots"]},
@@ -127,8 +133,12 @@ class Trace:
     steps: list[Step]
 
     @property
+    def verdict(self) -> str:
+        return self.steps[-1].verdict
+
+    @property
     def reaches(self) -> bool:
-        return bool(self.steps) and self.steps[-1].verdict == "allow"
+        return self.verdict == "allow"
 
     @property
     def backend(self) -> str | None:
@@ -147,7 +157,7 @@ class Trace:
             },
             "service": key and dict(zip(("namespace", "name"), key, strict=True)),
             "hash": self.hash,
-            "verdict": "allow" if self.reaches else "deny",
+            "verdict": self.verdict,
             "cause": self.steps[-1].cause,
             "backend": self.backend,
             "steps": [step.json() for step in self.steps],
@@ -175,18 +185,25 @@ def asked(names: Names, client: str, frontend: str, *, begins: bool = True) -> A
     source = next((end for end in ends if is_ipv4(end.address) == is_ipv4(to)), None)
     if source is None:
         raise QuestionError(f"{client} and {address} do not share one address family")
+    if source.pod is None and is_special(source.address):
+        raise QuestionError(f"{client}: no client outside has that address")
     return Asked(source, sport, to, port, protocol, found[0] if found else None, begins)
 
 
 class Tracer:
-    """Asks the kernel of each node on the way. `node` opens one by its name, `views` asks its
-    agent; both raise QuestionError."""
+    """Asks the kernel of each node on the way. `node` opens one by its name, `views` and `firewall`
+    ask its agent; all raise QuestionError."""
 
     def __init__(
-        self, cluster: Cluster, node: Callable[[str], NodeKernel], views: Views, schema: Schema
+        self,
+        cluster: Cluster,
+        node: Callable[[str], NodeKernel],
+        views: Views,
+        firewall: Firewall,
+        schema: Schema,
     ) -> None:
         self.names = Names(cluster)
-        self._open, self._views = node, views
+        self._open, self._views, self._firewall = node, views, firewall
         self._nodes: dict[str, NodeKernel] = {}
         self._causes = {
             number: name.removeprefix("CAUSE_").lower().replace("_", "-")
@@ -210,6 +227,8 @@ class Tracer:
         while run is not None and len(found.steps) < _MOST_NODES:
             step = Step(name, run.program, ends_of(run.packet))
             found.steps.append(step)
+            if self._is_dropped(step, run, one):
+                break
             step.view = self._view(one, found.hash, name)
             ran = self._node(name).run([run])[0]
             name, run = self._read(step, ran, one)
@@ -250,6 +269,26 @@ class Tracer:
         role = LINK_OUTSIDE if client.node is None else LINK_UNDERLAY
         return name, DryRun("from_net", packet(), at.link(role))
 
+    def _is_dropped(self, step: Step, run: DryRun, one: Asked) -> bool:
+        """By the firewall at the card; what another node's balancer sends on is judged as the
+        packet inside."""
+        if run.program != "from_net":
+            return False
+        came = step.came
+        asked = {
+            "ifindex": run.ifindex,
+            "source": format_address(came.source),
+            "destination": format_address(came.destination),
+            "protocol": one.protocol,
+            "port": came.dport,
+        }
+        step.firewall = self._firewall(step.node, asked)
+        cause = step.firewall and step.firewall["cause"]
+        if not cause or (came.outer and cause == "spoofed-source"):
+            return False
+        step.cause = cause
+        return True
+
     def _view(self, one: Asked, hash_: int, node: str) -> Row | None:
         asked = {
             "address": format_address(one.frontend),
@@ -270,7 +309,7 @@ class Tracer:
         word, target = ran.cb[DRY_RESULT], ran.cb[DRY_TARGET]
         cause, judged, kind = word >> 8 & 0xFF, word >> 16, target >> 28
         if ran.retval == -1 and not (word or target):
-            step.to, step.verdict = "stack", "allow"
+            step.to, step.verdict = "stack", "none"
             step.went = step.came
             return "", None
         step.verdict = "allow" if word & 1 else "deny"
@@ -293,11 +332,14 @@ class Tracer:
         went = step.went
         assert went is not None
         end = self.names.end_at(went.outer[1] if went.outer else went.destination)
-        if end.pod is None and end.node is None:
+        node = self.names.hosts.get(end.address)
+        if end.pod is None and node is None:
             step.to, step.name = "outside", end.ip
+            if (end.address, went.dport) == (one.frontend, one.port):
+                step.verdict = "none"
             return "", None
         remote = self._node(step.node).tunnel_end(hop)
-        following = end.pod.spec.node_name if end.pod else end.node
+        following = end.pod.spec.node_name if end.pod else node
         if remote is not None:
             following = self.names.end_at(remote).node
         if following is None:
@@ -332,9 +374,9 @@ def join(ip: str, port: int) -> str:
 
 
 def entry(names: Names, one: Asked) -> str:
-    """The node where a packet from outside comes in, if nobody says which: the one that has the
-    address, else the first that serves the service. QuestionError."""
-    owner = names.end_at(one.frontend).node
+    """The node where a packet comes in, if nobody says which: the one that has the address, else a
+    node's process asks at its own, else the first that serves the service. QuestionError."""
+    owner = names.hosts.get(one.frontend) or one.client.node
     if owner is not None:
         return owner
     nodes = sorted(names.cluster.nodes)

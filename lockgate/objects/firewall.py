@@ -10,6 +10,7 @@ from lockgate.objects.model import FirewallPort
 from lockgate.objects.names import check_port
 
 __all__ = [
+    "LIFETIME_MAX",
     "RATE_MAX",
     "Range",
     "moment",
@@ -20,6 +21,8 @@ __all__ = [
 
 #: Packets a second. At one a nanosecond a limit is none.
 RATE_MAX = 1_000_000_000
+#: Seconds: a hundred years.
+LIFETIME_MAX = 36_500 * 86_400
 #: (protocol, first port, last port); ICMP has no ports: 0, 0.
 Range = tuple[str, int, int]
 

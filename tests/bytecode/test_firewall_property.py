@@ -10,6 +10,7 @@ from ipaddress import IPv6Network, ip_network
 import pytest
 
 from lockgate.agent import firewall_tables
+from lockgate.agent.firewall_asked import Asked, judge
 from lockgate.agent.firewall_tables import Change
 from lockgate.compile.firewall import Rule
 from lockgate.compile.prefixes import parse
@@ -28,6 +29,9 @@ RULES = (
 )
 OWN, MEMBER, SERVER = (Rule("builtin", one) for one in ("nobody", "member", "allow"))  # type: ignore[arg-type]
 BUILTIN = (OWN, MEMBER, SERVER)
+
+#: As who asks names them; what has no ports is any other.
+PROTOCOLS = {6: "TCP", 17: "UDP", 132: "SCTP", 1: "ICMP", 58: "ICMPv6", 47: ""}
 
 Have = set[tuple[Rule, str]]
 
@@ -157,6 +161,14 @@ def test_the_kernel_does_as_the_specification_says(
             )
             found = world.run(sent)
             assert found.cause == wanted.cause, (packet, sorted(have, key=str))
+            if not packet.fragment:
+                asked = Asked(0, packet.source, packet.destination, PROTOCOLS[packet.protocol])
+                asked.port = packet.port
+                told = judge(world.tables, asked, inside=inside, now=0)
+                assert (told["cause"] or "") == wanted.cause, (packet, told)
+                if wanted.rule is not None:
+                    assert told["rule"]["name"] == wanted.rule.name
+                    assert told["rule"]["action"] == wanted.rule.action.lower()
             if wanted.rule is not None and found.cause:
                 by = [
                     rule

@@ -26,6 +26,12 @@ def agent(world: World) -> Any:
         publisher=world.publisher,
         hops=SimpleNamespace(numbers={"two": 1, "three": 2}),
         config=SimpleNamespace(node="one"),
+        journal=SimpleNamespace(
+            served=lambda: {
+                CHAIN: ("shop", "web", "http", "TCP", 80),
+                HERE: ("shop", "pod", "hostPort", "TCP", 80),
+            }
+        ),
     )
 
 
@@ -50,6 +56,14 @@ def test_owners_with_their_slots_and_nodes(agent: Any, family: int) -> None:
         (known["c"], 8080, "local", "one", 0, 0),
     ]
     assert (view["slots"], view["slot"]) == (1, None)
+
+
+def test_whose_it_is(agent: Any) -> None:
+    assert [told(agent, 4, one)["of"] for one in (CHAIN, HERE, SNAT)] == [
+        {"kind": "Service", "namespace": "shop", "name": "web"},
+        {"kind": "Pod", "namespace": "shop", "name": "pod"},
+        None,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ class Machine:
         self._bed.supervisor.put(far, *frontend("web", "203.0.113.80", "10.77.2.9"))
         async with asyncio.timeout(DEADLINE):
             while found := await self.status("agent"):
-                if any(one["mode"] == "native" for one in found["xdp"]):
+                if any(one["mode"] != "none" for one in found["xdp"]):
                     return True
                 await asyncio.sleep(0.05)
         return False

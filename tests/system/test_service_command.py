@@ -16,7 +16,7 @@ from lockgate.bpf.btf import Schema
 from lockgate.bpf.maps import HashMap, MappedArray
 from lockgate.bpf.pins import pin_names
 from lockgate.cli.explain import kernel_of
-from lockgate.cli.service import views_of
+from lockgate.cli.service import firewall_of, views_of
 from lockgate.explain.names import Names
 from lockgate.explain.trace import Trace, Tracer, asked
 from lockgate.explain.trace_spec import by_the_specification
@@ -24,11 +24,16 @@ from lockgate.objects.address import parse_address
 from lockgate.objects.model import Cluster as Objects
 from lockgate.paths import bpf_object
 from tests.system.harness import Cluster, family_of, manifest, need_root, unique_name, until
+from tests.system.test_cluster_firewall import command
 
 pytestmark = pytest.mark.skipif(need_root(), reason="needs root")
 
 LB = {4: "203.0.113.10", 6: "2001:db8:113::10"}
 ONLY_HERE, SNATTED = "203.0.113.11", "203.0.113.12"
+PORTS = [{"containerPort": 8080, "hostPort": 8888}]
+HOST_PORT = manifest(
+    "Pod", "shop", "hp", {"nodeName": "node-2", "containers": [{"name": "main", "ports": PORTS}]}
+)
 NODES = ("node-1", "node-2", "node-3")
 GATEWAY = {4: "172.31.0.11", 6: "fd00:172:31::11"}
 
@@ -67,6 +72,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     documents = [
         '{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}}',
         *pods,
+        HOST_PORT,
         service("web", 30080, *LB.values()),
         service("local", 30081, ONLY_HERE, externalTrafficPolicy="Local"),
         service("snat", 30082, SNATTED, forwarding="snat"),
@@ -97,6 +103,7 @@ class Asker:
             self.objects,
             lambda node: kernel_of(self.access, node, schema),
             lambda node, questions: views_of(self.access, node, questions),
+            lambda node, packet: firewall_of(self.access, node, packet),
             schema,
         )
 
@@ -226,13 +233,62 @@ def test_as_a_command(shop: Cluster) -> None:
     assert max(map(len, told.splitlines())) <= 100
     told = ask(shop, "trace", "198.51.100.7", "203.0.113.13:80", code=1)
     assert "the service has no ready backend" in told
-    told = ask(shop, "trace", "198.51.100.7", "203.0.113.99:80/tcp", code=0)
+    told = ask(shop, "trace", "198.51.100.7", "203.0.113.99:80", code=1)
     assert "left to the stack of node-1: no frontend of a service" in told
     done = shop.lockgate("service", "trace", "198.51.100.7", "shop/nobody", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("lockgate: shop/nobody: expected an address, or NAMESPACE/NAME")
     told = ask(shop, "trace", "198.51.100.7", f"{ONLY_HERE}:80", "--engine", "spec", "--json")
     assert [one["verdict"] for one in told["backends"]] == ["allow", "allow"]
+
+
+@pytest.mark.parametrize(
+    ("client", "frontend", "steps"),
+    [
+        ("198.51.100.7", "172.31.0.13:30080", ["node-3"]),
+        ("shop/web-0", "172.31.0.12:30081", ["node-1", "node-2"]),
+        ("198.51.100.7", "172.31.0.12:8888", ["node-2"]),
+    ],
+    ids=["a node by its outside address", "of another, by a pod", "a hostPort"],
+)
+def test_a_trace_begins_and_goes_on_where_the_address_is(
+    shop: Cluster, client: str, frontend: str, steps: list[str]
+) -> None:
+    found = ask(shop, "trace", client, frontend, "--json")
+    assert [step["node"] for step in found["steps"]][: len(steps)] == steps
+    assert found["verdict"] == "allow" and found["steps"][-1]["to"] == "pod"
+
+
+@pytest.mark.parametrize(
+    ("client", "told"),
+    [
+        ("127.0.0.1", "127.0.0.1: no client outside has that address"),
+        ("172.30.0.12", "172.30.0.12 is node node-2 itself"),
+    ],
+)
+def test_who_is_no_client_is_told(shop: Cluster, client: str, told: str) -> None:
+    done = shop.lockgate("service", "trace", client, f"{LB[4]}:80", check=False)
+    assert (done.returncode, done.stdout) == (2, "") and told in done.stderr
+
+
+def test_a_trace_says_what_the_firewall_says(shop: Cluster) -> None:
+    trace = "trace", "198.51.100.7", f"{LB[4]}:80", "--via", "node-3"
+    rules: list[dict[str, Any]] = [
+        {"action": "Deny", "from": ["198.51.100.0/24"]},
+        {"action": "Allow", "from": ["198.51.100.7/32"], "ports": [{"protocol": "TCP"}]},
+    ]
+    whole = {"apiVersion": "lockgate.dev/v1alpha1", "kind": "Firewall", "metadata": {"name": "e"}}
+    shop.save("firewall.yaml", {**whole, "spec": {"rules": rules[:1]}})
+    found = ask(shop, *trace, "--json", code=1)
+    assert (found["verdict"], found["cause"], len(found["steps"])) == ("deny", "firewall", 1)
+    assert found["steps"][0]["firewall"]["prefix"] == "198.51.100.0/24"
+    assert "firewall: 198.51.100.0/24 is denied by e rules[0]" in ask(shop, *trace, code=1)
+    shop.save("firewall.yaml", {**whole, "spec": {"rules": rules}})
+    assert "firewall: 198.51.100.7/32 is allowed by e rules[1]" in ask(shop, *trace)
+    listed = command(shop, "list")
+    assert not any(one["packets"] for one in listed["top"] if one["source"] == "object")
+    shop.save("firewall.yaml")
+    assert "firewall" not in ask(shop, *trace)
 
 
 def test_list_and_show(shop: Cluster) -> None:

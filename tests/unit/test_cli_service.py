@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from lockgate.cli.service_rows import overview, places
@@ -23,6 +24,7 @@ OWNERS = [
 def view(**more: Any) -> dict[str, Any]:
     return {
         "service": 1,
+        "of": {"kind": "Service", "namespace": "shop", "name": "web"},
         "frontend": True,
         "forwarding": "dsr",
         "localOutside": False,
@@ -102,6 +104,40 @@ def test_what_differs_is_shown_by_node() -> None:
     assert "on n3: nothing is in force" in text
 
 
+def test_what_another_has_is_not_shown_as_its_own() -> None:
+    other = {"kind": "Service", "namespace": "a", "name": "first"}
+    text = shown({"n1": view(of=other), "n2": view(), "n3": view(of=None)})
+    assert "on n1: Service a/first has it" in text
+    assert text.count("512 slots") == 2
+    text = shown({"n1": view(of=other | {"kind": "Pod"})})
+    assert "Pod a/first has it" in text and "10.0.1.1" not in text
+
+
+def test_frontends_that_another_has_are_named() -> None:
+    known = cluster()
+    (web,) = known.services.values()
+    metadata = msgspec.structs.replace(web.metadata, name="zzz")
+    last = msgspec.structs.replace(web, metadata=metadata)
+    known = msgspec.structs.replace(known, services={**known.services, ("shop", "zzz"): last})
+    rows = {row["name"]: row for row in overview(known)}
+    assert {one["takenBy"] for one in rows["web"]["frontends"]} == {None}
+    assert {one["takenBy"] for one in rows["zzz"]["frontends"]} == {"shop/web"}
+    assert "node:30080/TCP (shop/web has it)" in list_text(list(rows.values()))
+
+
+def test_why_a_service_is_not_served_is_told() -> None:
+    known = cluster()
+    (web,) = known.services.values()
+    label = "service.kubernetes.io/service-proxy-name"
+    metadata = msgspec.structs.replace(web.metadata, labels={label: "other"})
+    other = msgspec.structs.replace(web, metadata=metadata)
+    known = msgspec.structs.replace(known, services={("shop", "web"): other})
+    row = next(overview(known, other)) | {"unanswered": {}, "inForce": []}
+    assert f"not served: its label {label} says that it is for others" in show_text(
+        row, Names(known)
+    )
+
+
 def test_where_all_end_new_connections_are_refused() -> None:
     text = shown({"n1": view(owners=[one | {"ends": True} for one in OWNERS])})
     assert "new connections refused, dsr, 512 slots" in text
@@ -165,6 +201,18 @@ def test_a_packet_by_way_of_another_node() -> None:
     ]
 
 
+def said(cause: str | None = None, action: str = "allow") -> dict[str, Any]:
+    rule = {
+        "action": action,
+        "ports": [],
+        "rate": 50,
+        "source": "object",
+        "name": "edge",
+        "rule": 2,
+    }
+    return {"cause": cause, "prefix": "198.51.100.0/24", "rule": rule}
+
+
 @pytest.mark.parametrize(
     ("step", "last"),
     [
@@ -183,11 +231,32 @@ def test_a_packet_by_way_of_another_node() -> None:
             "deny  at n1: ingress: isolated by shop/closed",
         ),
         (
-            Step("n1", "from_net", came(), "allow", to="stack", went=came()),
-            "allow  left to the stack of n1: no frontend of a service",
+            Step("n1", "from_net", came(), "none", to="stack", went=came()),
+            "none  left to the stack of n1: no frontend of a service",
+        ),
+        (
+            Step("n1", "from_net", came(), cause="firewall", firewall=said("firewall", "deny")),
+            "deny  at n1: firewall: 198.51.100.0/24 is denied by edge rules[2]",
+        ),
+        (
+            Step(
+                "n1",
+                "from_net",
+                came(),
+                cause="firewall",
+                firewall={"cause": "firewall", "prefix": None, "rule": None},
+            ),
+            "deny  at n1: firewall: no entry allows it, and the default is Drop",
+        ),
+        (
+            Step("n1", "from_net", came(), "allow", to="pod", went=came(), firewall=said()),
+            "allow  pod  answers",
         ),
     ],
-    ids=["no backend", "a policy", "no frontend"],
+    ids=["no backend", "a policy", "no frontend", "denied", "by default", "let in"],
 )
 def test_how_it_ends(step: Step, last: str) -> None:
-    assert trace(step).splitlines()[-1] == last
+    lines = trace(step).splitlines()
+    assert lines[-1] == last
+    allowed = "firewall: 198.51.100.0/24 is allowed by edge rules[2], up to 50 packets a second"
+    assert any(allowed in line for line in lines) == (step.firewall == said())

@@ -96,6 +96,11 @@ def test_the_frontends_of_a_service(one: Service, expected: str) -> None:
         ("shop/web", ("shop/web", 0, "")),
         ("svc/shop/web:80/UDP", ("svc/shop/web", 80, "UDP")),
         ("shop/tcp:80", ("shop/tcp", 80, "")),
+        ("shop/tcp", ("shop/tcp", 0, "")),
+        ("svc/shop/udp", ("svc/shop/udp", 0, "")),
+        ("shop/udp/udp", ("shop/udp", 0, "UDP")),
+        ("svc/shop/web/sctp", ("svc/shop/web", 0, "SCTP")),
+        ("2001:db8::1/sctp", ("2001:db8::1", 0, "SCTP")),
     ],
 )
 def test_what_is_written(text: str, expected: tuple[str, int, str]) -> None:
@@ -118,6 +123,8 @@ FOUND = cluster(
         ("svc/shop/one", ("10.96.0.2", 80, "TCP")),
         ("10.96.0.2", ("10.96.0.2", 80, "TCP")),
         ("172.16.0.2:30053", ("172.16.0.2", 30053, "UDP")),
+        ("192.0.2.1:81", ("192.0.2.1", 81, "TCP")),
+        ("203.0.113.7:8888", ("203.0.113.7", 8888, "TCP")),
         ("203.0.113.7:9/tcp", ("203.0.113.7", 9, "TCP")),
     ],
 )
@@ -129,7 +136,9 @@ def test_a_frontend_is_found_by_what_is_written(text: str, expected: tuple[str, 
     ("text", "told"),
     [
         ("192.0.2.1", "192.0.2.1: which port? It has 80/TCP, 53/UDP"),
-        ("192.0.2.1:81", "192.0.2.1:81: no such port of a service there; 80/TCP, 53/UDP is"),
+        ("shop/web:81", "shop/web:81: no such port of a service there; 80/TCP, 53/UDP, 30080/TCP"),
+        ("192.0.2.1/sctp", "192.0.2.1/sctp: no such port of a service there; 80/TCP, 53/UDP is"),
+        ("shop/web:80/icmp", "shop/web:80/icmp: expected one of TCP, UDP, SCTP after '/'"),
         ("203.0.113.7", "203.0.113.7: no such port of a service there; none is"),
         ("shop/none:80", "shop/none: expected an address"),
         ("192.0.2.1:0", "expected a port from 1 to 65535"),

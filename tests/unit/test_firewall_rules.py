@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lockgate.agent.firewall_keys import monotonic_of, wall_of
 from lockgate.agent.firewall_log import FirewallLog
 from lockgate.cli.firewall import merge, read_list
 from lockgate.cli.status import firewall_lines
@@ -352,3 +353,12 @@ def test_the_status_says_what_there_is() -> None:
     assert firewall_lines(nodes) == ["firewall on a: 20 entries by 2 rules, default Drop"]
     nodes[1]["agentStatus"]["firewall"] = one
     assert firewall_lines(nodes) == ["firewall on all nodes: 20 entries by 2 rules, default Drop"]
+
+
+def test_moments_by_the_kernels_clock() -> None:
+    now = time.time()
+    whens = np.array([0, now - 1e9, now + 60, moment("9999-12-31T23:59:59Z", "expires")])
+    seconds = monotonic_of(whens)
+    assert seconds[0] == 0 and seconds[1] == 1
+    assert abs(wall_of(seconds)[2] - now - 60) < 2
+    assert seconds[3] == 0xFFFF_FFFF, "not what is left of it in 32 bits"

@@ -156,6 +156,13 @@ static __noinline int goes_on(struct __sk_buff *skb, struct packet *p)
 	       target_kind(p->owner.target) == TO_HOP && is_believed(skb, p);
 }
 
+/* Is the client a process of the node that p->owner is one of? From outside, its stack takes
+ * nothing that has its own address as the source. */
+static __always_inline bool asks_itself(struct packet *p)
+{
+	return same_addr(&p->owner.addr, &p->asked.saddr) && !is_pod(p, &p->owner.addr);
+}
+
 /* Serve p->now's client by p->owner, here or as this node. */
 static __always_inline int serve(struct packet *p)
 {
@@ -208,7 +215,7 @@ __noinline int frontend(struct __sk_buff *skb, struct packet *p)
 		return nobody_serves(skb, p, !(view->flags & SVC_LOCAL));
 	}
 	bool snat = !is_ours(p->owner.target) && !p->outer_size &&
-		    (view->flags & SVC_SNAT || target_kind(p->owner.target) != TO_HOP);
+		    (view->flags & SVC_SNAT || target_kind(p->owner.target) != TO_HOP || asks_itself(p));
 
 	if (snat || is_ours(p->owner.target)) {
 		/* An error about what nobody here knows. */

@@ -18,6 +18,7 @@ from tests.bytecode.balancing import (
     HERE,
     HOST,
     LB,
+    NODE,
     NODE_PORT,
     OTHER,
     PORTS,
@@ -166,6 +167,28 @@ def test_an_endpoint_that_is_no_pod_is_reached_as_the_node(world: World, family:
     out = run(world, "from_net", wire() / ask(family, WORLD, source=OTHER[family]), OUTSIDE)
     port = Ether(out.packet)[2].sport
     same_frame(out.packet, to_world() / ip(family, "host", "world", ttl=63) / syn(port, 8080))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["syn", "udp"])
+def test_a_nodes_process_is_asked_as_this_node_by_one_beside_it(
+    world: World, family: int, kind: str
+) -> None:
+    """Its stack would take its own address, from outside, for a lie."""
+    world.publish(frontends())
+    l4 = {"syn": syn, "udp": udp}[kind]
+    out = run(world, "from_net", wire() / ask(family, NODE, kind, "node"), UNDERLAY)
+    assert out.verdict == REDIRECT and not out.events
+    port = Ether(out.packet)[2].sport
+    same_frame(out.packet, to_hop() / ip(family, "host", "node", ttl=63) / l4(port, 8080))
+    answer = tcp(8080, port, "SA") if kind == "syn" else udp(8080, port)
+    out = run(world, "from_net", wire() / ip(family, "node", "host") / answer, UNDERLAY)
+    assert out.verdict == REDIRECT
+    answer = tcp(PORTS[NODE], SPORT, "SA") if kind == "syn" else udp(PORTS[NODE], SPORT)
+    same_frame(out.packet, to_hop() / ip(family, LB[family], "node", ttl=63) / answer)
+    # A client elsewhere is told of to its stack, which answers by itself.
+    out = run(world, "from_net", wire() / ask(family, NODE, kind), OUTSIDE)
+    same_frame(out.packet, to_hop() / outer(ask(family, NODE, kind, ttl=63), "node"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -113,18 +113,20 @@ static __noinline int keep_owner(struct packet *p, __u32 service)
 }
 
 /* The next owner behind `place` that is on another node, in p->owner: it may know a connection
- * that began before the owners changed. False: there is none, p->owner is as it was. */
+ * that began before the owners changed. Behind the last comes the first: for who sent it here
+ * with an older order, `place` may have been before those that are before it now. False: there is
+ * none, p->owner is as it was. */
 static __always_inline bool next_elsewhere(struct packet *p, void *image, const struct service_view *view,
 					   __u64 owners, int place)
 {
 	struct owner *was = (struct owner *)p->bytes;
 
 	*was = p->owner;
-	for (int i = 0; i < OWNERS; i++) {
-		if (i <= place)
+	for (int i = 0; i < 2 * OWNERS - 1; i++) {
+		if (i <= place || i >= OWNERS + (place > 0 ? place : 0))
 			continue;
-		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
-			break;
+		if (!owner_at(image, view, owners >> 16 * (i % OWNERS) & NO_OWNER, &p->owner))
+			continue;
 		if (target_kind(p->owner.target) == TO_HOP)
 			return true;
 	}
@@ -205,9 +207,10 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 }
 
 /* The backend of a packet that another node sent here, encapsulated: the pod that it was
- * sent to, if it begins a connection; else the next owner on another node. None is left: it
- * is for this one, so that the client hears a reset. For this node the pod may be no backend any
- * more, or not yet: then the first owner serves it. False: none here or elsewhere. */
+ * sent to, if it begins a connection; else the next owner on another node. There is none, or it
+ * has been at four: it is for this one, so that the client hears a reset. For this node the pod
+ * may be no backend any more, or not yet: then the first owner serves it. False: none here or
+ * elsewhere. */
 static __noinline int choose_inside(struct packet *p, struct service_view *view)
 {
 	void *image = image_of(p->epoch);

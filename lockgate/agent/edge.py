@@ -198,9 +198,8 @@ class Edge:
     def object(self) -> Object:
         """One that has the firewall's maps, as large as `sizes` says, loaded if need be. They are
         pinned, and no card uses them before `settle`. LoadError."""
-        sizes = tuple(self.sizes.items())
-        have = (one for kind, one in self._objects.items() if kind.firewall and kind.sizes == sizes)
-        return next(have, None) or self._load(self._kind("native"))
+        have = self._with_firewall(tuple(self.sizes.items()))
+        return have or self._load(self._kind("native"))
 
     def pinned_size(self, name: str) -> int:
         """Elements of a map of XDP's own as it is pinned, of this layout; 0 if it is not."""
@@ -309,14 +308,18 @@ class Edge:
         self._objects[kind] = made
         return made
 
+    def _with_firewall(self, sizes: tuple[tuple[str, int], ...]) -> Object | None:
+        """One that is loaded and has the firewall's maps of these sizes."""
+        have = (one for kind, one in self._objects.items() if kind.firewall and kind.sizes == sizes)
+        return next(have, None)
+
     def _share_firewall(self, made: Object, kind: _Kind, pins: Mapping[str, Path]) -> bool:
         """Have it use the firewall's maps of another program, else those that are pinned: all of
         them or none, for what one says is of the others. Whether they are pinned."""
-        for other, have in self._objects.items():
-            if kind.firewall and other.firewall and other.sizes == kind.sizes:
-                for name in pins:
-                    made.reuse_map(name, have.map_fd(name))
-                return False
+        if kind.firewall and (have := self._with_firewall(kind.sizes)):
+            for name in pins:
+                made.reuse_map(name, have.map_fd(name))
+            return False
         fds: dict[str, int] = {}
         try:
             for name, size in kind.sizes:

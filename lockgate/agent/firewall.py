@@ -175,9 +175,10 @@ class Firewall:
         for rule in list(self.tables.rules.numbers):
             if rule.source == "builtin" or (ports is not None and rule.ports != ports):
                 continue
-            all_ = self.tables.numbers_of(rule) if prefixes is None else None
-            numbers = self.tables.find(prefixes, rule) if prefixes is not None else all_
-            assert numbers is not None
+            if prefixes is None:
+                numbers = self.tables.numbers_of(rule)
+            else:
+                numbers = self.tables.find(prefixes, rule)
             if not len(numbers):
                 continue
             found = self.tables.prefixes(numbers)

@@ -140,7 +140,8 @@ static __always_inline bool may_be_joined(struct xdp_md *ctx, const struct frame
 	return (void *)(head + 1) > end || frame_has(f, (head->more[8] >> 4) * 4 + 1);
 }
 
-/* The hop to the owner, if XDP can send there. */
+/* The hop to the owner, if XDP can send there. It sends all that is in the frame, also what
+ * follows the packet. */
 static __always_inline struct hop_view *dsr_hop(const struct frame *f, const struct owner *owner)
 {
 	const __u32 wanted = config_generic ? HOP_MAC : HOP_MAC | HOP_XDP;
@@ -151,7 +152,7 @@ static __always_inline struct hop_view *dsr_hop(const struct frame *f, const str
 	hop = hop_of(f->epoch, target_index(owner->target));
 	if (!hop || (hop->flags & (wanted | HOP_DROP | HOP_MASQ | HOP_TUNNEL)) != wanted)
 		return NULL;
-	return !hop->mtu || f->length + outer_size(f) <= hop->mtu ? hop : NULL;
+	return !hop->mtu || f->size + outer_size(f) <= hop->mtu + ETH_HLEN ? hop : NULL;
 }
 
 /* Make room for an outer header of `size`, and put the hop's MACs in front. The Ethernet

@@ -21,6 +21,7 @@ struct frame {
 	struct tuple ends;
 	__u32 epoch;		/* 0: nothing is published */
 	__u32 length;		/* of the packet, from the IP header on; what follows is padding */
+	__u32 size;		/* FRAME_PLAIN: of the frame */
 	__u16 l4;		/* offset in the frame: of the protocol's header, if that is no later fragment's */
 	__u8 family;		/* 4 or 6; 0: no IP */
 	__u8 ttl;
@@ -199,7 +200,8 @@ static __always_inline bool frame_plain(void *data, void *end, struct frame *f)
 		if (is_v4(&f->ends.saddr) || is_v4(&f->ends.daddr))
 			return false;
 	}
-	if (f->length + ETH_HLEN > end - data)
+	f->size = end - data;
+	if (f->length + ETH_HLEN > f->size)
 		return false;
 	f->l4 = ETH_HLEN + headers;
 	head = data + ETH_HLEN + headers;

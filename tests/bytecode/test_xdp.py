@@ -139,6 +139,12 @@ def filled(family: int, protocol: int, over: int = 0) -> Packet:
     return (Tcp(sport=1, dport=80, flags="A") if protocol == TCP else Udp(sport=1, dport=53)) / data
 
 
+def too_long(family: int) -> Packet:
+    """A small packet, and what is none of it: together a byte more than fits."""
+    packet = bytes(asked(family, tcp(40000, 80, "PA")))
+    return Raw(packet.ljust(len(asked(family, filled(family, TCP, 1))), b"\0"))
+
+
 def marked(family: int) -> Packet:
     return asked(family, syn(), **{"tos" if family == 4 else "tc": 0xB9})
 
@@ -286,6 +292,7 @@ LEFT = [
     Left("no hop left", lambda f: asked(f, syn(), ttl=0)),
     Left("one byte more than fits", lambda f: asked(f, filled(f, TCP, 1))),
     Left("UDP, one byte more than fits", lambda f: asked(f, filled(f, UDP, 1))),
+    Left("what follows the packet does not fit", too_long),
     Left("from a pod of another node", lambda f: asked(f, syn(), "remote"), at=UNDERLAY),
     Left("from another node", lambda f: asked(f, syn(), "node"), at=UNDERLAY),
     Left("who pretends to be a pod", lambda f: asked(f, syn(), "remote")),
@@ -479,6 +486,25 @@ def test_an_element_that_is_anothers_by_now_does_not_count(world, run, family):
     world.publish(moved())
     packet = asked(family, udp())
     same_frame(run(packet).packet, sent(family, packet, "far"))
+
+
+def test_of_three_flows_in_one_place_the_one_that_was_silent_goes(world, run):
+    """There is room for two, and the first is not found again."""
+    world.publish(scene())
+    places: dict[int, list[int]] = {}
+    for port in range(1024, 65536):
+        ports = places.setdefault(flow_hash(asked(4, syn(port))) % world.flows.sets, [])
+        ports.append(port)
+        if len(ports) == 3:
+            break
+    for port in ports:
+        set_seen(world.flows, -10)
+        run(asked(4, syn(port)))
+    assert sorted(world.flows.items()[1]["sport"]) == sorted(ports[1:])
+    world.publish(moved())
+    for port, name, hint in zip(ports, ("far", "remote", "remote"), (0, 8080, 8080), strict=True):
+        packet = asked(4, tcp(port, 80, "PA"))
+        same_frame(run(packet).packet, sent(4, packet, name, hint=hint))
 
 
 def test_a_flood_does_not_push_flows_out(world, run):

@@ -273,6 +273,7 @@ class FlowTable:
 
     def __init__(self, map_: MappedArray) -> None:
         self._ways = map_.view["way"]
+        self.sets = len(self._ways)
 
     def __len__(self) -> int:
         return len(self.keys())

@@ -105,7 +105,7 @@ class Cluster:
         progress("nodes")
         for node in self.nodes:
             self.start("kubelet", node)
-        ranges = until("every node's podCIDRs", self.pod_ranges, 60)
+        ranges = until("every node's podCIDRs", self.pod_ranges, 180)
         until("the default service account", self._has_service_account, 60)
         self._route(ranges, [CONTROL])
         if self.cni == "bridge":
@@ -150,7 +150,7 @@ class Cluster:
         self._boot(kubelet)
         self._load(kubelet, images.build_all(self.binaries))
         self.start("kubelet", name)
-        ranges = until(f"podCIDRs of {name}", self.pod_ranges, 60)
+        ranges = until(f"podCIDRs of {name}", self.pod_ranges, 180)
         self._route(ranges, [CONTROL])
         return name
 
@@ -169,7 +169,7 @@ class Cluster:
 
     def route_by_nodes(self, nodes: Sequence[str]) -> None:
         """Routes to the other nodes' pods on `nodes`, as one sets them for the bridge plugin."""
-        self._route(until("every node's podCIDRs", self.pod_ranges, 60), nodes)
+        self._route(until("every node's podCIDRs", self.pod_ranges, 180), nodes)
 
     def _write_settings(self) -> None:
         settings = json.loads(self.state.settings.read_text()) | {"nodes": self.nodes}

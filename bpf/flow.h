@@ -28,18 +28,28 @@ static __always_inline bool flow_begins(__u8 proto, __u8 tcp_flags)
 	return proto == IPPROTO_UDP || (tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
-/* The element of the flow `t`, or NULL. `hash` is flow_hash(t). */
+/* Bits of flow_hash() that no table is large enough to use as its index. */
+static __always_inline __u8 flow_tag(__u32 hash)
+{
+	return hash >> 24;
+}
+
+/* The element of the flow `t`, or NULL. `hash` is flow_hash(t). Of a flow that is not there, as
+ * all that begins, only the tags are read: they stay in the processor's cache, the lines that
+ * flows take do not. */
 static __always_inline struct flow *flow_look(const struct tuple *t, __u32 hash)
 {
 	__u32 index = hash & config_flow_mask;
+	struct flow_tags *tags = bpf_map_lookup_elem(&flow_tags, &index);
 	struct flow_set *set = bpf_map_lookup_elem(&flows, &index);
 
-	if (!set)
+	if (!tags || !set)
 		return NULL;
 	for (int i = 0; i < FLOW_WAYS; i++) {
 		struct flow *flow = &set->way[i];
 
-		if (flow->hash == hash && flow->sport == t->sport && same_addr(&flow->client, &t->saddr))
+		if (tags->way[i] == flow_tag(hash) && flow->hash == hash && flow->sport == t->sport &&
+		    same_addr(&flow->client, &t->saddr))
 			return flow;
 	}
 	return NULL;
@@ -134,23 +144,24 @@ static __always_inline bool flow_serves(struct flow *flow, const struct service_
 	return word && flow_read(flow, word, now, owner, dry);
 }
 
-/* Where a flow that is not there may be put: what was silent for longest. */
+/* Where a flow that is not there may be put: what was silent for longest. Its tag is then this
+ * flow's: who finds it with another's fields reads those, and goes without. */
 static __always_inline struct flow *flow_place(__u32 hash)
 {
-	__u32 index = hash & config_flow_mask;
+	__u32 index = hash & config_flow_mask, way = 0;
+	struct flow_tags *tags = bpf_map_lookup_elem(&flow_tags, &index);
 	struct flow_set *set = bpf_map_lookup_elem(&flows, &index);
-	struct flow *oldest;
 
-	if (!set)
+	if (!tags || !set)
 		return NULL;
-	oldest = &set->way[0];
-	for (int i = 1; i < FLOW_WAYS; i++) {
-		struct flow *flow = &set->way[i];
+	for (__u32 i = 1; i < FLOW_WAYS; i++) {
+		struct flow *oldest = &set->way[way], *flow = &set->way[i];
 
 		if (oldest->epoch && (!flow->epoch || is_later(oldest->seen, flow->seen, 0)))
-			oldest = flow;
+			way = i;
 	}
-	return oldest;
+	tags->way[way] = flow_tag(hash);
+	return &set->way[way];
 }
 
 /* May another flow be learned? At most so many a second: a flood pushes nobody out. */

@@ -186,6 +186,15 @@ struct {
 	__type(value, struct flow_set);
 } flows SEC(".maps");
 
+/* As long as `flows`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct flow_tags);
+} flow_tags SEC(".maps");
+
 /* The sockets that ever asked for a service: spares all others the look-up in
  * `sockets` with each connection. Ends with the socket. */
 struct {

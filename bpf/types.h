@@ -233,6 +233,11 @@ struct flow_set {
 	struct flow way[FLOW_WAYS];
 };
 
+/* Of the hashes of a set's flows, the highest bits: who has others is not there. */
+struct flow_tags {
+	__u8 way[FLOW_WAYS];
+};
+
 struct service {
 	struct service_view view[2];
 	struct bpf_spin_lock lock;

@@ -24,7 +24,7 @@ from lockgate.agent.sizes import SHARE, Sizes
 from lockgate.bpf import clock, links, syscall
 from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
-from lockgate.bpf.pins import PUBLISHED, other_pins, pin_names
+from lockgate.bpf.pins import TOGETHER, other_pins, pin_names
 from lockgate.bpf.syscall import TestRun
 from lockgate.net import namespaces
 
@@ -104,6 +104,7 @@ class Datapath:
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
         self.flows = MappedArray.of(obj, "flows", dtype("flow_set"))
+        self.flow_tags = MappedArray.of(obj, "flow_tags", dtype("flow_tags"))
         self.peer_bits = MappedArray.of(obj, "peer_bits", np.dtype("<u8"))
         self.frontend_bits = MappedArray.of(obj, "frontend_bits", np.dtype("<u8"))
         self.counters = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
@@ -201,19 +202,21 @@ class Datapath:
     # ---- Inside --------------------------------------------------------------------
 
     def _set_aside(self) -> None:
-        """What the agent publishes is read together: where some of its pins are missing (an agent
-        ended while it pinned, or somebody removed one), the others are not ours either."""
-        paths = [self.pins / self.names[name] for name in PUBLISHED]
-        there = [path for path in paths if path.exists()]
-        if len(there) < len(paths):
-            for path in there:
-                log.warning("%s is not whole any more and will be made anew", path)
-                path.rename(path.with_name(f"{path.name}-incomplete"))
+        """Where some pins of maps that are read together are missing (an agent ended while it
+        pinned, or somebody removed one), the others are not ours either."""
+        for group in TOGETHER:
+            paths = [self.pins / self.names[name] for name in group]
+            there = [path for path in paths if path.exists()]
+            if len(there) < len(paths):
+                for path in there:
+                    log.warning("%s is not whole any more and will be made anew", path)
+                    path.rename(path.with_name(f"{path.name}-incomplete"))
 
     def _reuse(self, wanted: dict[str, int]) -> dict[str, int]:
         """Take over the maps of this version; make the others as large as those of another
         version, or as `wanted`. Returns the elements of each map in `wanted`."""
         entries = wanted | self._sizes_of_others(wanted)
+        entries["flow_tags"] = entries["flows"]
         for name, pin in self.names.items():
             path = self.pins / pin
             if path.exists():

@@ -67,6 +67,7 @@ class Sizes:
             "nat": self.nat,
             "sockets": self.sockets,
             "flows": self.flows,
+            "flow_tags": self.flows,
         }
 
     def bytes(self, schema: Schema) -> int:

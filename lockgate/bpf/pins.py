@@ -25,6 +25,7 @@ from .btf import BtfError, MapType, Schema
 
 __all__ = [
     "PUBLISHED",
+    "TOGETHER",
     "OtherPin",
     "convert",
     "map_version",
@@ -51,6 +52,9 @@ PUBLISHED = (
 )
 """Maps that only the agent writes."""
 
+TOGETHER = (PUBLISHED, ("flows", "flow_tags"))
+"""Maps of which none means anything without the others."""
+
 _RECORDS = {"events": "event", "events_raw": "event_raw"}
 _ARRAYS = (syscall.MapType.ARRAY, syscall.MapType.PERCPU_ARRAY)
 _DIGITS = 8
@@ -75,13 +79,14 @@ def node_folder(bpffs: Path | str, cluster: str, node: str) -> Path:
 def pin_names(schema: Schema) -> dict[str, str]:
     """Map → the name of its pin, for all maps of an object."""
     layouts = {name: _layout(schema, name) for name in schema.maps}
-    published = [f"{name} {layouts[name]}" for name in PUBLISHED if name in layouts]
-    meaning = schema.enum("format")["FORMAT_PUBLISHED"] if published else 0
-    together = "\n".join([*published, str(meaning)])
-    return {
-        name: f"{name}-{_hash(together if name in PUBLISHED else layout)}"
-        for name, layout in layouts.items()
-    }
+    for group in TOGETHER:
+        members = [f"{name} {layouts[name]}" for name in group if name in layouts]
+        if not members:
+            continue
+        meaning = schema.enum("format")["FORMAT_PUBLISHED"] if group is PUBLISHED else 0
+        together = "\n".join([*members, str(meaning)])
+        layouts |= {name: together for name in group if name in layouts}
+    return {name: f"{name}-{_hash(layout)}" for name, layout in layouts.items()}
 
 
 def map_version(schema: Schema, name: str) -> str:

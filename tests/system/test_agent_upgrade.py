@@ -20,6 +20,7 @@ from lockgate.agent.publish import Publisher
 from lockgate.agent.sizes import Sizes
 from lockgate.bpf import links
 from lockgate.bpf.btf import Schema
+from lockgate.bpf.maps import HashMap, MappedArray
 from lockgate.bpf.pins import convert, other_pins, pin_names
 from lockgate.bpf.syscall import prog_test_run, skb_context
 from lockgate.compile.tables import PEER_LOCAL, Tables
@@ -163,6 +164,23 @@ def test_fields_are_converted_by_name() -> None:
     assert made["v"]["x"].tolist() == [[1, 2], [3, 4]] and made["w"].tolist() == [[9, 9]] * 2
 
 
+def sized(dp: Datapath) -> list[HashMap | MappedArray]:
+    """The tables that remember."""
+    hashes = [dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets]
+    return [*hashes, dp.flows, dp.flow_tags]
+
+
+@pytest.mark.parametrize("lost", ["flows", "flow_tags"])
+def test_flows_are_not_read_with_the_tags_of_others(pins: Path, lost: str) -> None:
+    with Datapath(bpf_object(), pins, SIZES) as before:
+        before.flows.view["way"]["epoch"][3] = 7
+        before.flow_tags.view[3] = np.frombuffer(b"\x08\x09", before.flow_tags.view.dtype)[0]
+        (pins / before.names[lost]).unlink()
+    with Datapath(bpf_object(), pins, SIZES) as after:
+        assert not after.flows.view["way"]["epoch"].any()
+        assert not after.flow_tags.view.tobytes().strip(b"\0")
+
+
 @pytest.mark.parametrize("share", [1e-9, 0.02], ids=["a smaller share", "a larger share"])
 def test_tables_keep_their_size_and_their_connections(
     pins: Path, other_object: Path, share: float
@@ -170,13 +188,12 @@ def test_tables_keep_their_size_and_their_connections(
     sizes = Sizes(40_000, 30_000, 20_000, 20_000, 20_000)
 
     def found(dp: Datapath) -> list[int]:
-        tables = (dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets, dp.flows)
-        return [table.info.max_entries for table in tables]
+        return [table.info.max_entries for table in sized(dp)]
 
     with Datapath(bpf_object(), pins, sizes) as before:
         before.connections.update_many(*entries(before, range(20_000), state=2, seen=100))
         wanted = found(before)
-        assert wanted == [40_000, 30_000, 30_000, 20_000, 20_000, 20_000]
+        assert wanted == [40_000, 30_000, 30_000, 20_000, 20_000, 20_000, 20_000]
     with Datapath(bpf_object(), pins, share=share) as again:
         assert found(again) == wanted
         assert len(states(again)) == 20_000
@@ -191,7 +208,7 @@ def test_tables_keep_their_size_and_their_connections(
 def memory(dp: Datapath) -> int:
     """Of the tables that are sized, as the kernel counts it."""
     total = 0
-    for table in (dp.connections, dp.half_open, dp.crowd, dp.nat, dp.sockets, dp.flows):
+    for table in sized(dp):
         facts = Path(f"/proc/self/fdinfo/{table.fd}").read_text()
         total += int(facts.partition("memlock:")[2].split()[0])
     return total
@@ -214,7 +231,8 @@ def test_versions_follow_the_layout_and_nothing_else(other_object: Path) -> None
     same = {name for name in mine if mine[name] == other[name]}
     assert {"sockets", "askers", "fragments", "counters"} <= same
     assert not same & {"state", "peers", "images", "connections", "half_open", "nat", "events"}
-    assert len({name.rpartition("-")[2] for name in map(mine.get, ("state", "hops")) if name}) == 1
+    for together in (("state", "hops"), ("flows", "flow_tags")):
+        assert len({mine[name].rpartition("-")[2] for name in together}) == 1
 
 
 def test_links_of_a_cgroup_that_went_are_unpinned(pins: Path) -> None:

@@ -28,7 +28,7 @@ from bench import kernel
 from lockgate.agent.firewall_maps import FirewallMaps, sizes
 from lockgate.agent.firewall_tables import Change, FirewallTables
 from lockgate.agent.limits import Limits
-from lockgate.bpf import syscall
+from lockgate.bpf import clock, syscall
 from lockgate.bpf.maps import ArrayMap, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.compile.firewall import Facts, Rule, builtin_rules
@@ -137,8 +137,8 @@ class World:
         made = self.object = Object(Path(__file__).parents[1] / "build/firewall.bpf.o")
         made.set_rodata({"config_firewall": 1})
         known = made.schema.variables(".rodata")
-        limits = Limits().constants(65536)
-        made.set_rodata({name: value for name, value in limits.items() if name in known})
+        constants = {**Limits().constants(65536), **clock.constants()}
+        made.set_rodata({name: value for name, value in constants.items() if name in known})
         for name, size in sizes(2 * count).items():
             made.set_max_entries(name, size)
         made.load()

@@ -72,7 +72,7 @@ static __always_inline bool may_begin(struct packet *p)
 	struct budget *budget = budget_of(p);
 
 	if (p->place != PLACE_FROM_POD || p->dry || !budget ||
-	    take(&budget->connections, bpf_ktime_get_coarse_ns(), config_connection_ns))
+	    take(&budget->connections, now_ns(), config_connection_ns))
 		return true;
 	GIVE_UP(p, CAUSE_NEW_CONNECTION_RATE);
 	return false;

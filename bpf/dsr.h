@@ -206,7 +206,6 @@ static __always_inline int balance_frame(struct xdp_md *ctx, const struct frame 
 	if (!is_for_us(ctx) || (config_generic && may_be_joined(ctx, f)))
 		return XDP_PASS;
 	__u32 hash = flow_hash(&f->ends), now = config_flows ? now_seconds() : 0;
-	/* Also for what begins: until it is to be learned the line has come from memory. */
 	struct flow *flow = config_flows ? flow_look(&f->ends, hash) : NULL;
 	struct service_view *view = NULL;
 	struct hop_view *hop;

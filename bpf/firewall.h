@@ -166,7 +166,7 @@ static __always_inline bool fw_has_port(__u32 set, const struct frame *f, __u8 a
 static __always_inline bool fw_within_rate(const struct frame *f, __u32 number, const struct fw_rule *rule)
 {
 	struct fw_source key = { .rule = number };
-	__u64 now = bpf_ktime_get_coarse_ns();
+	__u64 now = now_ns();
 	__u64 *bucket;
 
 	key.addr = f->ends.saddr;
@@ -364,7 +364,7 @@ static __noinline int fw_drop(struct xdp_md *ctx, struct frame *f, __u32 cause, 
 	struct fw_state *now = bpf_map_lookup_elem(&fw_state, &zero);
 
 	count(COUNT_CAUSE + cause);
-	if (now && !take(&now->told, bpf_ktime_get_coarse_ns(), config_event_ns))
+	if (now && !take(&now->told, now_ns(), config_event_ns))
 		count(COUNT_EVENTS_CUT);
 	else
 		frame_event(ctx, f, cause, reason);

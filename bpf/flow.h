@@ -34,21 +34,36 @@ static __always_inline __u8 flow_tag(__u32 hash)
 	return hash >> 24;
 }
 
+/* The word with the tags of a set, and where in it they begin: first way, lowest bits. */
+static __always_inline __u64 *flow_tags_of(__u32 set)
+{
+	__u32 index = set / FLOW_TAG_SETS;
+
+	return bpf_map_lookup_elem(&flow_tags, &index);
+}
+
+static __always_inline __u32 flow_tags_at(__u32 set)
+{
+	return set % FLOW_TAG_SETS * FLOW_WAYS * 8;
+}
+
 /* The element of the flow `t`, or NULL. `hash` is flow_hash(t). Of a flow that is not there, as
  * all that begins, only the tags are read: they stay in the processor's cache, the lines that
  * flows take do not. */
 static __always_inline struct flow *flow_look(const struct tuple *t, __u32 hash)
 {
 	__u32 index = hash & config_flow_mask;
-	struct flow_tags *tags = bpf_map_lookup_elem(&flow_tags, &index);
+	__u64 *word = flow_tags_of(index);
 	struct flow_set *set = bpf_map_lookup_elem(&flows, &index);
 
-	if (!tags || !set)
+	if (!word || !set)
 		return NULL;
+	__u64 tags = *(volatile __u64 *)word >> flow_tags_at(index);
+
 	for (int i = 0; i < FLOW_WAYS; i++) {
 		struct flow *flow = &set->way[i];
 
-		if (tags->way[i] == flow_tag(hash) && flow->hash == hash && flow->sport == t->sport &&
+		if ((__u8)(tags >> 8 * i) == flow_tag(hash) && flow->hash == hash && flow->sport == t->sport &&
 		    same_addr(&flow->client, &t->saddr))
 			return flow;
 	}
@@ -145,14 +160,14 @@ static __always_inline bool flow_serves(struct flow *flow, const struct service_
 }
 
 /* Where a flow that is not there may be put: what was silent for longest. Its tag is then this
- * flow's: who finds it with another's fields reads those, and goes without. */
+ * flow's. Where two CPUs put a flow there at once, the tag may be neither's: it is not found. */
 static __always_inline struct flow *flow_place(__u32 hash)
 {
 	__u32 index = hash & config_flow_mask, way = 0;
-	struct flow_tags *tags = bpf_map_lookup_elem(&flow_tags, &index);
+	__u64 *word = flow_tags_of(index);
 	struct flow_set *set = bpf_map_lookup_elem(&flows, &index);
 
-	if (!tags || !set)
+	if (!word || !set)
 		return NULL;
 	for (__u32 i = 1; i < FLOW_WAYS; i++) {
 		struct flow *oldest = &set->way[way], *flow = &set->way[i];
@@ -160,7 +175,9 @@ static __always_inline struct flow *flow_place(__u32 hash)
 		if (oldest->epoch && (!flow->epoch || is_later(oldest->seen, flow->seen, 0)))
 			way = i;
 	}
-	tags->way[way] = flow_tag(hash);
+	__u32 at = flow_tags_at(index) + way * 8;
+
+	__sync_fetch_and_xor(word, (__u64)((__u8)(*(volatile __u64 *)word >> at) ^ flow_tag(hash)) << at);
 	return &set->way[way];
 }
 
@@ -201,7 +218,7 @@ static __noinline int flow_write(const struct tuple *t, struct flow *flow, __u32
 static __always_inline void flow_learn(const struct tuple *t, struct flow *flow, __u32 hash, const struct owner *owner,
 				       __u64 of)
 {
-	if (flow || may_learn(bpf_ktime_get_coarse_ns()))
+	if (flow || may_learn(now_ns()))
 		flow_write(t, flow, hash, owner, of);
 }
 

@@ -42,7 +42,7 @@ static __noinline int leave_ports(struct packet *p, __u32 slot)
 
 	if (p->dry)
 		return 1;
-	if (budget && !take(&budget->fragments, bpf_ktime_get_coarse_ns(), config_fragment_ns)) {
+	if (budget && !take(&budget->fragments, now_ns(), config_fragment_ns)) {
 		GIVE_UP(p, CAUSE_FRAGMENT_RATE);
 		return 0;
 	}

@@ -44,7 +44,7 @@ static __always_inline bool may_settle(struct packet *p)
 {
 	struct budget *budget = budget_of(p);
 
-	return !budget || take(&budget->arrivals, bpf_ktime_get_coarse_ns(), config_connection_ns);
+	return !budget || take(&budget->arrivals, now_ns(), config_connection_ns);
 }
 
 /* Can connections of the pod be in `crowd`? */

@@ -186,13 +186,14 @@ struct {
 	__type(value, struct flow_set);
 } flows SEC(".maps");
 
-/* As long as `flows`. */
+/* For FLOW_TAG_SETS elements of `flows` one: of each flow's hash the highest 8 bits, in a byte
+ * of its own. Who has others is not there. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 4096);
+	__uint(max_entries, 4096 / FLOW_TAG_SETS);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
-	__type(value, struct flow_tags);
+	__type(value, __u64);
 } flow_tags SEC(".maps");
 
 /* The sockets that ever asked for a service: spares all others the look-up in

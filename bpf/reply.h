@@ -166,7 +166,7 @@ static __always_inline bool may_answer(struct packet *p)
 {
 	struct budget *budget = budget_of(p);
 
-	if (p->dry || !budget || take(&budget->answers, bpf_ktime_get_coarse_ns(), config_answer_ns))
+	if (p->dry || !budget || take(&budget->answers, now_ns(), config_answer_ns))
 		return true;
 	count(COUNT_UNANSWERED);
 	return false;

@@ -211,6 +211,7 @@ enum owner_flag {
 
 #define FLOW_STRANGER 0x80000000u	/* of a target: the client is no peer in that epoch */
 #define FLOW_WAYS     2
+#define FLOW_TAG_SETS 4	/* whose tags are one word */
 
 /* What was chosen lately for a flow from outside: client → frontend, which the hash stands for
  * (another with the same would be of the same client, and is no harm to others). One cache line. */
@@ -231,11 +232,6 @@ struct flow {
 /* Where a flow can be, by its hash. */
 struct flow_set {
 	struct flow way[FLOW_WAYS];
-};
-
-/* Of the hashes of a set's flows, the highest bits: who has others is not there. */
-struct flow_tags {
-	__u8 way[FLOW_WAYS];
 };
 
 struct service {

@@ -20,7 +20,7 @@ from lockgate.agent.flows import Flows
 from lockgate.agent.guard import Guard
 from lockgate.agent.limits import Limits
 from lockgate.agent.others import Table, inherit
-from lockgate.agent.sizes import SHARE, Sizes
+from lockgate.agent.sizes import SHARE, Sizes, flow_tags
 from lockgate.bpf import clock, links, syscall
 from lockgate.bpf.maps import ArrayMap, ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
@@ -104,7 +104,7 @@ class Datapath:
         self.sockets = HashMap.of(obj, "sockets", dtype("socket_key"), dtype("socket_peer"))
         self.affinities = HashMap.of(obj, "affinities", dtype("affinity_key"), dtype("affinity"))
         self.flows = MappedArray.of(obj, "flows", dtype("flow_set"))
-        self.flow_tags = MappedArray.of(obj, "flow_tags", dtype("flow_tags"))
+        self.flow_tags = MappedArray.of(obj, "flow_tags", np.dtype("<u8"))
         self.peer_bits = MappedArray.of(obj, "peer_bits", np.dtype("<u8"))
         self.frontend_bits = MappedArray.of(obj, "frontend_bits", np.dtype("<u8"))
         self.counters = PerCpuArray.of(obj, "counters", np.dtype("<u8"))
@@ -216,7 +216,7 @@ class Datapath:
         """Take over the maps of this version; make the others as large as those of another
         version, or as `wanted`. Returns the elements of each map in `wanted`."""
         entries = wanted | self._sizes_of_others(wanted)
-        entries["flow_tags"] = entries["flows"]
+        entries["flow_tags"] = flow_tags(entries["flows"])
         for name, pin in self.names.items():
             path = self.pins / pin
             if path.exists():

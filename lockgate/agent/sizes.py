@@ -17,6 +17,8 @@ __all__ = ["SHARE", "Sizes", "table_bytes"]
 SHARE = 0.01
 #: Bounds of `connections`, and what it is a multiple of.
 _LEAST, _MOST, _STEP = 1 << 14, 1 << 21, 1 << 10
+#: Sets of flows whose tags are one element: FLOW_TAG_SETS of bpf/types.h.
+_TAG_SETS = 4
 #: `struct htab_elem` up to its key, and `struct bucket` (kernel/bpf/hashtab.c).
 _HEADER, _BUCKET = 48, 16
 
@@ -26,6 +28,11 @@ def table_bytes(entries: int, key: int, value: int) -> int:
     of buckets is a power of two (htab_map_alloc, htab_map_mem_usage)."""
     element = _HEADER + round_up(key, 8) + round_up(value, 8)
     return entries * element + _BUCKET * (1 << (entries - 1).bit_length())
+
+
+def flow_tags(sets: int) -> int:
+    """Elements of the map of tags for so many sets of flows."""
+    return -(-sets // _TAG_SETS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class Sizes:
             "nat": self.nat,
             "sockets": self.sockets,
             "flows": self.flows,
-            "flow_tags": self.flows,
+            "flow_tags": flow_tags(self.flows),
         }
 
     def bytes(self, schema: Schema) -> int:

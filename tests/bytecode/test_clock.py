@@ -7,15 +7,20 @@ import time
 import pytest
 
 from lockgate.bpf import clock
+from lockgate.bpf.maps import ArrayMap
 from tests.bytecode.goldens import A, at_pod, base, from_pod, ip, syn
 from tests.bytecode.world import REDIRECT, World
 
+#: Of bpf/bucket.h, and what one connection takes of it: ns.
+BURST, EVERY = 250_000_000, 1_000_000
+
 
 @pytest.mark.parametrize("way", ["ticks", "clock"])
-def test_an_entry_is_of_the_second_it_was_made_in(way):
+def test_entries_and_buckets_are_of_the_time_they_were_made_at(way):
     ticks = clock.constants()["config_hz"]
     assert ticks > 0
-    world = World(constants={"config_hz": ticks if way == "ticks" else 0}, name=way)
+    constants = {"config_hz": ticks if way == "ticks" else 0, "config_connection_ns": EVERY}
+    world = World(constants=constants, name=way)
     try:
         with world.inside():
             world.publish(base())
@@ -23,9 +28,13 @@ def test_an_entry_is_of_the_second_it_was_made_in(way):
             frame = bytes(from_pod(A) / ip(4, "a", "b") / syn())
             assert world.run("from_pod", frame, at_pod(A)).verdict == REDIRECT
             ((_, fields),) = world.tracked()
+            with ArrayMap.of(world.object, "budgets", world.dtype("budget")) as budgets:
+                paid = int(budgets[A]["connections"]) - EVERY + BURST
     finally:
         world.close()
-    assert before - 2 < fields["seen"] <= time.clock_gettime(time.CLOCK_MONOTONIC)
+    after = time.clock_gettime(time.CLOCK_MONOTONIC)
+    assert before - 2 < fields["seen"] <= after
+    assert before - 2 < paid / 1e9 <= after
 
 
 @pytest.mark.parametrize("uptime", [0, 299.9, 300.1, 5 * 86400, 300 * 86400])

@@ -174,11 +174,11 @@ def sized(dp: Datapath) -> list[HashMap | MappedArray]:
 def test_flows_are_not_read_with_the_tags_of_others(pins: Path, lost: str) -> None:
     with Datapath(bpf_object(), pins, SIZES) as before:
         before.flows.view["way"]["epoch"][3] = 7
-        before.flow_tags.view[3] = np.frombuffer(b"\x08\x09", before.flow_tags.view.dtype)[0]
+        before.flow_tags.view[3] = 8
         (pins / before.names[lost]).unlink()
     with Datapath(bpf_object(), pins, SIZES) as after:
         assert not after.flows.view["way"]["epoch"].any()
-        assert not after.flow_tags.view.tobytes().strip(b"\0")
+        assert not after.flow_tags.view.any()
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.02], ids=["a smaller share", "a larger share"])
@@ -193,7 +193,7 @@ def test_tables_keep_their_size_and_their_connections(
     with Datapath(bpf_object(), pins, sizes) as before:
         before.connections.update_many(*entries(before, range(20_000), state=2, seen=100))
         wanted = found(before)
-        assert wanted == [40_000, 30_000, 30_000, 20_000, 20_000, 20_000, 20_000]
+        assert wanted == [40_000, 30_000, 30_000, 20_000, 20_000, 20_000, 5_000]
     with Datapath(bpf_object(), pins, share=share) as again:
         assert found(again) == wanted
         assert len(states(again)) == 20_000

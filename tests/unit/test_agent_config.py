@@ -11,6 +11,7 @@ import pytest
 from lockgate.agent.config import read
 from lockgate.agent.flows import Flows
 from lockgate.agent.limits import CAPTURE_MAX
+from lockgate.agent.sizes import flow_tags
 from lockgate.bpf.btf import Schema
 from lockgate.paths import bpf_object
 
@@ -52,6 +53,13 @@ def test_a_flood_takes_four_seconds_at_least_to_fill_the_table_of_flows() -> Non
     for sets in (1 << 11, 1 << 15):  # of the smallest table, of 8 GB
         every = Flows().constants(sets)["config_flow_ns"]
         assert sets * ways * every >= 3.99e9
+
+
+def test_there_are_tags_for_all_flows() -> None:
+    """A byte each, eight in a word."""
+    ways = Schema.from_object(str(bpf_object())).dtype("flow_set")["way"].shape[0]
+    for sets in (1, 4, 5, 1 << 15):
+        assert 0 <= 8 * flow_tags(sets) - ways * sets < 8
 
 
 @pytest.mark.parametrize(

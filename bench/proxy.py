@@ -68,7 +68,7 @@ class Way:
             "first": (first, PORT),
             "last": (last, PORT),
             "all by turns": (every, PORT),
-            "the pod itself": (self.node.ip, BACKEND_PORT),
+            "no service": (self.node.ip, BACKEND_PORT),
         }
 
     def round(self, places: dict[str, tuple[str, int]], seconds: float) -> None:
@@ -113,7 +113,7 @@ async def connections(
                     node.api.put(service(number), slice_of(number, [node.ip], BACKEND_PORT))
                 ways.append(Way(kind.kind, node, count, node.client))
                 if isinstance(node, Lockgate):
-                    ways.append(Way("lockgate, packet", node, count, node.unhooked()))
+                    ways.append(Way("by packet", node, count, node.unhooked()))
         for way in ways:
             await settled(way)
         places = [await asyncio.to_thread(way.places) for way in ways]
@@ -134,21 +134,21 @@ async def connections(
 def _connection_rows(ways: list[Way], counts: list[int]) -> list[Row]:
     found = {(way.name, way.count): way for way in ways}
     rows = []
-    for place in ("the pod itself", "first", "last", "all by turns"):
-        for count in counts if place != "the pod itself" else counts[:1]:
+    for place in ("no service", "first", "last", "all by turns"):
+        for count in counts if place != "no service" else counts[:1]:
             for way in ways:
                 if way.count != count:
                     continue
                 rate, half, most = way.median(place)
                 row: Row = {"to": place, "services": count, "set-up": way.name}
-                row |= {"conn k/s": rate / 1e3, "p50 µs": half, "p99 µs": most}
+                row |= {"new k/s": rate / 1e3, "p50 µs": half, "p99 µs": most}
                 for other in (Nftables, Iptables):
                     base = found[other.kind, count].median(place)[0]
                     row[f"x {other.kind[:3]}"] = rate / base
                 row["of 10"] = rate / found[way.name, counts[0]].median(place)[0]
                 if place == "last":
                     rate, _, most = way.median(place, "rr")
-                    row |= {"rr k/s": rate / 1e3, "rr p99 µs": most}
+                    row |= {"rr k/s": rate / 1e3, "rr p99": most}
                 rows.append(row)
     return rows
 
@@ -214,9 +214,9 @@ def main() -> None:
                     "proxy",
                     f"A slice changes, of {count:,} services (aim: p99 < 10 ms)",
                     rows,
-                    "from the write at the API to the first connection to the new backend",
+                    "p50, p99: ms, from a write at the API to the first connection there",
                     f"apart: one at a time, 1.2 s after the last; 10/s: for {seconds} s",
-                    "kube-proxy with the children it runs; its own minSyncPeriod of 1 s",
+                    "%: of a core; kube-proxy with its children, and its own minSyncPeriod of 1 s",
                     _version("nft"),
                 )
         if "start" in tables:

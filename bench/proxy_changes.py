@@ -227,11 +227,11 @@ async def changes(
             alone = await apart(changer, seconds, 1.2)
             busy, used = await often(changer, seconds, rate)
             for called in used:
-                row: Row = {"services": count, "process": called}
+                row: Row = {"process": called}
                 if called == "kube-proxy":
                     row["process"] = f"kube-proxy {changer.node.kind}"
-                row |= {"rest CPU %": idle[called]["%"], "MB": idle[called]["MB"]}
-                row |= {"10/s CPU %": used[called]["%"], "most MB": used[called]["most MB"]}
+                row |= {"rest %": idle[called]["%"], "MB": idle[called]["MB"]}
+                row |= {"10/s %": used[called]["%"], "most MB": used[called]["most MB"]}
                 if called != "observer":
                     row |= _cuts("apart", alone) | _cuts("10/s", busy)
                 rows.append(row)
@@ -243,7 +243,7 @@ async def changes(
 
 def _cuts(name: str, values: list[float]) -> Row:
     cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {f"{name} p50 ms": cuts[49], f"{name} p99 ms": cuts[98]}
+    return {f"{name} p50": cuts[49], f"{name} p99": cuts[98]}
 
 
 # ---- Start ---------------------------------------------------------------------------

@@ -37,17 +37,26 @@ WIDTH = 100
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result's rows as text, at most WIDTH columns."""
-    columns = result["columns"]
-    rows = [columns, *([_cell(row.get(name)) for name in columns] for row in result["rows"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    """A result's rows as text, at most WIDTH columns: what is beyond goes below, by the same
+    first column."""
+    rows = [result["columns"]]
+    rows += [[_cell(row.get(name)) for name in result["columns"]] for row in result["rows"]]
+    columns = [_aligned(cells, number == 0) for number, cells in enumerate(zip(*rows, strict=True))]
+    blocks = [columns[:1]]
+    for column in columns[1:]:
+        if sum(len(one[0]) + 2 for one in [*blocks[-1], column]) > WIDTH:
+            blocks.append(columns[:1])
+        blocks[-1].append(column)
     lines = [f"{result['title']}"]
-    for row in rows:
-        first = row[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append(("  " + "  ".join([first, *rest])).rstrip()[:WIDTH])
+    for block in blocks:
+        lines += ["  " + "  ".join(cells).rstrip() for cells in zip(*block, strict=True)]
     lines += [f"  {note}"[:WIDTH] for note in result.get("notes", ())]
     return "\n".join(lines)
+
+
+def _aligned(cells: tuple[str, ...], left: bool) -> list[str]:
+    width = max(map(len, cells))
+    return [cell.ljust(width) if left else cell.rjust(width) for cell in cells]
 
 
 def _cell(value: Any) -> str:

@@ -34,6 +34,8 @@ static __always_inline __u8 flow_tag(__u32 hash)
 	return hash >> 24;
 }
 
+_Static_assert(FLOW_TAG_SETS * FLOW_WAYS == sizeof(__u64), "a byte for each flow");
+
 /* The word with the tags of a set, and where in it they begin: first way, lowest bits. */
 static __always_inline __u64 *flow_tags_of(__u32 set)
 {

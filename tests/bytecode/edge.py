@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lockgate.bpf import syscall
+from lockgate.bpf import clock, syscall
 from lockgate.bpf.object import Object
 from tests.bytecode.world import CARD_MAC, OUTSIDE, UNDERLAY, Outcome, World, mac_bytes
 
@@ -30,9 +30,11 @@ class Edge:
         self.world, self.program = world, program
         self.object = Object(path)
         self.object.share_maps(world.object)
-        own = {"config_macs": [int.from_bytes(mac_bytes(CARD_MAC), "little"), 0, 0, 0]}
-        ours = program in ("xdp_net", "xdp_generic")
-        self.object.set_rodata({**(own if ours else {}), **(constants or {})})
+        own: dict[str, Any] = {}
+        if program in ("xdp_net", "xdp_generic"):
+            macs = [int.from_bytes(mac_bytes(CARD_MAC), "little"), 0, 0, 0]
+            own = {"config_macs": macs, **clock.constants()}
+        self.object.set_rodata({**own, **(constants or {})})
         self.object.load()
 
     def close(self) -> None:

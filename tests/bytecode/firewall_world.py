@@ -15,7 +15,7 @@ import numpy as np
 from cluster.commands import run, until
 from lockgate.agent.firewall_maps import FirewallMaps, sizes
 from lockgate.agent.firewall_tables import Change, FirewallTables
-from lockgate.bpf import syscall
+from lockgate.bpf import clock, syscall
 from lockgate.bpf.maps import HashMap, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
@@ -45,7 +45,7 @@ class FirewallWorld:
     def __init__(self, entries: int = 1000, *, object_: Object | None = None) -> None:
         obj = self.object = object_ or Object(xdp_object())
         if object_ is None:
-            obj.set_rodata({"config_firewall": 1})
+            obj.set_rodata({"config_firewall": 1, **clock.constants()})
             for name, count in sizes(entries).items():
                 obj.set_max_entries(name, count)
             obj.load()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from scapy.layers.inet import ICMP, IPOption_NOP
 from scapy.layers.inet import TCP as Tcp
@@ -15,6 +16,7 @@ from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
+from lockgate.bpf.maps import MappedArray
 from lockgate.objects.address import parse_address
 from tests.bytecode.balancing import OTHER, flow_hash, outer
 from tests.bytecode.edge import PASS, REDIRECT, TX, Edge, awake
@@ -488,15 +490,48 @@ def test_an_element_that_is_anothers_by_now_does_not_count(world, run, family):
     same_frame(run(packet).packet, sent(family, packet, "far"))
 
 
-def test_of_three_flows_in_one_place_the_one_that_was_silent_goes(world, run):
-    """There is room for two, and the first is not found again."""
-    world.publish(scene())
-    places: dict[int, list[int]] = {}
+def places(world) -> dict[int, list[int]]:
+    """Clients' ports by the set of flows that theirs is in, some for each of the first."""
+    found: dict[int, list[int]] = {}
     for port in range(1024, 65536):
-        ports = places.setdefault(flow_hash(asked(4, syn(port))) % world.flows.sets, [])
+        ports = found.setdefault(flow_hash(asked(4, syn(port))) % world.flows.sets, [])
         ports.append(port)
         if len(ports) == 3:
             break
+    return found
+
+
+def test_flows_beside_each_other_are_all_found(world, run):
+    """Tags of neighbouring sets are in one word."""
+    world.publish(scene())
+    found = places(world)
+    word = max(
+        range(world.flows.sets // 4), key=lambda n: sum(4 * n + i in found for i in range(4))
+    )
+    ports = [found[4 * word + i][0] for i in range(4) if 4 * word + i in found]
+    assert len(ports) > 2
+    for port in ports:
+        run(asked(4, syn(port)))
+    world.publish(moved())
+    for port in ports:
+        packet = asked(4, tcp(port, 80, "PA"))
+        same_frame(run(packet).packet, sent(4, packet, "remote", hint=8080))
+
+
+def test_a_flow_is_known_by_its_tag(world, run):
+    world.publish(scene())
+    run(asked(4, syn()))
+    with MappedArray.of(world.object, "flow_tags", np.dtype("<u8")) as tags:
+        tags.view[:] = ~tags.view
+    world.publish(moved())
+    packet = asked(4, tcp(40000, 80, "PA"))
+    same_frame(run(packet).packet, sent(4, packet, "far"))
+
+
+def test_of_three_flows_in_one_place_the_one_that_was_silent_goes(world, run):
+    """There is room for two, and the first is not found again."""
+    world.publish(scene())
+    ports = max(places(world).values(), key=len)
     for port in ports:
         set_seen(world.flows, -10)
         run(asked(4, syn(port)))

@@ -156,8 +156,8 @@ class Traffic:
         for worker in self.workers:
             print(worker.name, dict(worker.counts))
         await self.rings()
-        assert self.wrong == []
-        assert self.masked == []
+        assert not self.wrong, "\n".join(self.wrong)
+        assert not self.masked, "\n".join(self.masked)
         for worker in self.workers:
             assert sum(worker.counts.values()) > 0, f"{worker.name} did nothing"
 

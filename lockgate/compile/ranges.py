@@ -18,13 +18,17 @@ _MOST = {4: 256, 6: 256}
 
 
 def read(texts: Iterable[str], tell: Callable[[str], None]) -> Set:
-    """The ranges; what is none is told."""
+    """The ranges; what is none is told. All of a family means anybody: of the other family too,
+    where that has no ranges of its own."""
     found = set()
     for text in texts:
         try:
             found.add(network(text.strip()))
         except ValueError as error:
             tell(str(error))
+    for family in {4, 6} - {family for family, _, _ in found}:
+        if any(length == 0 for _, _, length in found):
+            found.add((family, 0, 0))
     return frozenset(found)
 
 

@@ -228,7 +228,7 @@ def _of_service(
         kind == "balancer"
         and ranges
         and client.place != "node"
-        and not any(contains(cidr, client.address) for cidr in ranges)
+        and not _is_in(ranges, client.address)
     ):
         return Choice("drop", "source-range", holder=holder)
     candidates = _endpoints(cluster, service, port, ":" not in asked)
@@ -253,6 +253,15 @@ def _of_service(
     if local and _taking(candidates, everyone):
         return Choice("drop", "no-local-backend", frozenset(backends), holder)
     return Choice("refuse", "no-backend", frozenset(backends), holder)
+
+
+def _is_in(ranges: list[str], address: str) -> bool:
+    """loadBalancerSourceRanges. All of a family means anybody: of the other family too, where
+    that has no ranges of its own."""
+    if any(contains(cidr, address) for cidr in ranges):
+        return True
+    named = any((":" in cidr) == (":" in address) for cidr in ranges)
+    return not named and any(cidr.endswith("/0") for cidr in ranges)
 
 
 def serving(

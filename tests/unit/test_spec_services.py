@@ -373,7 +373,19 @@ CASES: dict[str, tuple[Cluster, str, str, Any]] = {
     "ranges are for balancers' addresses: external IP": (cluster(RANGED), POD, EXT, ALL),
     "ranges are for balancers' addresses: NodePort": (cluster(RANGED), POD, NP, ALL),
     "ranges of the other family only": (
+        cluster(service(load_balancer_source_ranges=["2001:db8::/32"])),
+        OUT,
+        LB,
+        "drop source-range",
+    ),
+    "anybody, as the other family says it": (
         cluster(service(load_balancer_source_ranges=["::/0"])),
+        OUT,
+        LB,
+        ALL,
+    ),
+    "anybody of the other family, ranges of this one": (
+        cluster(service(load_balancer_source_ranges=["::/0", "192.0.2.0/24"])),
         OUT,
         LB,
         "drop source-range",

@@ -20,6 +20,13 @@ static __always_inline __u8 backend_live(__u32 epoch, __u32 service, const struc
 	return backend ? backend->live[epoch & 1] : 0;
 }
 
+/* Flags of an address: is it a cluster IP, where nothing is but services' ports? Of an address
+ * outside that a service asked for it has the ports that it names; others are whosever they are. */
+static __always_inline bool is_cluster_ip(__u16 flags)
+{
+	return (flags & (SVC_PRESENT | SVC_FRONTEND | SVC_OPEN | SVC_HOST_ONLY)) == SVC_PRESENT;
+}
+
 /* Which of a service's backends take the new connections of a client in the cluster? */
 static __always_inline __u8 live_inside(const struct service_view *view)
 {

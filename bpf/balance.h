@@ -25,18 +25,21 @@ static __always_inline __u32 flow_hash(const struct tuple *t)
 	return x >> 32;
 }
 
-/* The owners of the slot of a flow: OWNERS numbers, the first in the lowest bits.
- * All ones where the view has no table. */
+/* The owners of the slot of a flow, for owner_at(). */
 static __always_inline __u64 owners_of(void *image, const struct service_view *view, __u32 hash)
 {
-	__u64 *slot = image_word(image, view->table + (hash & ((1u << (view->slot_bits & 31)) - 1)));
+	__u32 bit = (hash & ((1u << (view->slot_bits & 31)) - 1)) * OWNERS * view->number_bits;
+	__u64 *word = image_word(image, view->table + bit / 64);
 
-	return slot && view->owner_count ? *slot : ~0ull;
+	return word ? *word >> bit % 64 : 0;
 }
 
-/* Owner number `number` of the view. False: the image has none there. */
-static __always_inline bool owner_at(void *image, const struct service_view *view, __u32 number, struct owner *owner)
+/* The owner of that rank, from 0. False: there is none. */
+static __always_inline bool owner_at(void *image, const struct service_view *view, __u64 owners, __u32 rank,
+				     struct owner *owner)
 {
+	__u32 bits = view->number_bits & 31;
+	__u32 number = owners >> rank * bits & ((1u << bits) - 1);
 	__u32 at = view->owners + number * BACKEND_WORDS;
 	__u64 *high = image_word(image, at), *low = image_word(image, at + 1), *rest = image_word(image, at + 2);
 

@@ -91,7 +91,7 @@ static __noinline int owner_after(struct packet *p, struct service_view *view, _
 	if (!was || !is_past(p, was->seen, view->affinity))
 		return 0;
 	for (int i = 0; i < OWNERS; i++) {
-		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
+		if (!owner_at(image, view, owners, i, &p->owner))
 			break;
 		if (behind && backend_live(p->epoch, view->id, &p->owner.addr, p->owner.port, p->asked.proto) &
 				      LIVE_OUTSIDE)
@@ -125,7 +125,7 @@ static __always_inline bool next_elsewhere(struct packet *p, void *image, const 
 	for (int i = 0; i < 2 * OWNERS - 1; i++) {
 		if (i <= place || i >= OWNERS + (place > 0 ? place : 0))
 			continue;
-		if (!owner_at(image, view, owners >> 16 * (i % OWNERS) & NO_OWNER, &p->owner))
+		if (!owner_at(image, view, owners, i % OWNERS, &p->owner))
 			continue;
 		if (target_kind(p->owner.target) == TO_HOP)
 			return true;
@@ -162,11 +162,11 @@ static __noinline int is_on_chain(struct packet *p, struct service_view *view, _
 		return 0;
 	*kept = p->owner;
 	for (int i = 1; i < OWNERS; i++) {
-		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
+		if (!owner_at(image, view, owners, i, &p->owner))
 			break;
 		found |= is_backend(&p->owner, &kept->addr, kept->port);
 	}
-	if (found && owner_at(image, view, owners & NO_OWNER, &p->owner))
+	if (found && owner_at(image, view, owners, 0, &p->owner))
 		return 1;
 	p->owner = *kept;
 	return 0;
@@ -184,7 +184,7 @@ static __noinline int choose(struct packet *p, struct service_view *view)
 	bool known = owner_of_flow(p, view);
 	bool kept = known || owner_of_client(p, view);
 
-	if (!kept && !owner_after(p, view, owners) && !owner_at(image, view, owners & NO_OWNER, &p->owner))
+	if (!kept && !owner_after(p, view, owners) && !owner_at(image, view, owners, 0, &p->owner))
 		return 0;
 	if (!begins(p)) {
 		if (kept && !known && is_on_chain(p, view, owners)) {
@@ -222,7 +222,7 @@ static __noinline int choose_inside(struct packet *p, struct service_view *view)
 	__u64 owners = owners_of(image, view, slot_hash(p, view));
 
 	for (int i = 0; i < OWNERS; i++) {
-		if (!owner_at(image, view, owners >> 16 * i & NO_OWNER, &p->owner))
+		if (!owner_at(image, view, owners, i, &p->owner))
 			break;
 		if (same_addr(&p->owner.addr, &p->outer)) {
 			place = i;
@@ -235,7 +235,7 @@ static __noinline int choose_inside(struct packet *p, struct service_view *view)
 		mine = true;
 	}
 	if (!mine) {
-		if (!owner_at(image, view, owners & NO_OWNER, &p->owner) ||
+		if (!owner_at(image, view, owners, 0, &p->owner) ||
 		    (begins(p) && p->owner.flags & OWNER_ENDS))
 			return 0;
 		mine = is_ours(p->owner.target);

@@ -120,7 +120,7 @@ static __always_inline bool dsr_backend(const struct frame *f, const struct serv
 	void *image = image_of(f->epoch);
 
 	*chosen = true;
-	return image && owner_at(image, view, owners_of(image, view, hash) & NO_OWNER, owner) &&
+	return image && owner_at(image, view, owners_of(image, view, hash), 0, owner) &&
 	       !(owner->flags & OWNER_ENDS);
 }
 

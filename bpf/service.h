@@ -233,7 +233,7 @@ static __noinline int service_begin(struct __sk_buff *skb, struct packet *p, __u
 
 	if (view && !(view->flags & SVC_HOST_ONLY))
 		return to_backend(p, view, flags);
-	if (!address || address->flags & (SVC_OPEN | SVC_HOST_ONLY))
+	if (!address || !is_cluster_ip(address->flags))
 		return service_of_socket(skb, p, flags);
 	GIVE_UP(p, CAUSE_UNKNOWN_SERVICE_PORT);
 	return REFUSED;

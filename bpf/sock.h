@@ -169,16 +169,15 @@ static __always_inline enum sock_answer nobody_here(struct bpf_sock_addr *ctx)
 	return SOCK_REFUSE;
 }
 
-/* A process of the node asks at an address that is only services', and none has the port: its
- * packets would leave by a card, and nobody would answer. A pod's are refused by from_pod. */
+/* A process of the node asks at a cluster IP, and no service has the port: its packets would
+ * leave by a card, and nobody would answer. A pod's are refused by from_pod. */
 static __always_inline enum sock_answer nobody_there(struct bpf_sock_addr *ctx, __u32 epoch,
 						     const struct sock_name *name)
 {
 	struct service_key wanted = { .addr = name->addr };
 	struct service *address = is_hosts(ctx) ? bpf_map_lookup_elem(&services, &wanted) : NULL;
 
-	if (!address ||
-	    (address->view[epoch & 1].flags & (SVC_PRESENT | SVC_OPEN | SVC_HOST_ONLY)) != SVC_PRESENT)
+	if (!address || !is_cluster_ip(address->view[epoch & 1].flags))
 		return SOCK_PROCEED;
 	bpf_set_retval(-ECONNREFUSED);
 	return SOCK_REFUSE;

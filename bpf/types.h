@@ -139,8 +139,9 @@ struct endpoint {
  *     backend     3 words: address (2), then {__be16 port, __u16 flags,
  *                                     __u32 endpoint id}
  *     owner       struct owner: as a backend, and where it is
- *     slot        one word: the numbers of OWNERS owners, __u16 each, the first
- *                 in the lowest bits; NO_OWNER from where there are no more
+ *     slot        the numbers of OWNERS owners, number_bits each, the first in the
+ *                 lowest bits; all ones, no owner's number, from where there are
+ *                 no more. As many slots as fit are a word, from its lowest bits on
  *     range       one word: the roots of a CIDR trie, as IMAGE_CIDRS; class 1 is
  *                 in one of the ranges
  * Port class 0 is "a protocol without ports". Class 0 is "no rule names it".
@@ -156,7 +157,6 @@ struct endpoint {
 #define CIDR_LEVELS       17	/* 16 that use 8 bits or more, and a class */
 #define BACKEND_WORDS     3
 #define OWNERS            4
-#define NO_OWNER          0xffffu
 
 #define CELL_ALLOW        0x80000000u	/* clear = deny */
 #define CELL_LOG          0x40000000u
@@ -191,7 +191,8 @@ struct service_view {
 	/* SVC_FRONTEND: */
 	__u32 table;		/* image word of the first slot */
 	__u32 owners;		/* image word of the first owner */
-	__u16 slot_bits;	/* the table has 1 << slot_bits slots */
+	__u8  slot_bits;	/* the table has 1 << slot_bits slots */
+	__u8  number_bits;	/* of an owner's number in them: 2, 4, 8 or 16 */
 	__u16 owner_count;	/* 0 = there is no table. All end, or none: refuse, or drop (SVC_LOCAL) */
 	__u32 ranges;		/* SVC_RANGES: image word of the roots */
 };

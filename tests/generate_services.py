@@ -52,7 +52,10 @@ NODE_PORTS = (30000, 30001, 80)
 HOST_PORTS = (80, 8000, 30000)
 PROTOCOLS: tuple[Protocol, ...] = ("TCP", "TCP", "UDP", "SCTP")
 CLUSTER_IPS = (["10.96.0.1"], ["10.96.0.2", "fd00:96::2"], ["fd00:96::3"], ["10.96.0.3"], ["None"])
-OUTSIDE_IPS = ("203.0.113.1", "203.0.113.2", "2001:db8::1", "10.96.0.2", "192.0.2.2", "192.0.2.1")
+OUTSIDE_IPS = (
+    *("203.0.113.1", "203.0.113.2", "2001:db8::1", "10.96.0.2"),
+    *("192.0.2.2", "192.0.2.1", "203.0.113.201", "10.0.1.1", "10.0.2.1"),  # of nodes, and of pods
+)
 #: What the node's cards have besides its InternalIPs.
 CARDS = ("192.0.2.201", "2001:db8:1::201", "fe80::1")
 RANGES = ("198.51.100.0/24", "198.51.100.7/32", "10.0.0.0/8", "2001:db8:ffff::/48", "0.0.0.0/0")
@@ -126,13 +129,16 @@ def service(rng: Random, name: str, namespace: str) -> Service:
         if rng.random() < 0.3
     ]
     other = {"service.kubernetes.io/service-proxy-name": "x"} if rng.random() < 0.05 else {}
-    mode = rng.choice((None, None, "dsr", "snat", "nonsense"))
+    annotations = {
+        "lockgate.dev/forwarding": rng.choice((None, None, "dsr", "snat", "nonsense")),
+        "lockgate.dev/slots": rng.choice((None, None, None, "1024", "65536", "1000")),
+    }
     return Service(
         metadata=ObjectMeta(
             name=name,
             namespace=namespace,
             labels=other,
-            annotations={} if mode is None else {"lockgate.dev/forwarding": mode},
+            annotations={key: text for key, text in annotations.items() if text is not None},
         ),
         spec=ServiceSpec(
             type=kind,

@@ -27,6 +27,7 @@ from lockgate.compile.tables import (
     ISOLATED_EGRESS,
     ISOLATED_INGRESS,
     NO_CLASS,
+    OWNERS,
     SVC_RANGES,
     Words,
 )
@@ -162,7 +163,10 @@ def _services(wanted: View, live: View) -> None:
     _same(keys, other_keys)
     _same_but(mine, theirs, "backends", "table", "owners", "ranges")
     # What a list has of words is now known to be what the wanted one has.
-    slots = np.where(mine["owner_count"] > 0, 1 << mine["slot_bits"].astype(np.intp), 0)
+    shapes = np.stack([mine[n].astype(np.intp) for n in ("slot_bits", "number_bits")])
+    slots = np.where(
+        mine["owner_count"] > 0, np.maximum(1, (OWNERS * shapes[1] << shapes[0]) // 64), 0
+    )
     for name, sizes in (
         ("backends", mine["count"].astype(np.intp) * BACKEND_WORDS),
         ("owners", mine["owner_count"].astype(np.intp) * BACKEND_WORDS),

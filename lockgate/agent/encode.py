@@ -198,7 +198,7 @@ class Encoder:
             (
                 (
                     *(s.id, s.backends, s.count, s.flags, s.affinity),
-                    *(s.table, s.owners, s.slot_bits, s.owner_count, s.ranges),
+                    *(s.table, s.owners, s.slot_bits, s.number_bits, s.owner_count, s.ranges),
                 )
                 for s in services
             ),

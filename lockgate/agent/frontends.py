@@ -11,8 +11,9 @@ import msgspec
 import numpy as np
 
 from lockgate.bpf.btf import Schema
+from lockgate.compile.balance import numbers_of, table_words
 from lockgate.compile.drafts import HOST_PORT
-from lockgate.compile.tables import BACKEND_WORDS, NO_OWNER, OWNERS, PROTOCOL_NUMBER, Words
+from lockgate.compile.tables import BACKEND_WORDS, PROTOCOL_NUMBER, Words
 from lockgate.objects.address import format_address, parse_address
 
 if TYPE_CHECKING:
@@ -81,12 +82,10 @@ def view_of(schema: Schema, view: Any, image: Words, flow: int) -> dict[str, Any
     frontend = bool(flags & bits["SVC_FRONTEND"])
     count = int(view["owner_count"]) if frontend else 0
     slots = 1 << int(view["slot_bits"]) if count else 0
-    table = image[int(view["table"]) :][:slots]
-    words = int(view["owners"]), count * BACKEND_WORDS
-    owners = _records(image, *words, schema.dtype("owner"))
-    first, second = (
-        np.bincount(_numbers(table, rank), minlength=NO_OWNER + 1)[:count] for rank in (0, 1)
-    )
+    shape = (int(view["slot_bits"]), int(view["number_bits"])) if count else (0, 2)
+    numbers = numbers_of(image[int(view["table"]) :][: table_words(*shape)], *shape)
+    owners = _records(image, int(view["owners"]), count * BACKEND_WORDS, schema.dtype("owner"))
+    first, second = (np.bincount(numbers[rank], minlength=count)[:count] for rank in (0, 1))
     number = flow & slots - 1 if slots and flow >= 0 else None
     kinds = {value: name for name, value in schema.enum("target_kind").items()}
     backends = _records(image, int(view["backends"]), int(view["count"]) * BACKEND_WORDS, _BACKEND)
@@ -116,21 +115,13 @@ def view_of(schema: Schema, view: Any, image: Words, flow: int) -> dict[str, Any
         if number is None
         else {
             "number": number,
-            "owners": [
-                owner
-                for owner in (int(_numbers(table[[number]], rank)[0]) for rank in range(OWNERS))
-                if owner < count
-            ],
+            "owners": [owner for owner in numbers[:, number].tolist() if owner < count],
         },
     }
 
 
 def _records(image: Words, at: int, words: int, dtype: np.dtype[Any]) -> Any:
     return np.frombuffer(image[at : at + words].tobytes(), dtype)
-
-
-def _numbers(table: Words, rank: int) -> Any:
-    return (table >> np.uint64(16 * rank) & np.uint64(NO_OWNER)).astype(np.int64)
 
 
 def _end(record: Any) -> dict[str, Any]:

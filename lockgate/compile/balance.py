@@ -4,25 +4,45 @@ Every owner has a score for every slot (Thaler and Ravishankar 1998, weighted as
 and Schomaker 2005): the highest are the slot's owners, in that order (docs/services.md). A score
 depends on slot, address, port and weight of the one owner and on nothing else. All arithmetic is of
 integers: each node comes to the same table, whatever its processor's logarithm says.
+
+A slot is OWNERS numbers of owners, the first in the lowest bits, each of as many bits as the count
+of owners needs (`number_bits`): so a table is small where there are few, as mostly, and yet has as
+many slots as any other. A flow's slot must not depend on how many owners there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lockgate.compile.tables import NO_OWNER, OWNERS, Words
+from lockgate.compile.tables import OWNERS, Words
+from lockgate.objects.model import SLOT_BITS
 
-__all__ = ["Owner", "Table", "flow_hash", "patch", "slot_bits", "table", "tables"]
+__all__ = [
+    "Owner",
+    "Table",
+    "flow_hash",
+    "number_bits",
+    "numbers_of",
+    "patch",
+    "slot_bits",
+    "table",
+    "table_words",
+    "tables",
+]
 
 _MULTIPLIER = 0x9E3779B97F4A7C15  # HASH_MULTIPLIER of bpf/balance.h
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 #: Elements that one pass works on: what fits a processor's cache.
-_PASS = 1 << 13
+_PASS = 1 << 14
+#: So many owners have room in the low bits of a score of 32 bits.
+_FEW = 16
+#: What tells that a rank has no owner. Numbers are less, as there are at most 65,535.
+_NONE = 0xFFFF
 
 Numbers = NDArray[np.uint64]
 
@@ -38,9 +58,10 @@ class Owner(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Owners, and a word for each slot: the numbers of its first OWNERS owners."""
+    """Owners, how many bits of a flow's hash say its slot, and the words of the slots."""
 
     owners: Sequence[Owner]
+    bits: int
     words: Words
 
 
@@ -55,126 +76,163 @@ def flow_hash(client: bytes, frontend: bytes, sport: int, dport: int, protocol: 
     return found >> 32
 
 
-def slot_bits(owners: int) -> int:
-    """The table of so many owners has 1 << slot_bits slots. One owner has them all."""
-    for most, bits in ((1, 0), (16, 9), (256, 14)):
-        if owners <= most:
+def slot_bits(owners: int, wanted: int = SLOT_BITS) -> int:
+    """The table of so many owners has 1 << slot_bits slots: as many as its service wants, however
+    many owners there are. One owner has them all."""
+    return wanted if owners > 1 else 0
+
+
+def number_bits(owners: int) -> int:
+    """How long an owner's number is in a slot of that many. Where a rank has no owner it is all
+    ones, which is no owner's number: from OWNERS on, every rank has one."""
+    for bits in (2, 4, 8):
+        if owners <= 1 << bits:
             return bits
     return 16
 
 
-def table(owners: Sequence[Owner]) -> Words:
-    """The words of one table. At most NO_OWNER owners, each address and port once."""
-    return tables([owners])[0]
+def table_words(bits: int, width: int) -> int:
+    """How many words of the image a table of 1 << bits slots takes, with numbers that long."""
+    return max(1, (OWNERS * width << bits) // 64)
 
 
-def tables(many: Sequence[Sequence[Owner]]) -> list[Words]:
-    """Those of many: those with equally many owners are worked out together."""
+def numbers_of(words: Words, bits: int, width: int) -> NDArray[np.intp]:
+    """The owners of each slot: a row for each rank, all ones where there are no more."""
+    slots = words.view(f"<u{OWNERS * width // 8}")[: 1 << bits]
+    mask = (1 << width) - 1
+    rows = np.stack([slots >> slots.dtype.type(width * rank) & mask for rank in range(OWNERS)])
+    return rows.astype(np.intp)
+
+
+def table(owners: Sequence[Owner], wanted: int = SLOT_BITS) -> Words:
+    """The words of one table. At most 65,535 owners, each address and port once."""
+    return tables([(owners, wanted)])[0]
+
+
+def tables(many: Sequence[tuple[Sequence[Owner], int]]) -> list[Words]:
+    """Those of many, each with the bits that it wants: those of one shape are worked out
+    together."""
     found: list[Words] = [np.zeros(0, np.uint64)] * len(many)
 
-    def shape(number: int) -> tuple[int, bool]:
-        return len(many[number]), _weighted(many[number])
+    def shape(number: int) -> tuple[int, int, bool]:
+        owners, wanted = many[number]
+        return len(owners), slot_bits(len(owners), wanted), _weighted(owners)
 
-    for (count, _), group in groupby(sorted(range(len(many)), key=shape), shape):
+    for (_, bits, _), group in groupby(sorted(range(len(many)), key=shape), shape):
         numbers = list(group)
-        slots = np.arange(1 << slot_bits(count), dtype=np.uint64)
+        slots = np.arange(1 << bits, dtype=np.uint32)
         together = max(1, _PASS // len(slots))
         for first in range(0, len(numbers), together):
             part = numbers[first : first + together]
-            for start in range(0, len(slots), _PASS):
-                words = _words([many[number] for number in part], slots[start : start + _PASS])
-                for number, row in zip(part, words, strict=True):
-                    found[number] = np.concatenate((found[number], row)) if start else row
+            owners = [many[number][0] for number in part]
+            passes = [
+                _slots(owners, slots[start : start + _PASS])
+                for start in range(0, len(slots), _PASS)
+            ]
+            rows = np.concatenate(passes, axis=1) if len(passes) > 1 else passes[0]
+            for number, row in zip(part, rows, strict=True):
+                found[number] = _as_words(row)
     return found
 
 
-def patch(before: Table, owners: Sequence[Owner]) -> Words:
-    """`table(owners)`, by working out only the slots where it can differ from `before`: of N
-    owners one that is another costs a pass over all slots and N scores for some of them."""
-    bits = slot_bits(len(owners))
+def patch(before: Table, owners: Sequence[Owner], wanted: int = SLOT_BITS) -> Words:
+    """`table(owners, wanted)`, by working out only the slots where it can differ from `before`: of
+    N owners one that is another costs a pass over all slots and N scores for some of them."""
+    bits = slot_bits(len(owners), wanted)
     all_end = all(owner.ends for owner in owners), all(owner.ends for owner in before.owners)
-    if bits == 0 or bits != slot_bits(len(before.owners)) or all_end[0] != all_end[1]:
-        return table(owners)
+    if bits == 0 or bits != before.bits or all_end[0] != all_end[1]:
+        return table(owners, wanted)
     places = {owner[:2]: number for number, owner in enumerate(owners)}
-    now = np.array(
-        [places.get(owner[:2], NO_OWNER) for owner in before.owners] + [NO_OWNER], np.uint64
-    )
-    old = _split(before.words, len(before.owners))
+    now = np.array([places.get(owner[:2], _NONE) for owner in before.owners] + [_NONE], np.uint64)
+    old = numbers_of(before.words, bits, number_bits(len(before.owners)))
+    old = np.minimum(old, len(before.owners))
     kept = now[old]
     known = {owner[:2]: owner for owner in before.owners}
     differ = [owner for owner in owners if known.get(owner[:2]) != owner]
     # Those that went, or are others, where they were.
-    due = ((kept == NO_OWNER) & (old < len(before.owners))).any(axis=0)
+    due = ((kept == _NONE) & (old < len(before.owners))).any(axis=0)
     others = np.array([places[owner[:2]] for owner in differ], np.uint64)
     due |= np.isin(kept, others).any(axis=0)
     if len(differ) * 4 > len(owners) or due.sum() * 2 > len(due):
-        return table(owners)
+        return table(owners, wanted)
     # Those that are others, where they come before the last of the four, or there are fewer.
-    slots = np.arange(len(before.words), dtype=np.uint64)
+    slots = np.arange(1 << bits, dtype=np.uint32)
     weighted = _weighted(owners)
-    seeds = _seeds([owners])[0]
+    low, high = (half[0] for half in _seeds([owners]))
     weights = _weights([owners])[0]
     last = np.full(len(slots), _MASK, np.uint64)
     for row in kept:
         there = np.minimum(row, np.uint64(len(owners) - 1)).astype(np.intp)
-        scores = _scores(seeds[there], weights[there] if weighted else None, slots, row)
-        last = np.minimum(last, np.where(row == NO_OWNER, np.uint64(0), scores))
+        hashes = _hashes(low[there], high[there], slots)
+        scores = _scores(hashes, weights[there] if weighted else None, row)
+        last = np.minimum(last, np.where(row == _NONE, np.uint64(0), scores))
     for number in others:
-        weight = weights[number] if weighted else None
-        due |= _scores(seeds[number], weight, slots, number) > last
-    words = _join(kept)
+        hashes = _hashes(low[number], high[number], slots)
+        due |= _scores(hashes, weights[number] if weighted else None, number) > last
+    found = _join(
+        list(np.minimum(kept, np.uint64((1 << number_bits(len(owners))) - 1))), len(owners)
+    )
     at = np.flatnonzero(due)
     together = max(1, 8 * _PASS // len(owners))
     for start in range(0, len(at), together):
         part = at[start : start + together]
-        words[part] = _few(owners, slots[part])
-    return words
+        found[part] = _few_slots(owners, slots[part])
+    return _as_words(found)
 
 
 # ---- Scores ----------------------------------------------------------------------
 
 
-def _words(many: Sequence[Sequence[Owner]], slots: Numbers) -> Words:
-    """The words of these slots, a row for each of several lists of equally many owners."""
-    seeds, weights = _seeds(many), _weights(many)
+def _slots(many: Sequence[Sequence[Owner]], slots: NDArray[np.uint32]) -> NDArray[Any]:
+    """These slots, a row for each of several lists of equally many owners."""
+    low, high = _seeds(many)
+    weights = _weights(many)
     ends = np.array([[owner.ends for owner in owners] for owners in many], bool)
     ends = ends.reshape(len(many), -1)
+    count = low.shape[1]
     weighted = any(_weighted(owners) for owners in many)
+    # Half as wide, and four times as fast, where it has room for the numbers.
+    kind: type[np.unsignedinteger[Any]] = np.uint64
+    if count <= _FEW and not weighted:
+        kind = np.uint32
     shape = len(many), len(slots)
     # The best OWNERS of all, and the best of those that do not end, as scores with numbers.
-    best = [np.zeros(shape, np.uint64) for _ in range(OWNERS)]
-    taking = np.zeros(shape, np.uint64)
-    for number in range(seeds.shape[1]):
-        weight = weights[:, number, None] if weighted else None
-        score = _scores(seeds[:, number, None], weight, slots, np.uint64(number))
+    best: list[NDArray[Any]] = [np.zeros(shape, kind) for _ in range(OWNERS)]
+    taking: NDArray[Any] = np.zeros(shape, kind)
+    for number in range(count):
+        hashes = _hashes(low[:, number, None], high[:, number, None], slots)
+        if kind is np.uint32:
+            score = hashes & np.uint32(_MASK - _FEW + 1 & 0xFFFFFFFF) | np.uint32(_FEW - 1 - number)
+        else:
+            weight = weights[:, number, None] if weighted else None
+            score = _scores(hashes, weight, np.uint64(number))
         if ends.any():
-            np.maximum(taking, np.where(ends[:, number, None], np.uint64(0), score), out=taking)
-        for rank in best:
+            np.maximum(taking, np.where(ends[:, number, None], kind(0), score), out=taking)
+        for rank in best[: number + 1]:
             lower = np.minimum(rank, score)
             np.maximum(rank, score, out=rank)
             score = lower
     if ends.any():
         best = _taking_first(best, taking)
-    return _join(np.stack([_number(rank) for rank in best]))
+    return _join([_number(rank) for rank in best], count)
 
 
-def _few(owners: Sequence[Owner], slots: Numbers) -> Words:
+def _few_slots(owners: Sequence[Owner], slots: NDArray[np.uint32]) -> NDArray[Any]:
     """The same for few slots and many owners: all scores at once."""
-    seeds, weights = _seeds([owners])[0], _weights([owners])[0]
+    low, high = (half[0] for half in _seeds([owners]))
+    weight = _weights([owners])[0] if _weighted(owners) else None
     numbers = np.arange(len(owners), dtype=np.uint64)
-    weight = weights if _weighted(owners) else None
-    scores = _scores(seeds, weight, slots[:, None], numbers)
+    scores = _scores(_hashes(low, high, slots[:, None]), weight, numbers)
     ends = np.array([owner.ends for owner in owners])
     taking = np.where(ends, np.uint64(0), scores).max(axis=1)
     if len(owners) > OWNERS:
         scores = np.partition(scores, len(owners) - OWNERS, axis=1)[:, -OWNERS:]
     scores = np.sort(scores, axis=1)[:, ::-1]
-    best = [np.ascontiguousarray(row) for row in scores.T]
-    best += [np.zeros(len(slots), np.uint64)] * (OWNERS - len(best))
-    return _join(np.stack([_number(rank) for rank in _taking_first(best, taking)]))
+    best = _taking_first([np.ascontiguousarray(row) for row in scores.T], taking)
+    return _join([_number(rank) for rank in best], len(owners))
 
 
-def _taking_first(best: list[Numbers], taking: Numbers) -> list[Numbers]:
+def _taking_first(best: list[NDArray[Any]], taking: NDArray[Any]) -> list[NDArray[Any]]:
     """The best that does not end comes first, if there is one; the others keep their order."""
     first = np.where(taking == 0, best[0], taking)
     rows, passed = [first], np.zeros(first.shape, bool)
@@ -184,31 +242,44 @@ def _taking_first(best: list[Numbers], taking: Numbers) -> list[Numbers]:
     return rows
 
 
+def _hashes(
+    low: NDArray[np.uint32], high: NDArray[np.uint32], slots: NDArray[np.uint32]
+) -> NDArray[np.uint32]:
+    """Of a slot and an owner's seed, in the upper 28 bits, never 0; below them nothing of use."""
+    found = slots * np.uint32(0x9E3779B1) + low
+    found ^= found >> np.uint32(16)
+    found *= np.uint32(0x85EBCA6B)
+    found ^= high
+    found ^= found >> np.uint32(13)
+    found *= np.uint32(0xC2B2AE35)
+    found ^= found >> np.uint32(16)
+    found |= np.uint32(_FEW)
+    return found
+
+
 def _scores(
-    seed: Numbers, weight: Numbers | None, slots: Numbers, number: Numbers | np.uint64
+    hashes: NDArray[np.uint32], weight: Numbers | None, number: Numbers | np.uint64
 ) -> Numbers:
     """Score in the upper 48 bits, never 0, and below it what tells equal ones apart."""
-    found = seed + slots * np.uint64(_MULTIPLIER)
-    for shift in (32, 29):
-        found ^= found >> np.uint64(shift)
-        found *= np.uint64(_MULTIPLIER)
-    found >>= np.uint64(32)
-    if weight is not None:
-        found = np.uint64((1 << 48) - 1) - _logarithm(found) // weight
+    if weight is None:
+        found = hashes.astype(np.uint64) >> np.uint64(4)
     else:
-        found += np.uint64(1)
-    return found << np.uint64(16) | np.uint64(NO_OWNER - 1) - number
+        found = np.uint64((1 << 48) - 1) - _logarithm(hashes | np.uint32(_FEW - 1)) // weight
+    return found << np.uint64(16) | np.uint64(_NONE - 1) - number
 
 
-def _number(scores: Numbers) -> Numbers:
+def _number(scores: NDArray[Any]) -> NDArray[Any]:
     """Whose score it is."""
-    low: Numbers = np.uint64(NO_OWNER - 1) - (scores & np.uint64(0xFFFF))
-    low[scores == 0] = NO_OWNER
-    return low
+    kind = scores.dtype.type
+    most, low = (_FEW - 1, _FEW - 1) if kind is np.uint32 else (_NONE - 1, _NONE)
+    found: NDArray[Any] = kind(most) - (scores & kind(low))
+    return found
 
 
-def _seeds(many: Sequence[Sequence[Owner]]) -> Numbers:
-    """A number for each address and port."""
+def _seeds(
+    many: Sequence[Sequence[Owner]],
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Two numbers for each address and port."""
     wire = b"".join(
         owner.address + owner.port.to_bytes(8, "little") for owners in many for owner in owners
     )
@@ -216,7 +287,8 @@ def _seeds(many: Sequence[Sequence[Owner]]) -> Numbers:
     found: Numbers = np.zeros(words.shape[:2], np.uint64)
     for at in range(3):
         found = (found ^ found >> np.uint64(32) ^ words[:, :, at]) * np.uint64(_MULTIPLIER)
-    return found ^ found >> np.uint64(32)
+    found ^= found >> np.uint64(32)
+    return found.astype(np.uint32), (found >> np.uint64(32)).astype(np.uint32)
 
 
 def _weights(many: Sequence[Sequence[Owner]]) -> Numbers:
@@ -243,10 +315,10 @@ def _logarithms() -> Iterator[int]:
 _LOG2: Numbers = np.array(list(_logarithms()), np.uint64)
 
 
-def _logarithm(hashes: Numbers) -> Numbers:
+def _logarithm(hashes: NDArray[Any]) -> Numbers:
     """-log2((hash + 1) / 2^32) in units of 2^-40: at most 2^45, and for each hash another one.
     Straight between 257 points, which moves no share by more than some millionths."""
-    value = hashes + np.uint64(1)
+    value = hashes.astype(np.uint64) + np.uint64(1)
     # Exact up to 2^53: the exponent and the fraction, as whole numbers.
     raw = value.astype(np.float64).view(np.uint64)
     exponent = (raw >> np.uint64(52)) - np.uint64(1023)
@@ -258,18 +330,23 @@ def _logarithm(hashes: Numbers) -> Numbers:
     return (np.uint64(32) << np.uint64(40)) - ((exponent << np.uint64(40)) + low)
 
 
-# ---- Words of four numbers -------------------------------------------------------
+# ---- Slots of four numbers -------------------------------------------------------
 
 
-def _join(numbers: Numbers) -> Words:
-    """A row for each rank → words, the first in the lowest bits."""
-    found: Words = numbers[0].copy()
-    for rank in range(1, OWNERS):
-        found |= numbers[rank] << np.uint64(16 * rank)
-    return found
+def _join(ranks: Sequence[NDArray[Any]], owners: int) -> NDArray[Any]:
+    """Numbers for each rank → slots, the first in the lowest bits."""
+    kind, width = ranks[0].dtype.type, number_bits(owners)
+    found = np.zeros_like(ranks[0])
+    for rank, numbers in enumerate(ranks[:owners]):
+        found |= numbers << kind(width * rank)
+    if owners < OWNERS:
+        found |= kind((1 << OWNERS * width) - (1 << owners * width))
+    slots: NDArray[Any] = found.astype(f"<u{OWNERS * width // 8}")
+    return slots
 
 
-def _split(words: Words, none: int) -> NDArray[np.intp]:
-    """A row for each rank; `none` where there are no more."""
-    rows = np.stack([words >> np.uint64(16 * n) & np.uint64(0xFFFF) for n in range(OWNERS)])
-    return np.where(rows == NO_OWNER, none, rows).astype(np.intp)
+def _as_words(slots: NDArray[Any]) -> Words:
+    """Slots of any width, one after the other; a single one has its word for itself."""
+    if slots.nbytes < 8:
+        slots = np.resize(slots, 8 // slots.itemsize)
+    return np.ascontiguousarray(slots).view(np.uint64)

@@ -40,7 +40,6 @@ class Claims:
 
     def __init__(self) -> None:
         self._claims: dict[ServiceKey, tuple[tuple[int, Holder], ...]] = {}
-        #: Who claims anything at an address.
         self._at: dict[bytes, set[Holder]] = {}
 
     def is_cluster_ip(self, address: bytes) -> bool:
@@ -50,6 +49,10 @@ class Claims:
         """Who has an entry that is claimed."""
         whole = self._claims.get((key[0], 0, 0))
         return min(whole if whole is not None else self._claims[key])[1]
+
+    def at(self, address: bytes) -> Iterable[Holder]:
+        """Who claims anything at an address."""
+        return self._at.get(address, ())
 
     def change(
         self, holder: Holder, before: Collection[Claim], after: Collection[Claim]
@@ -81,7 +84,7 @@ class Claims:
 
     def _rivals(self, key: ServiceKey) -> Iterable[Holder]:
         if key[1:] == (0, 0):
-            return self._at.get(key[0], ())
+            return self.at(key[0])
         return [one for _, one in self._claims.get(key, ())]
 
 
@@ -89,7 +92,7 @@ def title(holder: Holder) -> str:
     return f"{_TITLES[holder[0]]} {'/'.join(holder[1:])}"
 
 
-def conflict(loser: Holder, ask: Ask, holder: Holder) -> str:
+def conflict(loser: Holder, ask: Ask, owner: str) -> str:
     """What is to be told of an entry that another has."""
     address, number, protocol = ask.key
     port = f"port {number}/{_PROTOCOLS[protocol]}"
@@ -102,4 +105,4 @@ def conflict(loser: Holder, ask: Ask, holder: Holder) -> str:
     field = _FIELDS.get(ask.kind) or (
         "spec.containers.ports.hostPort" if loser[0] == POD else "spec.ports.nodePort"
     )
-    return f"{title(loser)}: {field}: {what} is taken by {title(holder)}"
+    return f"{title(loser)}: {field}: {what} is taken by {owner}"

@@ -16,7 +16,7 @@ from lockgate.compile.tables import (
     LIVE_KEEPS,
     LIVE_LOCAL,
     LIVE_OUTSIDE,
-    NO_OWNER,
+    MOST_OWNERS,
     OWNER_ENDS,
     PROTOCOL_NUMBER,
     SVC_FRONTEND,
@@ -35,7 +35,18 @@ from lockgate.compile.tables import (
 )
 from lockgate.objects.address import is_ipv4
 from lockgate.objects.changes import Name
-from lockgate.objects.model import FORWARDING, ContainerPort, EndpointSlice, Pod, Service
+from lockgate.objects.model import (
+    FORWARDING,
+    LEAST_SLOT_BITS,
+    MOST_SLOT_BITS,
+    SLOT_BITS,
+    SLOTS,
+    ContainerPort,
+    EndpointSlice,
+    Pod,
+    Service,
+    read_slots,
+)
 
 __all__ = ["ADDRESS_PORT", "Draft", "ListKey", "Seed", "Surroundings", "of_pod", "of_service"]
 
@@ -82,7 +93,8 @@ class Seed:
 @dataclass(slots=True)
 class Draft:
     """`backends`: those that are live, with their LIVE_ bits. `hosting`: processes of the node
-    serve clients outside. `hinted`: it looks otherwise from another zone."""
+    serve clients outside. `hinted`: it looks otherwise from another zone. `slot_bits`: what its
+    service wants, 1 << slot_bits slots."""
 
     entries: dict[ServiceKey, Seed] = field(default_factory=dict)
     lists: dict[ListKey, bytes] = field(default_factory=dict)
@@ -91,6 +103,7 @@ class Draft:
     errors: list[str] = field(default_factory=list)
     hosting: bool = False
     hinted: bool = False
+    slot_bits: int = SLOT_BITS
 
     def live(self, backend: BackendKey, bits: int) -> None:
         """One list more has it."""
@@ -169,6 +182,15 @@ class _Reader:
             self._tell(f"metadata.annotations[{FORWARDING}]: expected dsr or snat, got {mode!r}")
             mode = None
         self._snat = mode == "snat" if mode is not None else around.snat
+        slots = service.metadata.annotations.get(SLOTS)
+        if slots is not None:
+            bits = read_slots(slots)
+            if bits is None:
+                self._tell(
+                    f"metadata.annotations[{SLOTS}]: expected a power of two"
+                    f" from {1 << LEAST_SLOT_BITS} to {1 << MOST_SLOT_BITS}, got {slots!r}"
+                )
+            draft.slot_bits = bits or SLOT_BITS
         self._ranges: ranges.Set | None = None
         if spec.load_balancer_source_ranges:
             field_ = "spec.loadBalancerSourceRanges"
@@ -247,7 +269,7 @@ class _Reader:
             of = chosen.here if self._outside_local else chosen.every
             takes = choose.taking(of) if self._outside_local else chosen.taking
             found = choose.owners(of, takes, protocol == UDP)
-            if len(found) > NO_OWNER:  # those that end are the first to be left out
+            if len(found) > MOST_OWNERS:  # those that end are the first to be left out
                 found.sort(key=lambda one: one[1])
                 self._limit(found)
                 found.sort()
@@ -260,9 +282,9 @@ class _Reader:
         _with_table(seed, key, self._counts[key])
 
     def _limit(self, found: list[Any]) -> int:
-        if len(found) > NO_OWNER:
-            self._tell(f"{len(found)} backends, the first {NO_OWNER} serve")
-            del found[NO_OWNER:]
+        if len(found) > MOST_OWNERS:
+            self._tell(f"{len(found)} backends, the first {MOST_OWNERS} serve")
+            del found[MOST_OWNERS:]
         return len(found)
 
     def _tell(self, text: str) -> None:

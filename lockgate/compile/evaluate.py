@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lockgate.compile.balance import numbers_of, table_words
 from lockgate.compile.tables import (
     BACKEND_WORDS,
     CELL_ALLOW,
@@ -18,9 +19,7 @@ from lockgate.compile.tables import (
     IMAGE_PORTS,
     ISOLATED_EGRESS,
     ISOLATED_INGRESS,
-    NO_OWNER,
     OWNER_ENDS,
-    OWNERS,
     PORT_TABLE_BY_NUMBER,
     Direction,
     EndpointView,
@@ -152,9 +151,10 @@ def slots_of(tables: Tables, service: ServiceView) -> list[tuple[int, ...]]:
     """The numbers of the owners of each slot, the first first; none without a table."""
     if not service.owner_count:
         return []
-    words = tables.image[service.table : service.table + (1 << service.slot_bits)].tolist()
-    numbers = [[word >> 16 * rank & 0xFFFF for rank in range(OWNERS)] for word in words]
-    return [tuple(n for n in row if n != NO_OWNER) for row in numbers]
+    shape = service.slot_bits, service.number_bits
+    words = tables.image[service.table : service.table + table_words(*shape)]
+    rows = numbers_of(words, *shape).T.tolist()
+    return [tuple(n for n in row if n < service.owner_count) for row in rows]
 
 
 def in_ranges(tables: Tables, service: ServiceView, address: bytes) -> bool:

@@ -179,6 +179,7 @@ class _State:
             self._read_nodes()
         for address in touched:
             self._settle(address)
+        self.services.owners_moved(touched)
         touched.clear()
 
         front = judgements.front()
@@ -303,7 +304,6 @@ class _State:
         before, self._of_nodes = self._of_nodes, found
         different = {a: None for a in before.keys() | found if before.get(a) != found.get(a)}
         self.pods.touched.update(different)
-        self.services.hosts_moved(different)
 
     def _find_nodes(self, errors: list[str]) -> dict[bytes, PeerView]:
         """An address that a pod has as well is the node's."""
@@ -367,7 +367,7 @@ class _State:
         if own != self._own:
             again |= services.at_node
             addresses.update({*own} ^ {*self._own})
-            services.hosts_moved({*own} ^ {*self._own})
+            services.owners_moved({*own} ^ {*self._own})
         if zone != self._zone:
             again |= services.hinted
         if moved or host.snat != self._host.snat:
@@ -387,7 +387,7 @@ class _State:
         )
         # What another CNI plugin wired has its hostPorts from there.
         pods = {name: facts for name, facts in local.items() if self._slots[name] != ON_HOST}
-        services.change(cluster, pods, again, changed.slices, addresses, around, self._of_nodes)
+        services.change(cluster, pods, again, changed.slices, addresses, around)
 
     def _target(self, address: bytes) -> int:
         """`owner.target`. A pod without a slot is reached by none; what is not of the cluster by

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockgate.compile import drafts, frontends
-from lockgate.compile.balance import Owner, Table, patch, tables
+from lockgate.compile.balance import Owner, Table, number_bits, patch, slot_bits, tables
 from lockgate.compile.choose import of_others
-from lockgate.compile.claims import POD, SERVICE, Claim, Claims, Holder, claim, conflict
+from lockgate.compile.claims import POD, SERVICE, Claim, Claims, Holder, claim, conflict, title
 from lockgate.compile.drafts import Draft, ListKey, Seed, Surroundings
 from lockgate.compile.image import Image
 from lockgate.compile.live import Live
@@ -25,6 +25,8 @@ from lockgate.compile.tables import (
     SVC_HOST_ONLY,
     SVC_OPEN,
     SVC_PRESENT,
+    TARGET_SHIFT,
+    TO_NOWHERE,
     BackendKey,
     ServiceKey,
     ServiceView,
@@ -45,7 +47,7 @@ _TOGETHER = 256
 @dataclass(slots=True)
 class Part:
     """What one holder came to. Lists: where they are, and their sizes in words; in `left` where
-    those with `owners` were in the image before."""
+    those with `owners` were in the image before. Their tables have 1 << slot_bits slots."""
 
     object: Service | Pod
     claims: tuple[Claim, ...] = ()
@@ -55,6 +57,7 @@ class Part:
     ranges: tuple[RangeSet, ...] = ()
     backends: tuple[BackendKey, ...] = ()
     errors: tuple[str, ...] = ()
+    slot_bits: int = 0
     left: dict[ListKey, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -114,14 +117,14 @@ class Services:
         slices: Iterable[Name],
         addresses: Iterable[bytes],
         around: Surroundings,
-        hosts: Mapping[bytes, Any],
     ) -> None:
         """Read again what these holders and slices, or what is at these addresses, concern. `pods`
-        are those of the node; `hosts` has the addresses of nodes."""
+        are those of the node."""
         for name in slices:
             again.update((SERVICE, *one) for one in self._move(name, cluster.slices.get(name)))
         for address in addresses:
             again.update(self.live.users(address))
+            again.update(self._claims.at(address))
         wishes: dict[Holder, _Wish | None] = {}
         queue = list(again)
         while queue:
@@ -133,7 +136,7 @@ class Services:
         keys = sorted(wishes)
         for start in range(0, len(keys), _TOGETHER):
             self._make({key: wishes[key] for key in keys[start : start + _TOGETHER]}, around)
-        self._read_addresses(around, hosts)
+        self._read_addresses(around)
         self._left = None
 
     def _make(self, wishes: Mapping[Holder, _Wish | None], around: Surroundings) -> None:
@@ -144,9 +147,9 @@ class Services:
         for key, wish in wishes.items():
             self._put(key, wish, made.get(key), ready)
 
-    def hosts_moved(self, addresses: Iterable[bytes]) -> None:
-        """Nodes have, or no longer have, these addresses."""
-        self._due.update(addresses)
+    def owners_moved(self, addresses: Iterable[bytes]) -> None:
+        """Nodes or pods have, or no longer have, these addresses; or this node may."""
+        self._due.update(address for address in addresses if address in self._count)
 
     def place_again(self, left: Words) -> None:
         """The image has no lists any more: all holders are to be made again. `left`: its words
@@ -225,10 +228,12 @@ class Services:
         for one in wish.asks:
             ask = one[0] if key[0] == POD else one
             holder = self._claims.holder(ask.key)
-            if holder == key:
-                granted.append(one)
+            if holder != key:
+                errors.append(conflict(key, ask, title(holder)))
+            elif ask.kind in ("balancer", "external") and around.endpoint(ask.key[0]):
+                errors.append(conflict(key, ask, "a pod that has the address"))
             else:
-                errors.append(conflict(key, ask, holder))
+                granted.append(one)
         if isinstance(wish.object, Pod):
             draft = drafts.of_pod(wish.object, granted, wish.addresses, around)
         else:
@@ -246,10 +251,11 @@ class Services:
             for number, owners in draft.tables.items():
                 before = self._before(key, number)
                 if before is not None and len(owners) > _SMALL:
-                    found[key, number] = patch(before, owners)
+                    found[key, number] = patch(before, owners, draft.slot_bits)
                 else:
                     small.append((key, number))
-        words = tables([made[key].tables[number] for key, number in small])
+        wanted = [(made[key].tables[number], made[key].slot_bits) for key, number in small]
+        words = tables(wanted)
         found.update(zip(small, words, strict=True))
         return found
 
@@ -260,9 +266,9 @@ class Services:
             return None
         if self._left is not None:
             at, size = part.left[number]
-            return Table(owners, self._left[at : at + size])
+            return Table(owners, part.slot_bits, self._left[at : at + size])
         at, size = part.rooms[number]
-        return Table(owners, self._image.words[at : at + size])
+        return Table(owners, part.slot_bits, self._image.words[at : at + size])
 
     def _put(
         self,
@@ -313,6 +319,7 @@ class Services:
             sets,
             tuple(draft.backends),
             tuple(draft.errors),
+            draft.slot_bits,
         )
 
     def _withdraw(self, key: Holder) -> None:
@@ -348,7 +355,7 @@ class Services:
 
     # ---- Addresses -------------------------------------------------------------------
 
-    def _read_addresses(self, around: Surroundings, hosts: Mapping[bytes, Any]) -> None:
+    def _read_addresses(self, around: Surroundings) -> None:
         """The entries without port, wherever they may be others."""
         due, self._due = self._due, set()
         for address in due:
@@ -361,7 +368,7 @@ class Services:
                 flags |= SVC_HOST_ONLY | SVC_OPEN
             elif not whole:
                 flags |= SVC_FRONTEND
-                if address in hosts or address in around.own:
+                if around.target(address) >> TARGET_SHIFT != TO_NOWHERE:
                     flags |= SVC_OPEN
             self.views.put((address, 0, 0), ServiceView(0, 0, 0, flags))
 
@@ -387,9 +394,6 @@ def _view(
     places: Mapping[ListKey, tuple[int, int]],
     where: Mapping[RangeSet, int],
 ) -> ServiceView:
-    bits = 0
-    if seed.table:
-        bits = places[seed.table][1].bit_length() - 1
     return ServiceView(
         seed.id,
         places[seed.backends][0] if seed.backends else 0,
@@ -398,7 +402,8 @@ def _view(
         seed.affinity,
         places[seed.table][0] if seed.table else 0,
         places[seed.owners][0] if seed.owners else 0,
-        bits,
+        slot_bits(seed.owner_count, draft.slot_bits) if seed.table else 0,
+        number_bits(seed.owner_count) if seed.table else 0,
         seed.owner_count,
         where[seed.ranges] if seed.ranges is not None else 0,
     )

@@ -52,7 +52,8 @@ ISOLATED_INGRESS = 1
 ISOLATED_EGRESS = 2
 
 OWNERS = 4
-NO_OWNER = 0xFFFF
+#: A number has 16 bits at most, and all ones are nobody's.
+MOST_OWNERS = 0xFFFF
 
 SVC_PRESENT = 1
 SVC_FRONTEND = 2
@@ -138,6 +139,7 @@ class ServiceView:
     table: int = 0
     owners: int = 0
     slot_bits: int = 0
+    number_bits: int = 0
     owner_count: int = 0
     ranges: int = 0
 

@@ -272,6 +272,18 @@ class SessionAffinityConfig(Base, frozen=True):
 
 #: On a Service: how clients outside reach its backends on other nodes, dsr or snat.
 FORWARDING = "lockgate.dev/forwarding"
+#: On a Service: how many slots the tables of its ports have for clients outside.
+SLOTS = "lockgate.dev/slots"
+#: The powers of two that it may be, and which it is where nothing is said.
+LEAST_SLOT_BITS, SLOT_BITS, MOST_SLOT_BITS = 10, 14, 16
+
+
+def read_slots(text: str) -> int | None:
+    """Of the annotation: its power of two; None if it is none."""
+    for bits in range(LEAST_SLOT_BITS, MOST_SLOT_BITS + 1):
+        if text == str(1 << bits):
+            return bits
+    return None
 
 
 class ServiceSpec(Base, frozen=True):

@@ -13,7 +13,15 @@ from lockgate.objects.checks import (
     check_unique,
 )
 from lockgate.objects.errors import FieldError
-from lockgate.objects.model import FORWARDING, EndpointSlice, Service
+from lockgate.objects.model import (
+    FORWARDING,
+    LEAST_SLOT_BITS,
+    MOST_SLOT_BITS,
+    SLOTS,
+    EndpointSlice,
+    Service,
+    read_slots,
+)
 from lockgate.objects.names import (
     check_dns_label,
     check_dns_name,
@@ -124,6 +132,13 @@ def _traffic(item: Service) -> None:
     mode = item.metadata.annotations.get(FORWARDING)
     if mode is not None:
         check_one_of(mode, ("dsr", "snat"), f"metadata.annotations[{FORWARDING}]")
+    slots = item.metadata.annotations.get(SLOTS)
+    if slots is not None and read_slots(slots) is None:
+        raise FieldError(
+            f"metadata.annotations[{SLOTS}]",
+            f"a power of two from {1 << LEAST_SLOT_BITS} to {1 << MOST_SLOT_BITS}",
+            slots,
+        )
     for index, ingress in enumerate(item.status.load_balancer.ingress):
         if ingress.ip:
             check_address(ingress.ip, f"status.loadBalancer.ingress[{index}].ip")

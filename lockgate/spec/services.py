@@ -21,6 +21,7 @@ from typing import Literal
 
 from lockgate.objects.address import contains, format_address, is_ipv4, is_special, parse_address
 from lockgate.objects.model import Cluster, Endpoint, ObjectMeta, Pod, Service, ServicePort
+from lockgate.spec.policy import pod_at
 
 __all__ = ["Backend", "Choice", "Client", "Frontend", "choose", "own_addresses", "serving"]
 
@@ -91,7 +92,7 @@ def choose(
         (service, kind, number, port)
         for _, service in _served(cluster)
         for kind, address, number, port in _external(service, own)
-        if address == asked
+        if address == asked and not (kind in ("balancer", "external") and _is_pods(cluster, asked))
     ]
     is_frontend = bool(here)
     # Who may write a service's status gave it a balancer's address; the rest anybody may ask for.
@@ -105,10 +106,12 @@ def choose(
             is_frontend = True
             if (number, protocol) == (frontend.port, frontend.protocol):
                 return Choice("serve", "", frozenset([backend]), ("Pod", *key))
+    # Who asks for an address gets its ports that he names, no others: inside the cluster they are
+    # whosever they are, and what comes from outside for an address of nobody's has lost its way.
     a_hosts = asked in LOOPBACK or asked in own or asked in _of_nodes(cluster)
-    if is_frontend and not a_hosts:
+    if is_frontend and client.place == "outside" and not a_hosts:
         return Choice("refuse", "unknown-service-port")
-    return NONE  # other ports of a host's address are the host's
+    return NONE
 
 
 # ---- Where services are asked ------------------------------------------------------
@@ -135,6 +138,11 @@ def _of_nodes(cluster: Cluster) -> set[str]:
         for one in node.status.addresses
         if one.type == "InternalIP"
     }
+
+
+def _is_pods(cluster: Cluster, address: str) -> bool:
+    """What a pod has, no service gets by asking for it."""
+    return address not in _of_nodes(cluster) and pod_at(cluster, address) is not None
 
 
 def _of_others(meta: ObjectMeta) -> bool:

@@ -95,7 +95,7 @@ def test_the_first_owner_of_the_slot_is_whom_the_kernel_chooses(
     """By the hash that the compiler has, too."""
     scene = balancing.frontends()
     key = LB[family], PORTS[CHAIN], TCP
-    slots = tuple((n % 4, (n + 1) % 4) for n in (0, 1, 2, 3, 1, 0, 3, 2))
+    slots = tuple(tuple((n + more) % 4 for more in range(4)) for n in (0, 1, 2, 3, 1, 0, 3, 2))
     world.publish(
         scene.but(services={**scene.services, key: replace(scene.services[key], slots=slots)})
     )

@@ -83,12 +83,19 @@ def test_other_ports_of_the_own_node_are_its_own(world: World, family: int) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_address_of_services_alone_rejects_other_ports(world: World, family: int) -> None:
+def test_a_cluster_ip_rejects_other_ports_and_other_addresses_do_not(
+    world: World, family: int
+) -> None:
+    """Of an address outside that a service asked for it has the ports that it names."""
     world.publish(scene(family))
     assert ask(world, family, LB[family], 80).verdict == REDIRECT
-    out = ask(world, family, LB[family], 99)
-    assert out.verdict == REDIRECT
+    out = ask(world, family, "svc", 99)
     same_events(out.events, dropped("unknown-service-port"))
+    assert out.verdict == REDIRECT
+    other = ask(world, family, LB[family], 99)
+    nobodys = ask(world, family, "world", 99)
+    assert other.verdict == nobodys.verdict
+    assert [event["cause"] for event in other.events] == ["none"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

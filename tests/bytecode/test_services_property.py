@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytest
 
 from lockgate.bpf import syscall
 from lockgate.compile import Host, Tables, compile_node
+from lockgate.compile.balance import table_words
 from lockgate.compile.tables import (
     BACKEND_WORDS,
-    NO_OWNER,
     SVC_INTERNAL_LOCAL,
     SVC_LOCAL,
     SVC_RANGES,
@@ -92,8 +91,10 @@ def other_owners(tables: Tables, node: str) -> None:
     if node == "b":
         for view in tables.services.values():
             if view.owner_count > 1:
-                words = tables.image[view.table : view.table + (1 << view.slot_bits)]
-                words[:] = words >> np.uint64(16) | np.uint64(NO_OWNER << 48)
+                size = table_words(view.slot_bits, view.number_bits)
+                words = tables.image[view.table : view.table + size]
+                slots = words.view(f"<u{view.number_bits // 2}")
+                slots >>= slots.dtype.type(view.number_bits)
 
 
 def ends_is_nothing(tables: Tables, node: str) -> None:

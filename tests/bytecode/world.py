@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from lockgate.bpf import clock, syscall
 from lockgate.bpf.maps import ArrayOfMaps, HashMap, LpmTrie, MappedArray, PerCpuArray
 from lockgate.bpf.object import Object
 from lockgate.bpf.ring import Ring
+from lockgate.compile.balance import number_bits
 from lockgate.compile.tables import (
     CELL_ALLOW,
     IMAGE_CIDRS,
     IMAGE_PORT_WORDS,
+    OWNERS,
     PORT_TABLE_BY_NUMBER,
     EndpointView,
     PeerView,
@@ -116,6 +118,17 @@ class Service:
     slots: tuple[tuple[int, ...], ...] = ((0,),)
     #: (family, first address, prefix length) of the sources that it serves, with SVC_RANGES.
     ranges: tuple[tuple[int, int, int], ...] = ()
+
+
+def slot_words(slots: Sequence[Sequence[int]], bits: int) -> list[int]:
+    """The words of a table of slots, for numbers of so many bits: see bpf/types.h."""
+    found, none = 0, (1 << bits) - 1
+    for at, of in enumerate(slots):
+        for rank, number in enumerate((*of, *[none] * OWNERS)[:OWNERS]):
+            found |= number << (at * OWNERS + rank) * bits
+    return np.frombuffer(
+        found.to_bytes(-(-len(slots) * OWNERS * bits // 64) * 8, "little"), "<u8"
+    ).tolist()
 
 
 @dataclass(frozen=True)
@@ -209,10 +222,9 @@ class Scene:
                 for one in service.owners
             )
             owners = add(np.frombuffer(raw, "<u8").tolist()) if raw else 0
-            slots = [
-                sum(number << 16 * place for place, number in enumerate((*of, *[0xFFFF] * 4)[:4]))
-                for of in service.slots
-            ]
+            # Where a slot has fewer than it could, all ones must be nobody's number.
+            short = any(len(of) < OWNERS for of in service.slots)
+            bits = number_bits(len(service.owners) + short)
             own = SVC_PRESENT | self.addresses.get(address, 0)
             tables.services[packed, 0, 0] = ServiceView(0, 0, 0, own)
             leaves = [(*block, 1) for block in service.ranges]
@@ -224,9 +236,10 @@ class Scene:
                 len(service.backends),
                 SVC_PRESENT | service.flags | (SVC_FRONTEND if service.owners else 0),
                 service.affinity,
-                add(slots) if service.owners else 0,
+                add(slot_words(service.slots, bits)) if service.owners else 0,
                 owners,
-                len(slots).bit_length() - 1 if service.owners else 0,
+                len(service.slots).bit_length() - 1 if service.owners else 0,
+                bits,
                 len(service.owners),
                 ranged,
             )

@@ -94,7 +94,7 @@ def test_what_a_load_balancer_service_comes_to(cluster: Cluster) -> None:
         for address, port in ((four, 80), (six, 80), (own, 30080)):
             found = view(cluster, node, address, port)
             assert found is not None and found["flags"] & SVC_FRONTEND
-            assert (found["owner_count"], found["slot_bits"]) == (2, 9)
+            assert (found["owner_count"], found["slot_bits"]) == (2, 14)
         assert view(cluster, node, own, 0, 0)["flags"] & SVC_OPEN
         assert not view(cluster, node, four, 0, 0)["flags"] & SVC_OPEN
     assert view(cluster, "a", "172.31.0.12", 30080) is None

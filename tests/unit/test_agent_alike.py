@@ -14,6 +14,7 @@ from lockgate.agent.alike import View, alike
 from lockgate.agent.encode import Encoder, EndpointRecord
 from lockgate.bpf.btf import Schema
 from lockgate.compile import Tables, compile_node
+from lockgate.compile.balance import table_words
 from lockgate.compile.tables import (
     CIDR_NEXT,
     IMAGE_CIDRS,
@@ -142,7 +143,7 @@ def test_damaged_tables_of_slots_are_not_the_same() -> None:
         for view in tables.services.values():
             words = []
             if view.owner_count:
-                words += [view.table + rng.randrange(1 << view.slot_bits)]
+                words += [view.table + rng.randrange(table_words(view.slot_bits, view.number_bits))]
                 words += [view.owners + rng.randrange(3 * view.owner_count)]
             if view.ranges:
                 words.append(view.ranges)
@@ -197,7 +198,8 @@ def damage(rng: Random, live: View, words: np.ndarray) -> None:
         case 4:
             table = rng.choice([one for one in records if len(one)])
             name = rng.choice(table.dtype.names)
-            table[name][rng.randrange(len(table))] ^= 1 << rng.randrange(16)
+            bits = 8 * table.dtype[name].itemsize
+            table[name][rng.randrange(len(table))] ^= 1 << rng.randrange(min(16, bits))
         case 5:
             table = rng.choice([one for one in records if len(one)])
             name = rng.choice(table.dtype.names)

@@ -27,6 +27,7 @@ from lockgate.compile.tables import (
     TO_HOST,
     TO_LOCAL,
     TO_NOWHERE,
+    ServiceKey,
 )
 from lockgate.objects.address import parse_address
 from lockgate.objects.changes import Changed
@@ -191,10 +192,56 @@ def test_weights_of_pods_are_shares_of_slots() -> None:
     of = cluster(more=PODS)
     tables = compiled(of)
     key = parse_address(EXTERNAL), 80, 6
-    assert 120 < sum(s[0] == 0 for s in slots_of(tables, tables.services[key])) < 220
+    assert 0.32 < share_of_first(tables, key) < 0.35
     of.pods["shop", "here"] = msgspec.structs.replace(light, metadata=meta)
     tables = compile_node(of, "a", ids(), tables, Changed(pods={("shop", "here")}), HOST)
-    assert 5 < sum(s[0] == 0 for s in slots_of(tables, tables.services[key])) < 50
+    assert 0.04 < share_of_first(tables, key) < 0.055
+
+
+def share_of_first(tables: Tables, key: ServiceKey) -> float:
+    """Of the slots, those whose first owner is number 0."""
+    slots = slots_of(tables, tables.services[key])
+    return sum(slot[0] == 0 for slot in slots) / len(slots)
+
+
+@pytest.mark.parametrize(
+    ("text", "slots"), [("1024", 1024), ("65536", 65536), ("5000", 16384), ("", 16384)]
+)
+def test_a_service_says_how_many_slots_it_wants(text: str, slots: int) -> None:
+    of = cluster(more=PODS)
+    for name, one in of.services.items():
+        notes = one.metadata.annotations | {"lockgate.dev/slots": text}
+        meta = msgspec.structs.replace(one.metadata, annotations=notes)
+        of.services[name] = msgspec.structs.replace(one, metadata=meta)
+    tables = compiled(of)
+    view = tables.services[parse_address(EXTERNAL), 80, 6]
+    assert len(slots_of(tables, view)) == slots
+    wrong = [error for error in tables.errors if "lockgate.dev/slots" in error]
+    assert wrong == (
+        []
+        if text == str(slots)
+        else [
+            f"Service shop/web: metadata.annotations[lockgate.dev/slots]: expected a power of two"
+            f" from 1024 to 65536, got {text!r}"
+        ]
+    )
+
+
+def test_an_address_that_a_pod_has_is_no_services() -> None:
+    """Whoever was first: as pods come and go."""
+    of, numbers = cluster(more=PODS), ids()
+    tables = compile_node(of, "a", numbers, host=HOST)
+    key = parse_address(EXTERNAL), 80, 6
+    assert key in tables.services
+    of.pods["shop", "taken"] = pod("taken", EXTERNAL, [], on="b")
+    changed = Changed(pods={("shop", "taken")})
+    tables = compile_node(of, "a", numbers, tables, changed, HOST)
+    assert key not in tables.services and (key[0], 0, 0) not in tables.services
+    told = f"Service shop/web: spec.externalIPs: {EXTERNAL}, port 80/TCP, is taken by a pod that"
+    assert [error for error in tables.errors if error.startswith(told)]
+    del of.pods["shop", "taken"]
+    tables = compile_node(of, "a", numbers, tables, changed, HOST)
+    assert key in tables.services and not tables.errors
 
 
 HTTP = [ContainerPort(8080, host_port=30080)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,9 +61,8 @@ def walk(tables: Tables, client: Client, asked: Frontend) -> Choice:
     if (view or whole).flags & SVC_HOST_ONLY and client.place != "node":
         return Choice("none")
     if view is None:
-        return (
-            Choice("none") if whole.flags & SVC_OPEN else Choice("refuse", "unknown-service-port")
-        )
+        others = SVC_OPEN if outside else SVC_OPEN | SVC_FRONTEND
+        return Choice("none") if whole.flags & others else Choice("refuse", "unknown-service-port")
     ranged = view.flags & SVC_RANGES and client.place != "node"
     if ranged and not in_ranges(tables, view, parse_address(client.address)):
         return Choice("drop", "source-range")
@@ -191,12 +191,13 @@ def test_patching_comes_to_what_a_cold_compilation_does(seed: int, steps: int) -
 def test_every_node_comes_to_the_same_table(seed: int) -> None:
     """Where the policy is Cluster, whatever a node is itself."""
     cluster, _, _ = begin(seed)
+    for name, one in cluster.services.items():
+        spec = msgspec.structs.replace(one.spec, external_traffic_policy="Cluster")
+        cluster.services[name] = msgspec.structs.replace(one, spec=spec)
     by_node = [compile_node(cluster, node, Ids()) for node in generate.NODES]
     for key, view in by_node[0].services.items():
         others = [tables.services.get(key) for tables in by_node]
         if not view.flags & SVC_FRONTEND or not key[1] or not all(others):
-            continue
-        if any(one.flags & SVC_LOCAL for one in others if one):
             continue
         found = {
             (
@@ -225,7 +226,8 @@ def test_the_slots_are_the_balancers() -> None:
             owners = owners_of(tables, view)
             if not owners:
                 continue
-            wanted = table([Owner(*one[:3], weights.get(one.address, 100)) for one in owners])
+            of = [Owner(*one[:3], weights.get(one.address, 100)) for one in owners]
+            wanted = table(of, view.slot_bits or 14)
             at = view.table
             assert np.array_equal(tables.image[at : at + len(wanted)], wanted)
             found += len(owners) > 4

@@ -177,6 +177,26 @@ CASES: dict[str, tuple[Cluster, str, str, Any]] = {
     "externalIPs, a pod": (cluster(), POD, EXT, ALL),
     "externalIPs, outside": (cluster(), OUT, EXT, ALL),
     "an unknown port of an external IP": (cluster(), OUT, f"{EXTERNAL}:81", UNKNOWN),
+    "a pod, at a port of it that the service did not ask for": (
+        cluster(),
+        POD,
+        f"{EXTERNAL}:81",
+        "none",
+    ),
+    "the node, at another port of a load balancer's": (cluster(), HOST, f"{BALANCER}:22", "none"),
+    "an external IP that is a pod's is the pod's": (
+        cluster(more=(pod("taken", EXTERNAL, [], on="b"),)),
+        OUT,
+        EXT,
+        "none",
+    ),
+    "for pods too": (cluster(more=(pod("taken", EXTERNAL, [], on="b"),)), POD, EXT, "none"),
+    "an external IP that a pod on its host's network has": (
+        cluster(more=(pod("hosts", EXTERNAL, [], on="b", host_network=True),)),
+        OUT,
+        EXT,
+        ALL,
+    ),
     "a load balancer's address, a pod": (cluster(), POD, LB, ALL),
     "a load balancer's address, outside": (cluster(), OUT, LB, ALL),
     "a balancer that is a proxy delivers elsewhere": (

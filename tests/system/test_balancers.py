@@ -35,9 +35,10 @@ NODES = ("a", "b", "c")
 #: Messages on each connection that must be answered after each event.
 ROUNDS = 2
 PATIENCE = 60.0
-#: Backends in the beginning; c is a balancer and nothing else.
-FIRST = {"web-0": "a", "web-1": "a", "web-2": "a", "web-3": "b", "web-4": "b", "web-5": "b"}
-LATER = {"web-6": "a", "web-7": "b"}
+#: Backends in the beginning; c is a balancer and nothing else. With those that come later they are
+#: more than 16: numbers of owners take more bits in the tables' slots.
+FIRST = {f"web-{n}": "ab"[n % 2] for n in range(15)}
+LATER = {"web-15": "a", "web-16": "b"}
 
 
 def backend(name: str, node: str) -> str:

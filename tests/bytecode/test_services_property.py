@@ -56,7 +56,7 @@ ENOUGH = (
     *("outside served", "outside snat", "outside encapsulated", "at the backend's node", "xdp"),
     *("outside no-backend", "outside no-local-backend", "outside source-range", "outside passed"),
     *("outside unknown-service-port", "outside sctp-port-rewrite", "spoofed"),
-    *("kept", "moved", "elsewhere"),
+    *("kept", "moved", "elsewhere", "a pod's address"),
 )
 
 

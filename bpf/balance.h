@@ -11,18 +11,22 @@
 
 #define HASH_MULTIPLIER 0x9e3779b97f4a7c15ull
 
+static __always_inline __u64 fold(__u64 x)
+{
+	return x ^ x >> 32;
+}
+
 /* lockgate/compile/balance.py has the same function. `t` as on the wire, client to
- * frontend, 8-byte aligned, with its padding zero. */
+ * frontend, 8-byte aligned, with its padding zero. All that differs between flows goes through
+ * two products at least: the low bits say the slot, and one client's ports count up. */
 static __always_inline __u32 flow_hash(const struct tuple *t)
 {
 	const __u64 *w = (const __u64 *)t;
-	__u64 x = w[0] * HASH_MULTIPLIER;
+	__u64 client = (fold(w[0] * HASH_MULTIPLIER) ^ w[1]) * HASH_MULTIPLIER;
+	__u64 frontend = (fold(w[2] * HASH_MULTIPLIER) ^ w[3]) * HASH_MULTIPLIER;
+	__u64 ports = (fold(client) ^ w[4]) * HASH_MULTIPLIER;
 
-	x = (x ^ x >> 32 ^ w[1]) * HASH_MULTIPLIER;
-	x = (x ^ x >> 32 ^ w[2]) * HASH_MULTIPLIER;
-	x = (x ^ x >> 32 ^ w[3]) * HASH_MULTIPLIER;
-	x = (x ^ x >> 32 ^ w[4]) * HASH_MULTIPLIER;
-	return x >> 32;
+	return (fold(ports) ^ fold(frontend)) * HASH_MULTIPLIER >> 32;
 }
 
 /* The owners of the slot of a flow, for owner_at(). */

@@ -12,6 +12,7 @@ many slots as any other. A flow's slot must not depend on how many owners there 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -69,11 +70,15 @@ def flow_hash(client: bytes, frontend: bytes, sport: int, dport: int, protocol: 
     """What bpf/balance.h makes of a packet's tuple: addresses of 16 bytes, ports as numbers."""
     ports = sport.to_bytes(2, "big") + dport.to_bytes(2, "big")
     wire = client + frontend + ports + bytes((protocol, 0, 0, 0))
-    found = 0
-    for at in range(0, len(wire), 8):
-        word = int.from_bytes(wire[at : at + 8], "little")
-        found = (found ^ found >> 32 ^ word) * _MULTIPLIER & _MASK
-    return found >> 32
+    words = struct.unpack("<5Q", wire)
+
+    def product(word: int) -> int:
+        found = word * _MULTIPLIER & _MASK
+        return found ^ found >> 32
+
+    of_client = product(product(words[0]) ^ words[1])
+    of_frontend = product(product(words[2]) ^ words[3])
+    return (product(of_client ^ words[4]) ^ of_frontend) * _MULTIPLIER >> 32 & 0xFFFFFFFF
 
 
 def slot_bits(owners: int, wanted: int = SLOT_BITS) -> int:

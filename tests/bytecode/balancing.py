@@ -135,11 +135,14 @@ def flow_hash(packet: Packet) -> int:
     raw = parse_address(head.src) + parse_address(head.dst)
     raw += ports[0].to_bytes(2, "big") + ports[1].to_bytes(2, "big") + bytes((proto, 0, 0, 0))
     words = [int.from_bytes(raw[i : i + 8], "little") for i in range(0, 40, 8)]
-    mask = (1 << 64) - 1
-    x = words[0] * 0x9E3779B97F4A7C15 & mask
-    for word in words[1:]:
-        x = (x ^ x >> 32 ^ word) * 0x9E3779B97F4A7C15 & mask
-    return x >> 32
+
+    def mixed(word: int) -> int:
+        return (x := word * 0x9E3779B97F4A7C15 & (1 << 64) - 1) ^ x >> 32
+
+    client = mixed(mixed(words[0]) ^ words[1])
+    frontend = mixed(mixed(words[2]) ^ words[3])
+    last = (mixed(client ^ words[4]) ^ frontend) * 0x9E3779B97F4A7C15
+    return last >> 32 & 0xFFFFFFFF
 
 
 def outer(

@@ -104,7 +104,7 @@ def test_a_table_is_the_same_on_every_machine() -> None:
 
 FOUR = ["e4c9d272c9d8d2d8", "e4e4c9c9c6e4d8e4", "c94ed2e4c6e1c94e", "e4e472d8c9e4b4e1"]
 TWENTY = ["0a0805020f0b060d", "12010e0b0f001005", "0f0e120d1304080a", "0d06000908071001"]
-HASH = 0xF96D7378
+HASH = 0xD65E1ECF
 
 
 @pytest.mark.parametrize("count", [3, 16, 100])
@@ -267,3 +267,20 @@ def test_hash_depends_on_every_part_of_the_tuple() -> None:
         flow_hash(client, frontend, 1, 2, 17),
     }
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("what", ["ports of a client", "its last ports", "clients"])
+def test_flows_spread_as_evenly_over_slots_as_random_ones_would(what: str) -> None:
+    """Also those of one client, a proxy or a NAT, whose ports count up."""
+    frontend = parse_address("203.0.113.1")
+    flows = {
+        "ports of a client": [("198.51.100.7", port) for port in range(65536)],
+        "its last ports": [("198.51.100.7", port) for port in range(49152, 65536)],
+        "clients": [(f"10.1.{n >> 8}.{n & 255}", 40000) for n in range(65536)],
+    }[what]
+    hashes = [flow_hash(parse_address(ip), frontend, port, 80, 6) for ip, port in flows]
+    for bits in (10, 14, 16):
+        found = np.bincount(np.array(hashes) & ((1 << bits) - 1), minlength=1 << bits)
+        mean = len(flows) / (1 << bits)
+        spread = ((found - mean) ** 2).sum() / mean / (1 << bits)  # of random ones: 1
+        assert 0.85 < spread < 1.15

@@ -29,15 +29,18 @@ def health_port(service: Service) -> int:
     return spec.health_check_node_port if wanted else 0
 
 
-def ready_here(slices: Iterable[EndpointSlice], node: str, family: str) -> int:
+def ready_here(
+    slices: Iterable[EndpointSlice], node: str, family: str, everyone: bool = False
+) -> int:
     """How many endpoints on `node` take new connections over `family` (IPv4, IPv6), each address
-    once. Those that end do not count, even where they are all that is left."""
+    once. Those that end do not count, even where they are all that is left. `everyone`: of a
+    service with publishNotReadyAddresses."""
     found = {
         endpoint.addresses[0]
         for one in slices
         if one.address_type == family and any(port.port is not None for port in one.ports)
         for endpoint in one.endpoints
-        if endpoint.node_name == node and endpoint.conditions.ready is not False
+        if endpoint.node_name == node and (everyone or endpoint.conditions.ready is not False)
     }
     return len(found)
 
@@ -118,10 +121,11 @@ class HealthCounts:
     def _count(self, name: Name, cluster: Cluster) -> Asked:
         service = cluster.services[name]
         slices = [cluster.slices[key] for key in self._slices[name]]
+        everyone = service.spec.publish_not_ready_addresses
         families = dict.fromkeys(_family(ip) for ip in service.cluster_ips)
         return Asked(
             health_port(service),
-            {family: ready_here(slices, self._node, family) for family in families},
+            {family: ready_here(slices, self._node, family, everyone) for family in families},
         )
 
 

@@ -64,7 +64,7 @@ def candidates(
                 continue
             conditions = endpoint.conditions
             ready = everyone or conditions.ready is not False
-            serves = conditions.ready is True or conditions.serving is not False
+            serves = everyone or conditions.ready is True or conditions.serving is not False
             here = endpoint.node_name == node
             ending = bool(conditions.terminating) and serves
             found += [

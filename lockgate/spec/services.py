@@ -252,7 +252,7 @@ def _of_service(
     backends = {Backend(*_address(one)) for one in taking}
     if outside:
         # Every balancer must come to the same, so where it is does not count.
-        kept = {_address(one) for one in here if port.protocol != "UDP" or _serves(one[0])}
+        kept = {_address(one) for one in here if port.protocol != "UDP" or _serves(one[0], everyone)}
         backends |= {Backend(*one, ends=True) for one in kept - {_address(one) for one in taking}}
     elif not local:
         backends = {Backend(*_address(one)) for one in _near(cluster, node, taking, everyone)}
@@ -278,7 +278,8 @@ def serving(
     """The endpoints that serve, wherever they are: who has a flow of UDP to one of them keeps it,
     whomever new clients get now (kube-proxy, pkg/proxy/conntrack/cleanup.go)."""
     found = _endpoints(cluster, service, port, ipv4)
-    return frozenset(_address(one) for one in found if _serves(one[0]))
+    everyone = service.spec.publish_not_ready_addresses
+    return frozenset(_address(one) for one in found if _serves(one[0], everyone))
 
 
 #: An endpoint and the number that the service's port has there.
@@ -314,15 +315,18 @@ def _ready(endpoint: Endpoint, everyone: bool) -> bool:
     return everyone or endpoint.conditions.ready is not False
 
 
-def _serves(endpoint: Endpoint) -> bool:
-    return endpoint.conditions.ready is True or endpoint.conditions.serving is not False
+def _serves(endpoint: Endpoint, everyone: bool) -> bool:
+    conditions = endpoint.conditions
+    return everyone or conditions.ready is True or conditions.serving is not False
 
 
 def _taking(candidates: list[Candidate], everyone: bool) -> list[Candidate]:
     """Those that take new connections: who is ready, or where nobody is, who serves though it is
     terminating."""
     ready = [one for one in candidates if _ready(one[0], everyone)]
-    return ready or [one for one in candidates if one[0].conditions.terminating and _serves(one[0])]
+    return ready or [
+        one for one in candidates if one[0].conditions.terminating and _serves(one[0], everyone)
+    ]
 
 
 def _near(cluster: Cluster, node: str, taking: list[Candidate], everyone: bool) -> list[Candidate]:

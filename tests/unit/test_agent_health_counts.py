@@ -153,6 +153,14 @@ def test_counts_follow_what_changes() -> None:
     assert counts.asked == {}
 
 
+def test_all_count_of_a_service_that_asks_for_all() -> None:
+    counts = HealthCounts("one")
+    slices = {"a": of("web", endpoint("10.0.0.1", ready=False), endpoint("10.0.0.2", "two"))}
+    now = cluster(service(publish_not_ready_addresses=True), **slices)
+    counts.follow(now, None)
+    assert counts.asked[WEB].counts["IPv4"] == 1
+
+
 def test_another_services_pods_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     services = [service(f"s{n}", health_check_node_port=30000 + n) for n in range(50)]
     slices = {f"s{n}": of(f"s{n}", endpoint(f"10.0.0.{n}")) for n in range(50)}
@@ -161,9 +169,9 @@ def test_another_services_pods_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     asked = []
     real = health_counts.ready_here
 
-    def noting(slices: Any, node: str, family: str) -> int:
+    def noting(slices: Any, node: str, family: str, everyone: bool) -> int:
         asked.append(next(iter(slices)).service)
-        return real(slices, node, family)
+        return real(slices, node, family, everyone)
 
     monkeypatch.setattr(health_counts, "ready_here", noting)
     now.slices["shop", "s7"] = of("s7", endpoint("10.0.0.7"), endpoint("10.0.0.77"))

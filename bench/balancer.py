@@ -199,7 +199,7 @@ class World:
             {
                 **_known(made, self.dp.constants),
                 "config_balance": 1,
-                "config_macs": [mac, 0, 0, 0],
+                "config_macs": [mac, *[0] * 7],
                 **more,
             }
         )

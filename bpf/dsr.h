@@ -22,8 +22,9 @@ const volatile __u32 config_balance = 0;
 const volatile __u32 config_generic = 0;
 
 /* The cards' own MACs, the first byte in the lowest bits. A frame for another, which a bridge
- * sent everywhere, is another machine's. */
-const volatile __u64 config_macs[4] = {};
+ * sent everywhere, is another machine's. Where there are more cards, tcx does the others' work. */
+#define CARD_MACS 8
+const volatile __u64 config_macs[CARD_MACS] = {};
 
 static __always_inline bool is_syn(const struct frame *f)
 {
@@ -92,7 +93,10 @@ static __always_inline bool is_for_us(struct xdp_md *ctx)
 	if (data + sizeof(mac) > end)
 		return false;
 	mac = *(__u64 *)data & 0xffffffffffff;
-	return mac == config_macs[0] || mac == config_macs[1] || mac == config_macs[2] || mac == config_macs[3];
+	for (int i = 0; i < CARD_MACS; i++)
+		if (mac == config_macs[i])
+			return true;
+	return false;
 }
 
 /* Another node, a pod, or somebody who pretends: from_net knows whom to believe. */

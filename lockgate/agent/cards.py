@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from lockgate.net import dumps, xdp
 from lockgate.net.links import IFINDEX_BASE
 
-__all__ = ["AUTO", "TUNNEL", "Card", "Cards", "read_cards"]
+__all__ = ["AUTO", "TUNNEL", "Card", "Cards", "names", "read_cards"]
 
 #: In the place of a card's name: find it.
 AUTO = "auto"
@@ -51,19 +51,23 @@ class Cards:
     underlay2: Card | None = None
     #: With the default route of IPv6, where IPv4's is another card's.
     outside6: Card | None = None
+    #: Others that clients outside come by: the default route is balanced over them too, or they
+    #: are named. What pods send leaves by the first.
+    others: tuple[Card, ...] = ()
 
     @property
     def all(self) -> list[Card]:
         """Each once."""
-        found = (self.underlay, self.outside, self.underlay2, self.outside6)
+        found = (self.underlay, self.outside, self.underlay2, self.outside6, *self.others)
         return list({card.index: card for card in found if card is not None}.values())
 
 
 def read_cards(underlay: str, outside: str, addresses: Collection[str] = ()) -> Cards:
     """None for a card without a name, and for one that is not there. "auto": the one with one of
-    the node's `addresses`, and the one with the best default route, if it is another; and those
-    that have the other family's."""
+    the node's `addresses`, and those with the best default route, if they are others; and those
+    that have the other family's. `outside` may be several names with commas between."""
     underlay2 = outside6 = ""
+    others: list[str] = []
     if underlay == AUTO:
         six = bool(addresses) and ":" in next(iter(addresses))
         underlay = _with_address([ip for ip in addresses if (":" in ip) == six])
@@ -71,14 +75,26 @@ def read_cards(underlay: str, outside: str, addresses: Collection[str] = ()) -> 
         underlay = underlay or underlay2
         underlay2 = "" if underlay2 == underlay else underlay2
     if outside == AUTO:
-        outside6 = _with_default_route(":")
-        outside = _with_default_route(".") or outside6
+        six, four = _with_default_route(":"), _with_default_route(".")
+        outside6 = next(iter(six), "")
+        outside = next(iter(four), outside6)
+        others = [*four[1:], *six[1:]]
         outside6 = "" if outside6 == outside else outside6
         outside = "" if outside == underlay else outside
+    else:
+        outside, *others = names(outside) or [""]
     tunnel = 0
     with contextlib.suppress(OSError):
         tunnel = socket.if_nametoindex(TUNNEL)
-    return Cards(_read(underlay), _read(outside), tunnel, _read(underlay2), _read(outside6))
+    more = [card for card in map(_read, dict.fromkeys(others)) if card is not None]
+    return Cards(
+        _read(underlay), _read(outside), tunnel, _read(underlay2), _read(outside6), tuple(more)
+    )
+
+
+def names(setting: str) -> list[str]:
+    """Cards that the setting `outside` names."""
+    return [name.strip() for name in setting.split(",") if name.strip()]
 
 
 def _with_address(addresses: Collection[str]) -> str:
@@ -91,17 +107,17 @@ def _with_address(addresses: Collection[str]) -> str:
     return next((found[address] for address in addresses if address in found), "")
 
 
-def _with_default_route(family: str) -> str:
-    """The card with the best one; `family` is "." or ":", as in its gateways' addresses. Of routes
+def _with_default_route(family: str) -> list[str]:
+    """The cards with the best one; `family` is "." or ":", as in its gateways' addresses. Of routes
     without a gateway it is not known, they count for IPv4."""
-    names = {card.index: card.name for card in _cards()}
+    cards = {card.index: card.name for card in _cards()}
     routes = [
         route
         for route in dumps.default_routes()
-        if route.ifindex in names and (":" in route.gateway) == (family == ":")
+        if route.ifindex in cards and (":" in route.gateway) == (family == ":")
     ]
-    routes.sort(key=lambda route: route.metric)
-    return names[routes[0].ifindex] if routes else ""
+    best = min((route.metric for route in routes), default=0)
+    return list(dict.fromkeys(cards[one.ifindex] for one in routes if one.metric == best))
 
 
 def _cards() -> list[dumps.Interface]:

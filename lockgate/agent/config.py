@@ -39,8 +39,8 @@ class Config(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only
     proxy_health_port: int | None = None
     netns: str = ""  # name in /run/netns or a path; "" = the agent's own
     cgroup: str = ""  # the node's cgroup v2 directory; "auto" = its root, "" = none
-    # Links to other nodes and to the world; "auto" = those with the node's InternalIP and with the
-    # default route, "" = no link to other nodes, and the same link to the world
+    # Links to other nodes and to the world (several names with commas between); "auto" = those with
+    # the node's InternalIP and with the default route, "" = none, and the link to other nodes
     underlay: str = AUTO
     outside: str = AUTO
     service_cidrs: list[str] = []

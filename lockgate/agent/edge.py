@@ -65,6 +65,8 @@ def places(
     """By name of each card. What needs it: the balancer, the firewall. `ours`: ids of our programs
     that are attached, by card."""
     outside = [card for card in (cards.outside, cards.outside6) if card is not None]
+    if outside:
+        outside += cards.others
     underlay = [card for card in (cards.underlay, cards.underlay2) if card is not None]
     found = {}
     for card in cards.all:
@@ -116,6 +118,10 @@ def _title(program: int) -> str:
     return f"{links.program_name(program)} (id {program})"
 
 
+#: CARD_MACS of bpf/dsr.h.
+_MACS = 8
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """What a program that is loaded does."""
@@ -125,7 +131,7 @@ class _Kind:
     generic: bool
     #: Elements of the firewall's maps; those that are pinned are taken if they have as many.
     sizes: tuple[tuple[str, int], ...] = ()
-    #: Those of the cards, at most four.
+    #: Those of the cards.
     macs: tuple[bytes, ...] = ()
 
     def constants(self) -> dict[str, Any]:
@@ -134,7 +140,7 @@ class _Kind:
             "config_balance": int(self.balance),
             "config_firewall": int(self.firewall),
             "config_generic": int(self.generic),
-            "config_macs": [*macs, 0, 0, 0, 0][:4],
+            "config_macs": [*macs, *[0] * _MACS][:_MACS],
         }
 
 
@@ -220,7 +226,7 @@ class Edge:
         """Have it where it is to be, and nowhere else."""
         needs = self.balance, self.firewall
         self._settled_for, self.errors = self._needs, []
-        self._macs = tuple(sorted({card.mac for card in cards.all}))
+        self._macs = tuple(sorted({card.mac for card in cards.all})[:_MACS])
         ours = self._ours(cards)
         wanted = places(cards, self._setting, *needs, ours)
         for name in self._pinned() - {name for name, place in wanted.items() if place.mode}:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from ipaddress import ip_interface
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lockgate.agent.cards import AUTO, Card, Cards
+from lockgate.agent.cards import AUTO, Card, Cards, names
 from lockgate.agent.datapath import Datapath
 from lockgate.agent.hop import DROP, NONE, Hop, masquerading
 from lockgate.agent.stack_routes import StackRoutes
@@ -134,8 +134,9 @@ class Hops:
         say. `write_routes` is due when the table was published."""
         self.errors = []
         self._made_of, self._asking = None, False
-        for name, card in ((self._underlay, cards.underlay), (self._outside, cards.outside)):
-            if name not in ("", AUTO) and card is None:
+        there = {card.name for card in cards.all}
+        for name in (self._underlay, *names(self._outside)):
+            if name not in ("", AUTO) and name not in there:
                 self.errors.append(f"interface {name} does not exist")
         if self._underlay == AUTO and cards.underlay is None:
             self.errors.append(
@@ -312,9 +313,10 @@ class Hops:
             for address in card.addresses:
                 interface = ip_interface(address)
                 routes[parse_cidr(str(interface.network))] = number
-                # What the node listens on besides its InternalIPs, which are peers.
-                own = parse_cidr(f"{interface.ip}/{interface.max_prefixlen}")
-                routes[own] = HERE
+                routes[_alone(interface)] = HERE
+        for card in cards.others:
+            for address in card.addresses:
+                routes[_alone(ip_interface(address))] = HERE
 
     def _world(
         self,
@@ -369,7 +371,7 @@ class Hops:
             roles[tunnel] = _TUNNEL_ROLE
         # A card that is both is the outside only if there is no other.
         for role, *those in (
-            (_OUTSIDE, cards.outside6, cards.outside),
+            (_OUTSIDE, *cards.others, cards.outside6, cards.outside),
             (_UNDERLAY, cards.underlay2, cards.underlay),
         ):
             roles |= {card.index: role for card in those if card is not None}
@@ -405,3 +407,8 @@ class Hops:
             else:
                 table[name][numbers] = values
         return table
+
+
+def _alone(interface: IPv4Interface | IPv6Interface) -> tuple[bytes, int]:
+    """What the node listens on besides its InternalIPs, which are peers."""
+    return parse_cidr(f"{interface.ip}/{interface.max_prefixlen}")

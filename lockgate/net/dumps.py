@@ -57,7 +57,8 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_PROTO = 1, 2, 11
 _ROUTE = struct.Struct("=BBBBBBBBI")  # family, length, _, _, table, _, _, type, flags
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
 _RTA_ENCAP, _ENCAP_DST, _ENCAP_SRC = 22, 2, 3
-_RTA_VIA = 18
+_RTA_MULTIPATH, _RTA_VIA = 9, 18
+_NEXT_HOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, ifindex
 _FIB_MATCH = 0x2000  # RTM_F_FIB_MATCH: the route itself is answered, not a host's
 _MAIN = 254
 _UNICAST, _UNREACHABLE = 1, 7
@@ -131,17 +132,38 @@ def default_gateways(ifindex: int) -> list[str]:
         request = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, _UNICAST, 0)
         for body in ask(_GETROUTE, _DUMP, request + _number(_RTA_OIF, ifindex)):
             length, kind = body[1], body[7]
-            own = attributes(body, _ROUTE.size)
-            gateway, card = own.get(_RTA_GATEWAY), own.get(_RTA_OIF, b"")
-            of_card = int.from_bytes(card, "little") == ifindex
-            if length == 0 and kind == _UNICAST and gateway and of_card:
-                found.append(str(ip_address(gateway)))
+            if length or kind != _UNICAST:
+                continue
+            ways = _next_hops(attributes(body, _ROUTE.size))
+            found += [gateway for card, gateway in ways if card == ifindex and gateway]
+    return found
+
+
+def _next_hops(route: dict[int, bytes]) -> list[tuple[int, str]]:
+    """Interface and gateway ("" for the link itself) of each of a route's ways: one, or those that
+    it is balanced over (ECMP)."""
+
+    def hop(ifindex: int, own: dict[int, bytes]) -> tuple[int, str]:
+        gateway = own.get(_RTA_GATEWAY)
+        return ifindex, str(ip_address(gateway)) if gateway else ""
+
+    many = route.get(_RTA_MULTIPATH)
+    if many is None:
+        return [hop(int.from_bytes(route.get(_RTA_OIF, b""), "little"), route)]
+    found, at = [], 0
+    while at + _NEXT_HOP.size <= len(many):
+        length, _, _, ifindex = _NEXT_HOP.unpack_from(many, at)
+        if length < _NEXT_HOP.size:
+            break
+        found.append(hop(ifindex, attributes(many[at : at + length], _NEXT_HOP.size)))
+        at += length + -length % 4
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class DefaultRoute:
-    """One way out; the smallest metric wins. `gateway` is "" for a route to the link itself."""
+    """One way out; the smallest metric wins, and several with it share what goes out. `gateway` is ""
+    for a route to the link itself."""
 
     ifindex: int
     gateway: str
@@ -158,14 +180,8 @@ def default_routes() -> list[DefaultRoute]:
             if length or kind != _UNICAST:
                 continue
             own = attributes(body, _ROUTE.size)
-            gateway = own.get(_RTA_GATEWAY)
-            found.append(
-                DefaultRoute(
-                    int.from_bytes(own.get(_RTA_OIF, b""), "little"),
-                    str(ip_address(gateway)) if gateway else "",
-                    int.from_bytes(own.get(_RTA_PRIORITY, b""), "little"),
-                )
-            )
+            metric = int.from_bytes(own.get(_RTA_PRIORITY, b""), "little")
+            found += [DefaultRoute(*hop, metric) for hop in _next_hops(own)]
     return found
 
 

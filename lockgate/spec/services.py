@@ -252,7 +252,9 @@ def _of_service(
     backends = {Backend(*_address(one)) for one in taking}
     if outside:
         # Every balancer must come to the same, so where it is does not count.
-        kept = {_address(one) for one in here if port.protocol != "UDP" or _serves(one[0], everyone)}
+        kept = {
+            _address(one) for one in here if port.protocol != "UDP" or _serves(one[0], everyone)
+        }
         backends |= {Backend(*one, ends=True) for one in kept - {_address(one) for one in taking}}
     elif not local:
         backends = {Backend(*_address(one)) for one in _near(cluster, node, taking, everyone)}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from lockgate.agent.cards import AUTO
 from lockgate.agent.limits import Limits
 from lockgate.agent.sizes import SHARE
 from lockgate.standalone.state import State, bpffs
@@ -55,7 +56,7 @@ def write_config(state: State, node: str, role: str, settings: Settings, nodes: 
             "netns": str(state.netns_path(node)),
             "cgroup": str(state.cgroup(node)),
             "underlay": "underlay0",
-            "outside": "outside0",
+            "outside": AUTO,
             "routing": settings.routing,
             "forwarding": settings.forwarding,
             "xdp": settings.xdp,

@@ -32,7 +32,7 @@ class Edge:
         self.object.share_maps(world.object)
         own: dict[str, Any] = {}
         if program in ("xdp_net", "xdp_generic"):
-            macs = [int.from_bytes(mac_bytes(CARD_MAC), "little"), 0, 0, 0]
+            macs = [int.from_bytes(mac_bytes(CARD_MAC), "little"), *[0] * 7]
             own = {"config_macs": macs, **clock.constants()}
         self.object.set_rodata({**own, **(constants or {})})
         self.object.load()

@@ -18,6 +18,15 @@ for one in four six four-peer six-peer; do ip link set $one up; done
 ip addr add 192.0.2.2/24 dev four
 ip addr add 2001:db8:1::2/64 dev six nodad
 """
+#: Both families' default routes are balanced over three cards.
+_MANY = """
+ip link add more type veth peer name more-peer
+for one in more more-peer; do ip link set $one up; done
+ip addr add 198.51.100.2/24 dev more
+ip addr add 2001:db8:2::2/64 dev more nodad
+ip route add default nexthop via 192.0.2.1 dev four nexthop via 198.51.100.1 dev more
+ip -6 route add default nexthop via 2001:db8:1::1 dev six nexthop via 2001:db8:2::1 dev more
+"""
 _BOTH = """
 ip route add default via 192.0.2.1
 ip -6 route add default via 2001:db8:1::1 dev six
@@ -65,6 +74,41 @@ assert names == {wanted!r}, names
 assert sorted(card.name for card in found.all) == sorted(set(names) - {{""}})
 """
     inside(setup, program)
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("AUTO", ("four", "", "", "six", "more")),
+        ("'six, more,none'", ("four", "six", "", "", "more")),
+    ],
+    ids=["found", "named"],
+)
+def test_clients_may_come_by_several_cards(setting: str, wanted: tuple[str, ...]) -> None:
+    inside(
+        _MANY,
+        f"""
+from lockgate.agent.cards import AUTO, read_cards
+found = read_cards(AUTO, {setting}, ["192.0.2.2"])
+cards = (found.underlay, found.outside, found.underlay2, found.outside6, *found.others)
+names = tuple(card.name if card else "" for card in cards)
+assert names == {wanted!r}, names
+assert found.others[0].gateways == ("198.51.100.1", "2001:db8:2::1")
+""",
+    )
+
+
+def test_a_route_with_several_ways_leaves_by_the_first() -> None:
+    """What all of them bring is checked, and their addresses are the node's."""
+    inside(
+        _MANY,
+        _HOPS.replace(
+            "assert dict(dict.items(dp.link_roles)) == {four: 1, six: 1}",
+            "more = socket.if_nametoindex('more')\n"
+            "assert dict(dict.items(dp.link_roles)) == {four: 1, six: 1, more: 2}\n"
+            "assert to('198.51.100.2/32') == to('2001:db8:2::2/128') == 0",
+        ),
+    )
 
 
 _HOPS = """

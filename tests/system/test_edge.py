@@ -147,8 +147,8 @@ def _tables(flags: int | None) -> Tables:
             address + struct.pack("!H", 8080) + struct.pack("<HI", 0, 2 << 28 | HOP)
         )
         tables.image[start + 1 : start + 4] = owner.view("<u8")
-        tables.image[start + 4] = 0xFFFF_FFFF_FFFF_0000
-        view = ServiceView(5, 0, 0, SVC_PRESENT | flags, 0, start + 4, start + 1, 0, 1)
+        tables.image[start + 4] = 0b11111100
+        view = ServiceView(5, 0, 0, SVC_PRESENT | flags, 0, start + 4, start + 1, 0, 2, 1)
         tables.services[parse_address(FRONTEND), 80, 6] = view
     return tables
 

@@ -104,6 +104,16 @@ CASES: dict[str, tuple[Cards, dict[str, Any], dict[str, Place]]] = {
         {},
         {"a": SENDS, "b": NATIVE, "c": SENDS, "d": NATIVE},
     ),
+    "several to the world, one of them to the nodes": (
+        Cards(card("a", 2), card("b", 3), others=(card("c", 4), card("a", 2))),
+        {},
+        {"a": NATIVE, "b": NATIVE, "c": NATIVE},
+    ),
+    "the nodes' is the first of several to the world": (
+        Cards(card("a", 2), None, others=(card("c", 4),)),
+        {},
+        {"a": NATIVE, "c": NATIVE},
+    ),
     "no cards": (Cards(None, None), {}, {}),
 }
 

@@ -75,10 +75,10 @@ def read_cards(underlay: str, outside: str, addresses: Collection[str] = ()) -> 
         underlay = underlay or underlay2
         underlay2 = "" if underlay2 == underlay else underlay2
     if outside == AUTO:
-        six, four = _with_default_route(":"), _with_default_route(".")
-        outside6 = next(iter(six), "")
-        outside = next(iter(four), outside6)
-        others = [*four[1:], *six[1:]]
+        ways6, ways = _with_default_route(":"), _with_default_route(".")
+        outside6 = next(iter(ways6), "")
+        outside = next(iter(ways), outside6)
+        others = [*ways[1:], *ways6[1:]]
         outside6 = "" if outside6 == outside else outside6
         outside = "" if outside == underlay else outside
     else:

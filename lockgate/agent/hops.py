@@ -370,9 +370,9 @@ class Hops:
         if tunnel:
             roles[tunnel] = _TUNNEL_ROLE
         # A card that is both is the outside only if there is no other.
-        for role, *those in (
-            (_OUTSIDE, *cards.others, cards.outside6, cards.outside),
-            (_UNDERLAY, cards.underlay2, cards.underlay),
+        for role, those in (
+            (_OUTSIDE, (*cards.others, cards.outside6, cards.outside)),
+            (_UNDERLAY, (cards.underlay2, cards.underlay)),
         ):
             roles |= {card.index: role for card in those if card is not None}
         found, self._roles = self._roles, None

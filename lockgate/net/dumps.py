@@ -162,7 +162,7 @@ def _next_hops(route: dict[int, bytes]) -> list[tuple[int, str]]:
 
 @dataclass(frozen=True, slots=True)
 class DefaultRoute:
-    """One way out; the smallest metric wins, and several with it share what goes out. `gateway` is ""
+    """One way out; the smallest metric wins, and several with it share what leaves. `gateway` is ""
     for a route to the link itself."""
 
     ifindex: int

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from lockgate.access import Access, Place, Refused, Result, Target
-from lockgate.explain.frontends import frontends_of
+from lockgate.explain.frontends import frontends_of, pods_addresses
 from lockgate.explain.question import Question, QuestionError
 from lockgate.explain.spec import SpecEngine
 from lockgate.objects.model import Cluster, Pod
@@ -232,8 +232,9 @@ def _frontends(cluster: Cluster, node: str, family: int) -> dict[str, list[tuple
     """By FRONTENDS, as from `node`."""
     found: dict[str, list[tuple[str, str, int]]] = {label: [] for label in FRONTENDS}
     labels = {"balancer": FRONTENDS[0], "external": FRONTENDS[1]}
+    taken = pods_addresses(cluster)
     for key, service in sorted(cluster.services.items()):
-        for one in frontends_of(cluster, service):
+        for one in frontends_of(cluster, service, taken):
             if one.protocol != "TCP" or (":" in one.address) != (family == 6):
                 continue
             if one.kind == "node":

@@ -23,7 +23,7 @@ def overview(cluster: Cluster, only: Service | None = None) -> Iterator[Row]:
     for key, service in sorted(cluster.services.items()):
         if only not in (None, service):
             continue
-        frontends = frontends_of(cluster, service)
+        frontends = frontends_of(cluster, service, everywhere.taken)
         spec = service.spec
         outside = any(one.kind != "cluster" for one in frontends)
         if only is None and not frontends:

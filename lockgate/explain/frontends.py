@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ __all__ = [
     "frontends_of",
     "node_addresses",
     "parse_frontend",
+    "pods_addresses",
     "unserved",
     "with_forwarding",
 ]
@@ -83,16 +84,29 @@ def _says(service: Service, mode: str) -> Service:
     return msgspec.structs.replace(service, metadata=metadata)
 
 
-def frontends_of(cluster: Cluster, service: Service) -> list[Frontend]:
-    """All that it has, those in the cluster first. Of each family that its cluster IPs have."""
+def pods_addresses(cluster: Cluster) -> set[str]:
+    """What pods have, and so no service that asks for it."""
+    hosts = {_plain(ip) for _, ip in node_addresses(cluster)}
+    running = (one for one in cluster.pods.values() if not one.finished)
+    return {_plain(ip) for one in running if not one.spec.host_network for ip in one.ips} - hosts
+
+
+def frontends_of(
+    cluster: Cluster, service: Service, taken: Container[str] | None = None
+) -> list[Frontend]:
+    """All that it has, those in the cluster first. Of each family that its cluster IPs have.
+    `taken`: pods_addresses(), for who asks for many services."""
     if any(label in service.metadata.labels for label in _OTHERS):
         return []
     families = {":" in ip for ip in service.cluster_ips}
-    fixed: list[tuple[Kind, str]] = [("cluster", ip) for ip in service.cluster_ips]
-    fixed += [("balancer", ip) for ip in service.load_balancer_ips]
-    fixed += [("external", ip) for ip in service.spec.external_ips]
+    asked: list[tuple[Kind, str]] = [("balancer", _plain(ip)) for ip in service.load_balancer_ips]
+    asked += [("external", _plain(ip)) for ip in service.spec.external_ips]
+    if asked and taken is None:
+        taken = pods_addresses(cluster)
+    fixed: list[tuple[Kind, str]] = [("cluster", _plain(ip)) for ip in service.cluster_ips]
+    fixed += [(kind, ip) for kind, ip in asked if taken is None or ip not in taken]
     found = [
-        Frontend(kind, _plain(ip), port.port, port.protocol, port)
+        Frontend(kind, ip, port.port, port.protocol, port)
         for kind, ip in fixed
         if (":" in ip) in families
         for port in service.spec.ports
@@ -122,10 +136,12 @@ class Frontends:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._at: dict[tuple[str, int, str], tuple[Service, Frontend]] = {}
+        #: What no service has, whoever asks for it.
+        self.taken = pods_addresses(cluster)
         found = [
             (one.kind not in ("cluster", "balancer"), key, service, one)
             for key, service in cluster.services.items()
-            for one in frontends_of(cluster, service)
+            for one in frontends_of(cluster, service, self.taken)
         ]
         # Of two that ask for the same the first has it (lockgate/compile/claims.py).
         for _, _, service, one in sorted(found, key=lambda row: row[:2]):
@@ -172,7 +188,7 @@ class Frontends:
             raise QuestionError(
                 f"{name}: expected an address, or NAMESPACE/NAME of a service, then [:PORT][/PROTO]"
             )
-        there = frontends_of(self._cluster, service)
+        there = frontends_of(self._cluster, service, self.taken)
         if not there:
             raise QuestionError(f"service {'/'.join(parts)} is not served: {unserved(service)}")
         order = ("balancer", "external", "node", "cluster")

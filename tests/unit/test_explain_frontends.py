@@ -17,6 +17,9 @@ from lockgate.objects.model import (
     NodeAddress,
     NodeStatus,
     ObjectMeta,
+    Pod,
+    PodIP,
+    PodStatus,
     Service,
     ServicePort,
     ServiceSpec,
@@ -82,6 +85,21 @@ def cluster(*services: Service) -> Cluster:
 )
 def test_the_frontends_of_a_service(one: Service, expected: str) -> None:
     assert " ".join(f.text for f in frontends_of(cluster(one), one)) == expected
+
+
+def test_what_a_pod_has_is_no_services() -> None:
+    one = service(
+        type="ClusterIP", cluster_ips=["10.96.0.1"], external_ips=["10.1.0.7", "192.0.2.9"]
+    )
+    both = cluster(one)
+    for phase, wanted in (("Running", []), ("Succeeded", ["10.1.0.7:80/TCP"])):
+        both.pods["shop", "own"] = Pod(
+            metadata=ObjectMeta(namespace="shop", name="own"),
+            status=PodStatus(phase=phase, pod_ips=[PodIP("10.1.0.7")]),
+        )
+        texts = [found.text for found in frontends_of(both, one)]
+        assert texts == ["10.96.0.1:80/TCP", *wanted, "192.0.2.9:80/TCP"]
+        assert (Frontends(both).at("10.1.0.7", 80, "TCP") is not None) == bool(wanted)
 
 
 @pytest.mark.parametrize(

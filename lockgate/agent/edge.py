@@ -64,10 +64,10 @@ def places(
 ) -> dict[str, Place]:
     """By name of each card. What needs it: the balancer, the firewall. `ours`: ids of our programs
     that are attached, by card."""
-    outside = [card for card in (cards.outside, cards.outside6) if card is not None]
+    outside = {card.index for card in (cards.outside, cards.outside6) if card is not None}
     if outside:
-        outside += cards.others
-    underlay = [card for card in (cards.underlay, cards.underlay2) if card is not None]
+        outside |= {card.index for card in cards.others}
+    underlay = {card.index for card in (cards.underlay, cards.underlay2) if card is not None}
     found = {}
     for card in cards.all:
         if setting == "off":
@@ -76,10 +76,10 @@ def places(
             place = Place(None, "nothing needs it")
         elif card.xdp.program not in (0, ours.get(card.name)):
             place = Place(None, f"another program is there: {_title(card.xdp.program)}")
-        elif outside and card not in outside:
+        elif outside and card.index not in outside:
             place = _sender(card, setting, balance)
         else:
-            place = _place(card, setting, card in underlay, balance)
+            place = _place(card, setting, card.index in underlay, balance)
         found[card.name] = place
     return found
 

@@ -227,9 +227,9 @@ def test_as_a_command(shop: Cluster) -> None:
     found = ask(shop, "trace", "198.51.100.7:40001", f"{LB[4]}:80", "--via", "node-2", "--json")
     assert found["service"] == {"namespace": "shop", "name": "web"}
     assert found["verdict"] == "allow" and found["steps"][0]["node"] == "node-2"
-    assert found["steps"][0]["slot"]["of"] == 512 and len(found["steps"][0]["owners"]) == 4
+    assert found["steps"][0]["slot"]["of"] == 16384 and len(found["steps"][0]["owners"]) == 4
     told = ask(shop, "trace", "198.51.100.7:40001", f"{LB[4]}:80", "--via", "node-2")
-    assert f"slot {found['steps'][0]['slot']['number']} of 512" in told
+    assert f"slot {found['steps'][0]['slot']['number']} of 16384" in told
     assert max(map(len, told.splitlines())) <= 100
     told = ask(shop, "trace", "198.51.100.7", "203.0.113.13:80", code=1)
     assert "the service has no ready backend" in told
@@ -306,7 +306,7 @@ def test_list_and_show(shop: Cluster) -> None:
         assert sum(owner["slots"] for owner in view["owners"]) == view["slots"]
     told = ask(shop, "show", "shop/web")
     assert max(map(len, told.splitlines())) <= 100
-    assert told.count("dsr, 512 slots") == 2, "once for all nodes, by family"
+    assert told.count("dsr, 16384 slots") == 2, "once for all nodes, by family"
     done = shop.lockgate("service", "show", "shop/nobody", check=False)
     assert (done.returncode, done.stdout) == (2, "")
 

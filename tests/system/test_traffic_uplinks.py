@@ -18,10 +18,11 @@ from tests.system.test_traffic_frontends import FAMILIES, KINDS, number, talk
 pytestmark = pytest.mark.skipif(need_root(), reason="needs root")
 
 NODE, NODE_PORT, OTHER_PORT = "node-1", 30080, 30081
-#: The node's and the router's address on the second card; the router's on the first.
+#: The node's and the router's address on the second card; the router's and the node's on the first.
 HERE = {4: "203.0.113.2", 6: "2001:db8:5::2"}
 ROUTER = {4: "203.0.113.1", 6: "2001:db8:5::1"}
 FIRST = {4: "172.31.0.1", 6: "fd00:172:31::1"}
+SOURCE = {4: "172.31.0.11", 6: "fd00:172:31::11"}
 
 
 def service(name: str, port: int, app: str) -> str:
@@ -101,6 +102,49 @@ def test_a_node_port_asked_by_the_second_card(
     finally:
         if source == "of the first":
             client.run("ip", "route", "del", f"{HERE[family]}/{length}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_to_what_a_pod_asked_comes_by_the_second_card(
+    cluster: Cluster, kind: str, family: int
+) -> None:
+    """It left by the first, masqueraded as the first card's address."""
+    router, length = cluster.outside(), 32 if family == 4 else 128
+    node = SOURCE[family]
+    router.run("ip", "route", "add", f"{node}/{length}", "via", HERE[family], "dev", "second")
+    before = received(cluster)
+    try:
+        with (
+            router.socket(number(family), KINDS[kind]) as server,
+            cluster.pod("uplinks/near").socket(number(family), KINDS[kind]) as client,
+        ):
+            server.bind((FIRST[family], 7778))
+            if kind == "tcp":
+                server.listen()
+            client.connect((FIRST[family], 7778))
+            if kind == "udp":
+                client.send(b"question")
+                question, there = server.recvfrom(100)
+                server.sendto(b"answer", there)
+            else:
+                accepted, there = server.accept()
+                with accepted:
+                    client.send(b"question")
+                    question = accepted.recv(100)
+                    accepted.send(b"answer")
+            assert (question, client.recv(100)) == (b"question", b"answer")
+            assert there[0] == node
+    finally:
+        router.run("ip", "route", "del", f"{node}/{length}")
+    assert received(cluster) > before, "the answer came by the second card"
+
+
+def received(cluster: Cluster) -> int:
+    """Frames that came by it."""
+    told = cluster.node(NODE).run("cat", "/proc/self/net/dev").stdout
+    line = next(line for line in told.splitlines() if line.strip().startswith("second0:"))
+    return int(line.split()[2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
